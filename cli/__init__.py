@@ -1,0 +1,1 @@
+"""The ``epmq`` command line: thin wrappers around the stages."""

@@ -1,0 +1,41 @@
+"""``epmq export``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from epmq_deploy.cli import common
+from epmq_deploy.cli.console import Terminal
+from epmq_deploy.cli.flags import with_flags
+from epmq_deploy.cli.tables import stage_table
+from epmq_deploy.recipe import ExportOptions, load_recipe, override
+
+
+@with_flags([ExportOptions])
+def command(
+    quantized: Annotated[Path, typer.Argument(help="Output of `epmq quantize`.")],
+    output: common.Output,
+    recipe: common.RecipeFile = None,
+    overwrite: common.Overwrite = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Pack the exact codes into ONNX files, with the fp32 merged model beside them.
+
+    \b
+    Examples:
+      epmq export quantized -o onnx
+      epmq export quantized -o onnx --formats matmulnbits --accuracy-level 4
+    """
+    from epmq_deploy.exporters.export_stage import export
+    from epmq_deploy.stage import read_manifest
+
+    terminal = Terminal(as_json, quiet)
+    carried = load_recipe(recipe) if recipe else read_manifest(quantized, "quantize").recipe
+    chosen = override(carried, "export", flags)
+    manifest = export(chosen, quantized, output, overwrite=overwrite, progress=terminal)
+    data = {"output": str(output), **manifest.details}
+    terminal.result(data, stage_table(manifest, str(output)))

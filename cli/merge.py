@@ -1,0 +1,71 @@
+"""``epmq merge``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from epmq_deploy.cli import common
+from epmq_deploy.cli.console import Terminal
+from epmq_deploy.cli.flags import with_flags
+from epmq_deploy.cli.tables import stage_table
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.merging.methods import MERGE_METHODS
+from epmq_deploy.recipe import Recipe, absolute_paths, load_recipe, override, parse_recipe
+
+
+@with_flags(method.options for method in MERGE_METHODS.values())
+def command(
+    output: common.Output,
+    recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
+    expert: Annotated[
+        list[str] | None, typer.Option(help="An expert as name=path; repeat for each.")
+    ] = None,
+    overwrite: common.Overwrite = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+    *,
+    flags: dict[str, Any],
+) -> None:
+    """Merge experts into one Hugging Face folder.
+
+    \b
+    Examples:
+      epmq merge recipe.yaml -o merged
+      epmq merge recipe.yaml -o merged --method ties --density 0.1
+      epmq merge --base clip --expert cars=experts/cars --expert sun=experts/sun -o merged
+    """
+    from epmq_deploy.merging.merge import merge
+
+    terminal = Terminal(as_json, quiet)
+    chosen = override(_recipe(recipe, base, expert or []), "merge", flags)
+    manifest = merge(chosen, output, overwrite=overwrite, progress=terminal)
+    data = {"output": str(output), **manifest.details}
+    terminal.result(data, stage_table(manifest, str(output)))
+
+
+def _recipe(file: Path | None, base: str | None, experts: list[str]) -> Recipe:
+    """The recipe, or one made of flags alone; flags win over the file."""
+    pairs = dict(_pair(text) for text in experts)
+    if file is None:
+        if base is None or not pairs:
+            raise RecipeError("give a recipe, or --base and at least one --expert name=path")
+        content: dict[str, Any] = {
+            "base": {"path": base},
+            "tasks": {name: {"expert": path} for name, path in pairs.items()},
+        }
+        return absolute_paths(parse_recipe(content, "flags"), Path.cwd())
+    content = load_recipe(file).model_dump()
+    if base is not None:
+        content["base"]["path"] = base
+    for name, path in pairs.items():
+        content["tasks"].setdefault(name, {})["expert"] = path
+    return absolute_paths(parse_recipe(content, "flags"), Path.cwd())
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise RecipeError(f"--expert {text}: expected name=path")
+    return name, path

@@ -1,0 +1,59 @@
+"""``epmq run``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from epmq_deploy.cli import common
+from epmq_deploy.cli.console import Terminal
+from epmq_deploy.cli.pipeline import run_all
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.recipe import Recipe, load_recipe, override
+
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override the recipe: section.option=value; repeatable."),
+]
+
+
+def command(
+    recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all stages.")],
+    assignments: Assignments = None,
+    device: common.Device = "auto",
+    overwrite: common.Overwrite = False,
+    as_json: common.Json = False,
+    quiet: common.Quiet = False,
+) -> None:
+    """Merge, quantize, export and evaluate; stages already done with the same inputs are skipped.
+
+    \b
+    Examples:
+      epmq run recipe.yaml -o out
+      epmq run recipe.yaml -o out --set quantize.bits=3 --set eval.max_drop=1 --overwrite
+    """
+    chosen = assign(load_recipe(recipe), assignments or [])
+    run_all(chosen, output, device, overwrite, Terminal(as_json, quiet))
+
+
+def assign(recipe: Recipe, assignments: list[str]) -> Recipe:
+    """Apply ``section.option=value`` texts; values are read as YAML.
+
+    Raises:
+        RecipeError: not of that form, no such section, or a value that is not allowed.
+    """
+    flags: dict[str, dict[str, Any]] = {}
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        section, dot, option = key.partition(".")
+        if not (equals and dot) or section not in ("merge", "quantize", "export", "eval"):
+            raise RecipeError(
+                f"--set {text}: expected section.option=value with section merge, quantize, "
+                "export or eval"
+            )
+        flags.setdefault(section, {})[option] = yaml.safe_load(value)
+    for section, given in flags.items():
+        recipe = override(recipe, section, given)
+    return recipe

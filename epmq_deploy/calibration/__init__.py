@@ -1,0 +1,1 @@
+"""Calibration data, statistics and the targets a layer is quantized towards."""

@@ -1,0 +1,123 @@
+"""What a calibration target is: a choice of ``(W*, H)`` for the one solver.
+
+Every method minimises ``tr((Q - W*) H (Q - W*)^T)`` over the grid. For the anchored problem
+
+    min_Q  sum_t s_t || X_t Q^T - Y_t ||_F^2 / n_t  +  lambda || Q - A ||_F^2
+
+completing the square gives ``H = sum_t s_t C_t + lambda I`` and
+``W* = (sum_t s_t G_t + lambda A) H^-1`` with ``C_t = X_t^T X_t / n_t``,
+``G_t = Y_t^T X_t / n_t`` (E-PMQ, arXiv 2605.16882).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Literal, TypeVar
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
+from epmq_deploy.options import Options
+
+
+class QuantizeOptions(Options):
+    """Options every quantization method has."""
+
+    method: str = Field(description="quantization method")
+    bits: Literal[2, 3, 4, 8] = Field(4, description="bits per weight")
+    group_size: int = Field(
+        128, description="input columns that share a scale: a multiple of 16, or -1 per channel"
+    )
+    symmetric: bool = Field(
+        False, description="fix zero points at the middle code instead of fitting them"
+    )
+    clip_search: bool = Field(
+        True, description="shrink each group's range as long as its weighted error falls"
+    )
+    skip: tuple[str, ...] = Field(
+        (), description="layers to leave unquantized, as name patterns (*.mlp.fc2)"
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _group_size_runs_somewhere(cls, value: int) -> int:
+        if value != -1 and (value < 16 or value % 16):
+            raise ValueError("must be a multiple of 16 (what low-bit kernels run) or -1")
+        return value
+
+
+class CalibratedOptions(QuantizeOptions):
+    """Options of every method that uses calibration data."""
+
+    samples: int = Field(256, ge=1, description="calibration samples per task")
+    seed: int = Field(0, description="seed of the choice of calibration samples")
+    batch_size: int = Field(64, ge=1, description="samples per forward pass; no effect on accuracy")
+    act_order: bool = Field(
+        True, description="quantize columns by decreasing Hessian diagonal (static groups)"
+    )
+    bias: bool = Field(
+        True, description="re-fit biases to undo the mean shift that quantization causes"
+    )
+    allow_fallback: bool = Field(
+        False, description="round layers whose Hessian cannot be factored instead of failing"
+    )
+
+
+O = TypeVar("O", bound=QuantizeOptions)  # noqa: E741
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """What the solver is asked for.
+
+    Attributes:
+        weight: ``W*``, float64 ``[N, K]``.
+        hessian: ``H``, float64 ``[K, K]``, symmetric positive definite.
+        bias_damping: weight of the merged bias when biases are re-fitted.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    bias_damping: float
+
+
+class CalibrationTarget(ABC, Generic[O]):
+    """One method.
+
+    Attributes:
+        options: its option model, with a literal ``method`` field naming it.
+        summary: one line with the source.
+        uses_data: needs calibration samples.
+        uses_experts: needs the experts' weights, layer by layer.
+    """
+
+    options: type[O]
+    summary: ClassVar[str]
+    uses_data: ClassVar[bool] = True
+    uses_experts: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The value of ``method`` that selects it."""
+        return str(self.options.model_fields["method"].default)
+
+    def task_weight(self, statistics: TaskStatistics, options: O) -> float:
+        """``s_t``, the weight of a task."""
+        return 1.0
+
+    def cross(self, expert: Tensor, statistics: TaskStatistics, options: O) -> Tensor:
+        """``G_t = Y_t^T X_t / n_t``, float64 ``[N, K]``, for an expert's weight ``[N, K]``."""
+        raise NotImplementedError(f"{self.name} is not guided by experts")
+
+    @abstractmethod
+    def problem(
+        self, merged: Tensor, sums: GroupSums, cross: Tensor | None, options: O
+    ) -> LayerProblem:
+        """The problem of one layer.
+
+        Args:
+            merged: the merged weight, float ``[N, K]``.
+            sums: over all tasks, for the layer's inputs; empty when ``uses_data`` is false.
+            cross: ``sum_t s_t G_t``, float64 ``[N, K]``, when ``uses_experts``.
+            options: the method's options.
+        """

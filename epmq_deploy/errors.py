@@ -1,0 +1,43 @@
+"""The errors a user can meet; each knows the exit code the command line ends with."""
+
+from collections.abc import Sequence
+
+
+class EpmqError(Exception):
+    """Base of all expected errors; the message says what, where and what to do."""
+
+    exit_code = 1
+
+
+class RecipeError(EpmqError):
+    """A recipe, flag or option is wrong, or an output is in the way."""
+
+    exit_code = 2
+
+
+class MismatchError(EpmqError):
+    """Inputs do not fit together; lists every problem found, not only the first.
+
+    Args:
+        subject: what was checked, for the first line.
+        problems: one sentence each.
+    """
+
+    exit_code = 3
+
+    def __init__(self, subject: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        lines = "".join(f"\n  - {problem}" for problem in self.problems)
+        super().__init__(f"{subject}: {len(self.problems)} problem(s){lines}")
+
+
+class NumericsError(EpmqError):
+    """Numbers do not agree or could not be computed as asked."""
+
+    exit_code = 4
+
+
+class GateError(EpmqError):
+    """The deployed model missed an accuracy gate."""
+
+    exit_code = 5

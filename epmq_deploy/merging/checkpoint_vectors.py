@@ -1,0 +1,46 @@
+"""Task vectors streamed from the experts' checkpoints."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq_deploy.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True)
+class CheckpointTaskVectors:
+    """The ``TaskVectors`` of experts on disk; one tensor's worth is in memory at a time.
+
+    Attributes:
+        base: the base model.
+        experts: the experts, in task order.
+        names: the tensors that are merged.
+    """
+
+    base: Checkpoint
+    experts: Sequence[Checkpoint]
+    names: Sequence[str]
+
+    @property
+    def tasks(self) -> int:
+        """Number of experts."""
+        return len(self.experts)
+
+    def of_task(self, index: int) -> Iterator[Tensor]:
+        """One expert's task vector, tensor by tensor, float32."""
+        for name in self.names:
+            yield self._task_vector(self.experts[index], name)
+
+    def stacked(self) -> Iterator[Tensor]:
+        """All experts' task vectors, tensor by tensor ``[T, *]``, float32."""
+        for name in self.names:
+            yield self.of_tensor(name)
+
+    def of_tensor(self, name: str) -> Tensor:
+        """Task vectors ``[T, *]`` of one tensor, float32."""
+        return torch.stack([self._task_vector(expert, name) for expert in self.experts])
+
+    def _task_vector(self, expert: Checkpoint, name: str) -> Tensor:
+        return expert.load(name).to(torch.float32) - self.base.load(name).to(torch.float32)

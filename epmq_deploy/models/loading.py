@@ -1,0 +1,37 @@
+"""Filling a module with a checkpoint's tensors."""
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from epmq_deploy.checkpoints import Checkpoint
+from epmq_deploy.errors import MismatchError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def fill(model: M, folder: Path) -> M:
+    """Give every parameter the checkpoint's tensor of the same name, as float32, in eval mode.
+
+    Tensors the module has no parameter for are left out: a folder may hold more (another tower).
+
+    Raises:
+        MismatchError: names every parameter the checkpoint lacks or holds in another shape.
+    """
+    checkpoint = Checkpoint.open(folder)
+    problems = []
+    for name, parameter in model.named_parameters():
+        info = checkpoint.tensors.get(name)
+        if info is None:
+            problems.append(f"{name} is missing")
+        elif info.shape != tuple(parameter.shape):
+            problems.append(
+                f"{name} has shape {list(info.shape)}, config.json makes it {list(parameter.shape)}"
+            )
+        else:
+            parameter.data = checkpoint.load(name).to(torch.float32)
+    if problems:
+        raise MismatchError(f"{folder} does not hold the model its config.json describes", problems)
+    return model.eval().requires_grad_(False)

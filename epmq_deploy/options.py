@@ -1,0 +1,19 @@
+"""The base of every option model, and unions of them built from registries."""
+
+from collections.abc import Iterable
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Options(BaseModel):
+    """Frozen options; unknown keys are errors. Recipe keys and CLI flags both come from these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def union_by_method(members: Iterable[type[Options]]) -> Any:
+    """A pydantic type accepting any of ``members``, told apart by their ``method`` field."""
+    return Annotated[reduce(or_, members), Field(discriminator="method")]

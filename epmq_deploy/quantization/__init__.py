@@ -1,0 +1,1 @@
+"""Grids, the solver and the artifact they fill."""

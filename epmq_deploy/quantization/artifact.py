@@ -1,0 +1,52 @@
+"""The quantized artifact on disk: codes, grids, replaced parameters and the report."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from epmq_deploy.quantization.model import QuantizedModel
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+CODES_FILE = "quantized.safetensors"
+REPLACED_FILE = "replaced.safetensors"
+REPORT_FILE = "report.json"
+
+
+def save_artifact(folder: Path, quantized: QuantizedModel) -> None:
+    """Write ``quantized.safetensors`` (per layer ``.codes`` uint8 ``[N, K]``, ``.scales`` float32
+    and ``.zero_points`` uint8 ``[N, G]``), ``replaced.safetensors`` and ``report.json``.
+    """
+    tensors, layers = {}, {}
+    for name, linear in quantized.layers.items():
+        tensors[f"{name}.codes"] = linear.codes.contiguous()
+        tensors[f"{name}.scales"] = linear.scales.contiguous()
+        tensors[f"{name}.zero_points"] = linear.zero_points.contiguous()
+        layers[name] = [linear.bits, linear.group_size, linear.symmetric]
+    save_file(tensors, folder / CODES_FILE, metadata={"layers": json.dumps(layers)})
+    save_file(quantized.replaced, folder / REPLACED_FILE)
+    reports = [asdict(report) for report in quantized.reports]
+    (folder / REPORT_FILE).write_text(json.dumps(reports, indent=2) + "\n")
+
+
+def load_artifact(folder: Path) -> tuple[dict[str, QuantizedLinear], Mapping[str, Tensor]]:
+    """Layers by name, and replaced parameters by name."""
+    with safe_open(folder / CODES_FILE, framework="pt") as handle:
+        layers = {
+            name: QuantizedLinear(
+                handle.get_tensor(f"{name}.codes"),
+                handle.get_tensor(f"{name}.scales"),
+                handle.get_tensor(f"{name}.zero_points"),
+                bits,
+                group_size,
+                symmetric,
+            )
+            for name, (bits, group_size, symmetric) in json.loads(
+                handle.metadata()["layers"]
+            ).items()
+        }
+    return layers, load_file(folder / REPLACED_FILE)

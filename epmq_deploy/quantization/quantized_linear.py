@@ -1,0 +1,51 @@
+"""What quantizing one linear layer yields: integer codes and the grid they live on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq_deploy.quantization.grid import Grid, expand_groups
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """Codes and grid of one linear layer; ``weight = (codes - zero_point) * scale``.
+
+    Attributes:
+        codes: uint8 ``[N, K]`` (out, in), each below ``2**bits``; unpacked, original column order.
+        scales: float32 ``[N, G]`` with ``G = ceil(K / group_size)``; column ``k`` belongs to
+            group ``k // group_size``.
+        zero_points: uint8 ``[N, G]``.
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; ``K`` when quantized per channel.
+        symmetric: whether every zero point is ``2**(bits - 1)``.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def out_features(self) -> int:
+        """``N``."""
+        return self.codes.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """``K``."""
+        return self.codes.shape[1]
+
+    @property
+    def grid(self) -> Grid:
+        """Scales and zero points as a grid."""
+        return Grid(self.scales, self.zero_points, self.bits, self.group_size, self.symmetric)
+
+    def dequantize(self) -> Tensor:
+        """The weight the codes stand for, float32 ``[N, K]``."""
+        zero = expand_groups(self.zero_points, self.group_size, self.in_features)
+        scale = expand_groups(self.scales, self.group_size, self.in_features)
+        return (self.codes.to(torch.float32) - zero.to(torch.float32)) * scale

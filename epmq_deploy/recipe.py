@@ -1,0 +1,230 @@
+"""The recipe: one YAML file, one frozen model per section."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from epmq_deploy.calibration.target import QuantizeOptions
+from epmq_deploy.calibration.targets import TARGETS
+from epmq_deploy.calibration.targets.epmq import EpmqOptions
+from epmq_deploy.checkpoints import looks_like_hub_id
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.merging.method import MergeOptions
+from epmq_deploy.merging.methods import MERGE_METHODS
+from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
+from epmq_deploy.options import Options, union_by_method
+
+# A task's name becomes part of the graph's output names.
+TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+if TYPE_CHECKING:
+    MergeChoice = MergeOptions
+    QuantizeChoice = QuantizeOptions
+else:
+    MergeChoice = union_by_method([method.options for method in MERGE_METHODS.values()])
+    QuantizeChoice = union_by_method([target.options for target in TARGETS.values()])
+
+
+class Base(Options):
+    """The model all experts were fine-tuned from."""
+
+    path: str = Field(description="folder or hub id of the base model")
+
+
+class DataSource(Options):
+    """Samples: anything ``datasets`` loads."""
+
+    path: str = Field(description="image folder, Parquet/JSON/CSV file, saved dataset, or hub id")
+    subset: str | None = Field(None, description="the dataset's configuration name")
+    split: str | None = Field(None, description="split to take; the only one when absent")
+    input_column: str = Field("image", description="column with the images or texts")
+    label_column: str | None = Field("label", description="column with integer labels")
+
+
+class Head(Options):
+    """A task's classifier: class names through the text tower, or a ready matrix."""
+
+    classes: tuple[str, ...] | None = Field(None, description="class names in label order")
+    templates: tuple[str, ...] = Field(
+        ("a photo of a {}.",), description="prompts; {} is replaced by the class name"
+    )
+    matrix: str | None = Field(
+        None, description="safetensors file with one [classes, features] tensor"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Head":
+        if (self.classes is None) == (self.matrix is None):
+            raise ValueError("needs either classes (with templates) or matrix")
+        if not all("{}" in template for template in self.templates):
+            raise ValueError("every template needs {} where the class name goes")
+        return self
+
+
+class Task(Options):
+    """One expert and what it was made for."""
+
+    expert: str = Field(description="folder or hub id of the expert")
+    calibration: DataSource | None = Field(None, description="samples for quantization")
+    evaluation: DataSource | None = Field(None, description="labelled samples for evaluation")
+    head: Head | None = Field(None, description="the task's classifier")
+
+
+class ExportOptions(Options):
+    """Options of ``epmq export``."""
+
+    formats: tuple[str, ...] = Field(
+        ("matmulnbits", "qdq"), min_length=1, description="formats to write"
+    )
+    opset: int = Field(21, ge=21, description="ONNX opset (21 is the first with 4-bit types)")
+    accuracy_level: int = Field(
+        0, ge=0, le=4, description="arithmetic of MatMulNBits: 0 float32, 4 int8 (faster)"
+    )
+
+
+class EvalOptions(Options):
+    """Options of ``epmq eval``."""
+
+    batch_size: int = Field(64, ge=1, description="samples per run; no effect on accuracy")
+    max_samples: int | None = Field(None, ge=1, description="samples per task; all when absent")
+    max_drop: float | None = Field(
+        None, description="largest loss of average accuracy against fp32 merged, in points"
+    )
+    latency_runs: int = Field(50, ge=1, description="timed batch-1 runs per graph")
+    threads: int | None = Field(
+        None, ge=1, description="onnxruntime intra-op threads; its default when absent"
+    )
+    experts: bool = Field(True, description="evaluate the experts as reference")
+
+
+class Recipe(Options):
+    """Everything the four commands need."""
+
+    base: Base
+    tasks: dict[TaskName, Task] = Field(min_length=1)
+    merge: MergeChoice = Field(default_factory=TaskArithmeticOptions)
+    quantize: QuantizeChoice = Field(default_factory=EpmqOptions)
+    export: ExportOptions = Field(default_factory=ExportOptions)
+    eval: EvalOptions = Field(default_factory=EvalOptions)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_methods(cls, content: Any) -> Any:
+        """A section without ``method`` means the default one."""
+        if isinstance(content, dict):
+            defaults = {"merge": TaskArithmeticOptions().method, "quantize": EpmqOptions().method}
+            content = dict(content)
+            for section, method in defaults.items():
+                if isinstance(content.get(section), dict):
+                    content[section] = {"method": method, **content[section]}
+        return content
+
+
+def parse_recipe(content: Any, source: str) -> Recipe:
+    """Validate a recipe given as plain data.
+
+    Args:
+        content: mapping of sections.
+        source: what to call it in error messages.
+
+    Raises:
+        RecipeError: names every wrong key, what was found and what is allowed.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = "".join(f"\n  - {text}" for text in _describe(error))
+        raise RecipeError(f"{source}: {error.error_count()} problem(s){problems}") from error
+
+
+def load_recipe(file: Path) -> Recipe:
+    """Read a recipe; relative paths in it are taken from its folder.
+
+    Raises:
+        RecipeError: unreadable, no YAML, or invalid.
+    """
+    try:
+        content = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
+    return absolute_paths(parse_recipe(content, str(file)), file.resolve().parent)
+
+
+def absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    """Make every local path absolute, seen from ``folder``; hub ids stay as they are."""
+
+    def located(path: str) -> str:
+        local = (folder / Path(path).expanduser()).resolve()
+        return path if looks_like_hub_id(path) and not local.exists() else str(local)
+
+    def source(data: DataSource | None) -> DataSource | None:
+        return data and data.model_copy(update={"path": located(data.path)})
+
+    def head(head: Head | None) -> Head | None:
+        if head is None or head.matrix is None:
+            return head
+        return head.model_copy(update={"matrix": located(head.matrix)})
+
+    tasks = {
+        name: task.model_copy(
+            update={
+                "expert": located(task.expert),
+                "calibration": source(task.calibration),
+                "evaluation": source(task.evaluation),
+                "head": head(task.head),
+            }
+        )
+        for name, task in recipe.tasks.items()
+    }
+    base = recipe.base.model_copy(update={"path": located(recipe.base.path)})
+    return recipe.model_copy(update={"base": base, "tasks": tasks})
+
+
+def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
+    """Replace options of one section; a new ``method`` starts from that method's defaults.
+
+    Args:
+        recipe: to start from.
+        section: ``merge``, ``quantize``, ``export`` or ``eval``.
+        flags: options by name; None means not given.
+
+    Raises:
+        RecipeError: an option the method does not have, or a value it does not allow.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    if not given:
+        return recipe
+    content = recipe.model_dump()
+    options = content[section]
+    if given.get("method", options.get("method")) != options.get("method"):
+        kept = _fields_of(section, given["method"])
+        options = {name: value for name, value in options.items() if name in kept}
+    content[section] = options | given
+    return parse_recipe(content, f"{section} options")
+
+
+def _fields_of(section: str, method: str) -> set[str]:
+    """Options that carry over to ``method`` because both methods have them."""
+    registries: dict[str, dict[str, Any]] = {"merge": MERGE_METHODS, "quantize": TARGETS}
+    registry = registries[section]
+    return set(registry[method].options.model_fields) - {"method"} if method in registry else set()
+
+
+def _describe(error: ValidationError) -> list[str]:
+    lines = []
+    for item in error.errors():
+        # Members of a union appear in the location by their tag; the user's file has no such key.
+        tags = {*MERGE_METHODS, *TARGETS}
+        parts = [
+            str(part)
+            for index, part in enumerate(item["loc"])
+            if not (index == 1 and item["loc"][0] in ("merge", "quantize") and part in tags)
+        ]
+        key = ".".join(parts) or "recipe"
+        found = item["input"]
+        shown = f", found {found!r}" if isinstance(found, str | int | float | bool) else ""
+        lines.append(f"{key}: {item['msg']}{shown}")
+    return lines

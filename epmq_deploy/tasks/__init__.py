@@ -1,0 +1,1 @@
+"""Tasks: their samples and their heads."""

@@ -1,0 +1,1 @@
+"""Running exported graphs in onnxruntime: sessions, accuracy, latency, report."""

@@ -1,0 +1,179 @@
+"""The eval stage: accuracy of every exported graph on every task, and the experts'."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epmq_deploy.device import DeviceName
+from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.models import ModelFamily, family_of
+from epmq_deploy.progress import NoProgress, Progress
+from epmq_deploy.recipe import Recipe
+from epmq_deploy.runtime.latency import measure_latency
+from epmq_deploy.runtime.report import EXPERTS, EvalReport, Row
+from epmq_deploy.runtime.sessions import Graph
+from epmq_deploy.stage import Manifest, check_outputs, fingerprint, read_manifest
+from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
+from epmq_deploy.tasks.experts import ExpertBackbone
+from epmq_deploy.tasks.heads import load_heads
+
+
+def eval_fingerprint(recipe: Recipe, exported: Manifest) -> str:
+    """What decides an evaluation's accuracies."""
+    inputs = {"export": exported.fingerprint}
+    for name, task in recipe.tasks.items():
+        if task.evaluation is not None:
+            inputs[f"evaluation:{name}"] = data_sha256(task.evaluation)
+    return fingerprint("eval", recipe.eval.model_dump(mode="json"), inputs)
+
+
+def evaluate(
+    recipe: Recipe,
+    exported: Path,
+    *,
+    provider: DeviceName = "auto",
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> EvalReport:
+    """Run every graph in ``exported`` in onnxruntime on every task's evaluation samples.
+
+    Experts run in torch, each on its own task.
+
+    Raises:
+        RecipeError: ``exported`` is no export, or the provider is not there.
+        MismatchError: tasks without data or head, or labels beyond it; all at once.
+    """
+    progress = progress or NoProgress()
+    made = read_manifest(exported, "export")
+    check_outputs(exported, made)
+    heads = load_heads(exported)
+    samples = evaluation_samples(recipe, heads)
+    files = made.details["graphs"]
+    graphs = {
+        item["format"]: Graph(
+            exported / item["file"],
+            provider=provider,
+            threads=recipe.eval.threads,
+            accuracy_level=item["accuracy_level"],
+        )
+        for item in files
+    }
+    experts = ExpertBackbone(recipe, device or torch.device("cpu")) if recipe.eval.experts else None
+    scorer = _Scorer(family_of(exported), exported, recipe.eval.batch_size, graphs, heads, experts)
+    scores = {
+        task: scorer.accuracies(task, chosen)
+        for task, chosen in progress.track(samples.items(), "evaluating", total=len(samples))
+    }
+    one = next(scorer.batches(next(iter(samples.values())), 1))
+    latency = measure_latency(graphs, one, recipe.eval.latency_runs)
+    sizes = {item["format"]: item["bytes"] for item in files}
+    rows = (
+        Row(
+            name,
+            {task: score[name] for task, score in scores.items()},
+            sizes.get(name),
+            latency.get(name),
+        )
+        for name in ([EXPERTS] if experts else []) + list(graphs)
+    )
+    return EvalReport(
+        rows=tuple(rows),
+        samples={task: len(chosen) for task, chosen in samples.items()},
+        provider=next(iter(graphs.values())).provider,
+        threads=recipe.eval.threads,
+        fingerprint=eval_fingerprint(recipe, made),
+    )
+
+
+def evaluation_samples(recipe: Recipe, heads: Mapping[str, Tensor]) -> dict[str, Samples]:
+    """The evaluation samples of every task.
+
+    Raises:
+        MismatchError: names every task without data or head, or with labels its head lacks.
+    """
+    return _load(recipe, {name: head.shape[0] for name, head in heads.items()})
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Make sure the recipe's tasks can be evaluated once exported.
+
+    Raises:
+        MismatchError: as ``evaluation_samples``, from the heads the recipe describes.
+    """
+    classes = {
+        name: len(task.head.classes) if task.head.classes is not None else None
+        for name, task in recipe.tasks.items()
+        if task.head is not None
+    }
+    _load(recipe, classes)
+
+
+def _load(recipe: Recipe, classes: Mapping[str, int | None]) -> dict[str, Samples]:
+    """Load samples and check their labels against each head's number of classes."""
+    samples, problems = {}, []
+    for name, task in recipe.tasks.items():
+        if task.evaluation is None:
+            problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
+            continue
+        if name not in classes:
+            problems.append(f"task {name!r} has no head (tasks.{name}.head)")
+            continue
+        try:
+            samples[name] = load_samples(name, task.evaluation, limit=recipe.eval.max_samples)
+            problems += _label_problems(samples[name], classes[name])
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise MismatchError("evaluation", problems)
+    return samples
+
+
+def _label_problems(samples: Samples, classes: int | None) -> list[str]:
+    where = f"task {samples.task!r}: {samples.source.path}"
+    if len(samples) == 0:
+        return [f"{where} holds no samples"]
+    labels = samples.labels()
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (classes is not None and high >= classes):
+        return [f"{where} has labels {low} to {high}, but its head has {classes} classes"]
+    return []
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Scores all models on a task, decoding each sample once."""
+
+    family: ModelFamily
+    folder: Path
+    batch_size: int
+    graphs: Mapping[str, Graph]
+    heads: Mapping[str, Tensor]
+    experts: ExpertBackbone | None
+
+    def batches(self, samples: Samples, size: int) -> Iterator[tuple[Tensor, ...]]:
+        return batches(samples, self.family, self.folder, size)
+
+    def accuracies(self, task: str, samples: Samples) -> dict[str, float]:
+        """Percent correct by model name."""
+        expert = self.experts.become(task) if self.experts else None
+        labels = samples.labels().numpy()
+        hits = dict.fromkeys([*self.graphs, *([EXPERTS] if expert else [])], 0)
+        start = 0
+        for batch in self.batches(samples, self.batch_size):
+            truth = labels[start : start + len(batch[0])]
+            start += len(batch[0])
+            output = f"logits_{task}"
+            for name, graph in self.graphs.items():
+                logits = graph.run(batch, [output])[output]
+                hits[name] += int((np.argmax(logits, axis=1) == truth).sum())
+            if self.experts is not None and expert is not None:
+                with torch.inference_mode():
+                    inputs = (value.to(self.experts.device) for value in batch)
+                    features = self.family.embed(expert, *inputs).cpu()
+                predicted = (features @ self.heads[task].T).argmax(dim=1).numpy()
+                hits[EXPERTS] += int((predicted == truth).sum())
+        return {name: 100.0 * count / len(labels) for name, count in hits.items()}

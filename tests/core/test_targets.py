@@ -1,0 +1,121 @@
+"""Calibration targets: the identity behind them, and their limits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from epmq_deploy.calibration.statistics import GroupSums, InputAccumulator, TaskStatistics
+from epmq_deploy.calibration.targets.epmq import TARGET as EPMQ
+from epmq_deploy.calibration.targets.epmq import EpmqOptions
+from epmq_deploy.calibration.targets.gptq import TARGET as GPTQ
+from epmq_deploy.calibration.targets.gptq import GptqOptions
+from epmq_deploy.quantization.layer import quantize_layer
+
+ROWS, COLUMNS = 6, 24
+
+
+def inputs_of(seed: int, tokens: int = 80) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(COLUMNS, COLUMNS, generator=generator)
+    return torch.randn(tokens, COLUMNS, generator=generator) @ mixing + 0.5
+
+
+def weight_of(seed: int) -> Tensor:
+    return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(seed))
+
+
+def statistics_of(inputs: Tensor) -> TaskStatistics:
+    accumulator = InputAccumulator()
+    accumulator.add(inputs)
+    return accumulator.statistics()
+
+
+def epmq_sums(inputs: list[Tensor], experts: list[Tensor], options: EpmqOptions) -> GroupSums:
+    sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
+    for features, expert in zip(inputs, experts, strict=True):
+        found = statistics_of(features)
+        cross = {"layer": EPMQ.cross(expert, found, options)}
+        mean = {"layer": expert.double() @ found.mean}
+        sums.add(found, EPMQ.task_weight(found, options), cross, mean)
+    return sums
+
+
+@pytest.mark.parametrize("normalization", ["frobenius", "none"])
+def test_anchored_objective_equals_the_solver_s_up_to_a_constant(normalization: str) -> None:
+    options = EpmqOptions(anchor=0.3, normalization=normalization)  # type: ignore[arg-type]
+    inputs, experts = [inputs_of(1), inputs_of(2, 50)], [weight_of(3), weight_of(4)]
+    merged = weight_of(5)
+    sums = epmq_sums(inputs, experts, options)
+    problem = EPMQ.problem(merged, sums, sums.cross["layer"], options)
+
+    def stated(candidate: Tensor) -> float:
+        total = 0.3 * float((candidate - merged.double()).square().sum())
+        for features, expert in zip(inputs, experts, strict=True):
+            x = features.double()
+            weight = EPMQ.task_weight(statistics_of(features), options)
+            miss = x @ candidate.T - x @ expert.double().T
+            total += weight * float(miss.square().sum()) / len(x)
+        return total
+
+    def solved(candidate: Tensor) -> float:
+        error = candidate - problem.weight
+        return float(torch.trace(error @ problem.hessian @ error.T))
+
+    first, second = weight_of(6).double(), weight_of(7).double()
+    assert stated(first) - stated(second) == pytest.approx(solved(first) - solved(second), rel=1e-5)
+
+
+def test_one_expert_without_anchor_is_the_expert() -> None:
+    options = EpmqOptions(anchor=1e-12)
+    sums = epmq_sums([inputs_of(1)], [weight_of(2)], options)
+    problem = EPMQ.problem(weight_of(3), sums, sums.cross["layer"], options)
+    assert torch.allclose(problem.weight, weight_of(2).double(), atol=1e-4)
+
+
+def test_a_heavy_anchor_is_the_merged_model_rounded() -> None:
+    options = EpmqOptions(anchor=1e9, group_size=16)
+    merged = weight_of(3)
+    sums = epmq_sums([inputs_of(1)], [weight_of(2)], options)
+    problem = EPMQ.problem(merged, sums, sums.cross["layer"], options)
+    assert torch.allclose(problem.weight, merged.double(), atol=1e-6)
+    done = quantize_layer("layer", merged, None, problem, sums, options)
+    assert done.report.error_after == pytest.approx(done.report.error_before, rel=1e-3)
+
+
+def test_dead_inputs_keep_the_anchor_s_value() -> None:
+    options = EpmqOptions()
+    features = inputs_of(1)
+    features[:, 5] = 0
+    sums = epmq_sums([features], [weight_of(2)], options)
+    problem = EPMQ.problem(weight_of(3), sums, sums.cross["layer"], options)
+    assert torch.allclose(problem.weight[:, 5], weight_of(3)[:, 5].double(), atol=1e-9)
+
+
+def test_statistics_are_means_over_tokens_whatever_the_batches() -> None:
+    features = inputs_of(1, tokens=50)
+    whole = statistics_of(features)
+    accumulator = InputAccumulator()
+    for part in (features[:7], features[7:48], features[48:]):
+        accumulator.add(part)
+    parts = accumulator.statistics()
+    assert parts.tokens == 50
+    # Products are float32.
+    assert torch.allclose(parts.gram, whole.gram, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(whole.gram, (features.T @ features / 50).double(), atol=1e-4)
+    assert torch.allclose(parts.mean, features.mean(dim=0).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_refitted_bias_undoes_the_mean_shift() -> None:
+    options = GptqOptions(bits=2, group_size=16)
+    features, merged = inputs_of(1), weight_of(2)
+    bias = torch.randn(ROWS, generator=torch.Generator().manual_seed(9))
+    sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
+    sums.add(statistics_of(features), 1.0, {}, {})
+    problem = GPTQ.problem(merged, sums, None, options)
+    done = quantize_layer("layer", merged, bias, problem, sums, options)
+    assert done.bias is not None
+    wanted = (features @ merged.T + bias).mean(dim=0)
+    shifted = (features @ done.linear.dequantize().T + bias).mean(dim=0)
+    refitted = (features @ done.linear.dequantize().T + done.bias).mean(dim=0)
+    assert (shifted - wanted).abs().max() > 0.05
+    assert torch.allclose(refitted, wanted, atol=1e-4)
