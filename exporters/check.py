@@ -1,0 +1,101 @@
+"""Find out before anything is exported whether it can be."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.exporters.formats import GraphFormat
+from epmq_deploy.models.family import MultiTaskModel
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+_BITS = (2, 3, 4, 8)
+_ACCURACY_LEVELS = range(5)
+# What torch's exporter converts graphs with custom operators to (measured on torch 2.13).
+_OPSETS = range(18, 26)
+
+
+def check_options(
+    formats: Sequence[GraphFormat],
+    layers: Mapping[str, QuantizedLinear],
+    opset: int,
+    accuracy_level: int,
+) -> None:
+    """Check what the user chose.
+
+    Raises:
+        RecipeError: an opset too old for a format or not exportable, an accuracy level there is
+            not, or layers a format cannot hold.
+    """
+    problems = [
+        f"format {fmt.name} needs opset {fmt.min_opset} or newer, not {opset}"
+        for fmt in formats
+        if opset < fmt.min_opset
+    ]
+    if opset not in _OPSETS:
+        problems.append(f"opset is {_OPSETS[0]} to {_OPSETS[-1]}, not {opset}")
+    if accuracy_level not in _ACCURACY_LEVELS:
+        problems.append(f"accuracy level is 0 to 4, not {accuracy_level}")
+    for fmt in formats:
+        problems += [f"format {fmt.name}: {problem}" for problem in fmt.check(layers)]
+    if problems:
+        raise RecipeError("; ".join(problems))
+
+
+def check_inputs(
+    model: MultiTaskModel,
+    example_inputs: Sequence[Tensor],
+    layers: Mapping[str, QuantizedLinear],
+    replaced: Mapping[str, Tensor],
+) -> None:
+    """Check that layers, replaced parameters and example inputs belong to the model.
+
+    Raises:
+        MismatchError: lists everything that does not.
+    """
+    names = model.family.input_names
+    problems = []
+    if len(example_inputs) != len(names):
+        problems.append(f"{len(example_inputs)} example inputs, the model takes {list(names)}")
+    if any(len(example) < 2 for example in example_inputs):
+        problems.append("a batch of less than 2 example inputs would fix the batch size")
+    modules = dict(model.backbone.named_modules())
+    for name, layer in layers.items():
+        problems += [f"layer {name}: {text}" for text in _layer_problems(modules.get(name), layer)]
+    parameters = dict(model.backbone.named_parameters(remove_duplicate=False))
+    for name, tensor in replaced.items():
+        if name not in parameters:
+            problems.append(f"replaced parameter {name}: not in the model")
+        elif name.removesuffix(".weight") in layers and name.endswith(".weight"):
+            problems.append(f"replaced parameter {name}: its layer is quantized")
+        elif tensor.shape != parameters[name].shape or tensor.dtype != torch.float32:
+            problems.append(
+                f"replaced parameter {name}: {tensor.dtype} {list(tensor.shape)}, expected "
+                f"{torch.float32} {list(parameters[name].shape)}"
+            )
+    if problems:
+        raise MismatchError("cannot export", problems)
+
+
+def _layer_problems(module: nn.Module | None, layer: QuantizedLinear) -> list[str]:
+    if not isinstance(module, nn.Linear):
+        return [f"no linear layer of the model (found {type(module).__name__})"]
+    problems = []
+    if module.weight.shape != layer.codes.shape:
+        shapes = f"{list(layer.codes.shape)}, its weight is {list(module.weight.shape)}"
+        problems.append(f"codes are {shapes}")
+    groups = -(-layer.in_features // layer.group_size)
+    for part in ("scales", "zero_points"):
+        shape = tuple(getattr(layer, part).shape)
+        if shape != (layer.out_features, groups):
+            problems.append(f"{part} are {list(shape)}, not {[layer.out_features, groups]}")
+    if layer.bits not in _BITS:
+        problems.append(f"{layer.bits} bits; known: {_BITS}")
+    elif layer.codes.numel() and int(layer.codes.max()) >= 2**layer.bits:
+        problems.append(f"a code is {int(layer.codes.max())}, too large for {layer.bits} bits")
+    if (layer.codes.dtype, layer.zero_points.dtype) != (torch.uint8, torch.uint8):
+        problems.append("codes and zero points must be uint8")
+    if layer.scales.dtype != torch.float32:
+        problems.append(f"scales are {layer.scales.dtype}, not float32")
+    return problems

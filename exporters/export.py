@@ -1,0 +1,105 @@
+"""Export a merged model and its quantized layers as ONNX graphs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from torch import Tensor
+
+from epmq_deploy.exporters.check import check_inputs, check_options
+from epmq_deploy.exporters.files import write_model
+from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.packed_linear import pack_linear
+from epmq_deploy.exporters.read_codes import FORMAT_KEY
+from epmq_deploy.exporters.swap import export_copy, swapped_copy
+from epmq_deploy.exporters.trace import trace
+from epmq_deploy.exporters.verify import verify_codes, verify_runs_low_bit
+from epmq_deploy.models.family import MultiTaskModel
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+FP32_FORMAT = "fp32"
+FP32_FILE = "model_fp32.onnx"
+
+
+@dataclass(frozen=True)
+class ExportedGraph:
+    """One file that was written and verified.
+
+    Attributes:
+        format: a registered format's name, or ``fp32``.
+        path: the ``.onnx`` file.
+        bytes: size on disk, external data included.
+        opset: version of the default operator set.
+        low_bit_nodes: MatMulNBits nodes in the graph onnxruntime runs.
+    """
+
+    format: str
+    path: Path
+    bytes: int
+    opset: int
+    low_bit_nodes: int
+
+
+def export_graphs(
+    model: MultiTaskModel,
+    example_inputs: tuple[Tensor, ...],
+    layers: Mapping[str, QuantizedLinear],
+    replaced: Mapping[str, Tensor],
+    formats: Sequence[str],
+    output: Path,
+    *,
+    opset: int = 21,
+    accuracy_level: int = 0,
+) -> tuple[ExportedGraph, ...]:
+    """Write the merged model in float32 and its quantized form in every format asked for.
+
+    All formats are lowered from one graph and hold the solver's codes bit for bit, which is
+    checked on the files written.
+
+    Args:
+        model: the merged model, float32, on CPU; left as it is.
+        example_inputs: as ``family.input_names``, a batch of at least 2.
+        layers: by the backbone's dotted module name.
+        replaced: float32 parameters that quantization changed besides the weights, by the
+            backbone's parameter name; not part of the float32 graph.
+        formats: names from `epmq_deploy.exporters.formats.format_names`.
+        output: an existing, empty folder.
+        opset: version of the default operator set.
+        accuracy_level: of MatMulNBits: 0 computes in float32, 4 in int8.
+
+    Returns:
+        The float32 graph, then the formats in the order given.
+
+    Raises:
+        RecipeError: an unknown format, or options or group sizes a format cannot hold.
+        MismatchError: layers, parameters or inputs that do not belong to the model, or a layer that
+            runs more than once.
+        NumericsError: a written file does not hold the codes or would not run in low bits.
+    """
+    chosen = formats_of(formats)
+    check_options(chosen, layers, opset, accuracy_level)
+    check_inputs(model, example_inputs, layers, replaced)
+    packed = {name: pack_linear(name, layer) for name, layer in layers.items()}
+
+    def write(graph: ir.Model, name: str, file: str) -> ExportedGraph:
+        path = output / file
+        graph.metadata_props[FORMAT_KEY] = name
+        size = write_model(graph, path)
+        expected = {} if name == FP32_FORMAT else layers
+        if expected:
+            verify_codes(path, expected)
+        nodes = verify_runs_low_bit(path, expected, accuracy_level)
+        return ExportedGraph(name, path, size, opset, nodes)
+
+    written = [write(trace(export_copy(model), example_inputs, opset), FP32_FORMAT, FP32_FILE)]
+    if not chosen:
+        return tuple(written)
+    twin = swapped_copy(model, packed, replaced, accuracy_level)
+    graph = trace(twin, example_inputs, opset)
+    for fmt in chosen:
+        # A copy shares the tensors, so that each format lowers the same codes.
+        lowered = graph.clone()
+        fmt.lower(lowered)
+        written.append(write(lowered, fmt.name, fmt.file_name))
+    return tuple(written)

@@ -1,0 +1,38 @@
+"""Export formats: one module each, found by its ``FORMAT``."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.exporters.formats.format import GraphFormat
+
+__all__ = ["GraphFormat", "all_formats", "format_names", "formats_of"]
+
+
+def all_formats() -> tuple[GraphFormat, ...]:
+    """All formats in this package."""
+    modules = (import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__))
+    return tuple(module.FORMAT for module in modules if hasattr(module, "FORMAT"))
+
+
+def format_names() -> tuple[str, ...]:
+    """Names that recipes may use."""
+    return tuple(fmt.name for fmt in all_formats())
+
+
+def formats_of(names: Sequence[str]) -> tuple[GraphFormat, ...]:
+    """The formats of these names, in their order.
+
+    Raises:
+        RecipeError: a name is unknown or given twice.
+    """
+    known = {fmt.name: fmt for fmt in all_formats()}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise RecipeError(
+            f"unknown export format {', '.join(map(repr, unknown))}; known: {', '.join(known)}"
+        )
+    if len(set(names)) != len(names):
+        raise RecipeError(f"an export format is given twice: {', '.join(names)}")
+    return tuple(known[name] for name in names)

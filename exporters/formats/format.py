@@ -1,0 +1,43 @@
+"""What an export format has to provide."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+
+class GraphFormat(ABC):
+    """One way to write quantized layers into an ONNX file.
+
+    Attributes:
+        name: what recipes call it; the file is ``model_<name>.onnx``.
+        summary: one line for listings.
+        min_opset: lowest version of the default operator set it can be written in.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    min_opset: ClassVar[int]
+
+    @property
+    def file_name(self) -> str:
+        """Name of the exported file."""
+        return f"model_{self.name}.onnx"
+
+    @abstractmethod
+    def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
+        """What keeps these layers, by dotted name, from being exported: one sentence each."""
+
+    @abstractmethod
+    def lower(self, model: ir.Model) -> None:
+        """Turn the MatMulNBits graph (`epmq_deploy.exporters.graph`) into this format, in place.
+
+        Naming must be kept: node ``<layer>``, initializers ``<layer>.codes`` and so on.
+        """
+
+    @abstractmethod
+    def read(self, model: ir.Model) -> dict[str, QuantizedLinear]:
+        """The stored layers by dotted name, with container width and block size as their own."""

@@ -1,0 +1,33 @@
+"""``com.microsoft::MatMulNBits``: onnxruntime's own low-bit operator."""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from epmq_deploy.exporters.formats.format import GraphFormat
+from epmq_deploy.exporters.graph import low_bit_nodes, read_packed
+from epmq_deploy.exporters.packed_linear import unpack_linear
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+
+class MatMulNBitsFormat(GraphFormat):
+    """The graph that is exported, as it is."""
+
+    name = "matmulnbits"
+    summary = "MatMulNBits nodes: onnxruntime on CPU, CUDA and in the browser (WebGPU)"
+    min_opset = 18
+
+    def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
+        """Nothing beyond what packing itself demands."""
+        return []
+
+    def lower(self, model: ir.Model) -> None:
+        """See base: nothing to do."""
+
+    def read(self, model: ir.Model) -> dict[str, QuantizedLinear]:
+        """See base."""
+        nodes = low_bit_nodes(model.graph)
+        return {str(node.name): unpack_linear(read_packed(node)) for node in nodes}
+
+
+FORMAT = MatMulNBitsFormat()

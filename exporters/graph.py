@@ -1,0 +1,87 @@
+"""The MatMulNBits graph that every format is lowered from, and how layers are found in it.
+
+Naming, in every exported file: the node that multiplies by a quantized layer carries the layer's
+dotted name, and the layer's initializers are ``<layer>.codes``, ``<layer>.scales`` and, where
+present, ``<layer>.zero_points``.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from epmq_deploy.errors import MismatchError
+from epmq_deploy.exporters.packed_linear import PackedLinear
+
+DOMAIN = "com.microsoft"
+OP_TYPE = "MatMulNBits"
+LAYER_KEY = "epmq_deploy.layer"
+
+_SUFFIXES = ((1, "codes"), (2, "scales"), (3, "zero_points"))
+
+
+def low_bit_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """All MatMulNBits nodes; their names are the layers' once `name_layers` ran."""
+    return (node for node in graph if node.domain == DOMAIN and node.op_type == OP_TYPE)
+
+
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register a named tensor and return its value."""
+    value = ir.Value(
+        name=tensor.name,
+        type=ir.TensorType(tensor.dtype),
+        shape=tensor.shape,  # type: ignore[arg-type]
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def constant(node: ir.Node, index: int) -> np.ndarray | None:
+    """Value of an input that is an initializer; None where the input is absent."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        return None
+    if value.const_value is None:
+        raise ValueError(f"node {node.name}: input {index} ({value.name}) is no initializer")
+    return value.const_value.numpy()
+
+
+def name_layers(graph: ir.Graph) -> None:
+    """Give nodes and initializers their layers' names.
+
+    Equal initializers of different layers, which the optimizer merged into one, get one each
+    again: onnxruntime does not fuse a QDQ layer whose initializers are shared.
+
+    Raises:
+        MismatchError: a layer runs more than once.
+    """
+    nodes = list(low_bit_nodes(graph))
+    runs = Counter(node.metadata_props[LAYER_KEY] for node in nodes)
+    repeated = [f"layer {name} runs {count} times" for name, count in runs.items() if count > 1]
+    if repeated:
+        raise MismatchError("cannot export layers that run more than once", repeated)
+    for node in nodes:
+        node.name = node.metadata_props[LAYER_KEY]
+        node.outputs[0].name = f"{node.name}.product"
+        for index, suffix in _SUFFIXES:
+            array = constant(node, index)
+            if array is not None:
+                value = add_initializer(graph, ir.Tensor(array, name=f"{node.name}.{suffix}"))
+                node.replace_input_with(index, value)
+
+
+def read_packed(node: ir.Node) -> PackedLinear:
+    """What a MatMulNBits node multiplies by."""
+    codes, scales = constant(node, 1), constant(node, 2)
+    if codes is None or scales is None:
+        raise ValueError(f"node {node.name}: codes or scales are missing")
+    return PackedLinear(
+        codes=codes,
+        scales=scales.reshape(codes.shape[:2]),
+        zero_points=constant(node, 3),
+        bits=node.attributes.get_int("bits", 4),
+        block_size=node.attributes.get_int("block_size"),
+        in_features=node.attributes.get_int("K"),
+    )

@@ -1,0 +1,29 @@
+"""Read the quantized layers back from an exported file."""
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from epmq_deploy.errors import MismatchError
+from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+FORMAT_KEY = "epmq_deploy.format"
+
+
+def read_codes(path: Path) -> dict[str, QuantizedLinear]:
+    """The layers of an exported graph by dotted name, whatever its format.
+
+    Codes are the solver's. ``bits`` is the container's width (4 or 8) and ``group_size`` the ONNX
+    block size, so scales and zero points may be repeated; ``dequantize()`` equals the solver's
+    bit for bit.
+
+    Raises:
+        MismatchError: the file does not say that one of our formats wrote it.
+    """
+    model = ir.load(path)
+    name = model.metadata_props.get(FORMAT_KEY)
+    if name is None:
+        raise MismatchError(str(path), [f"no {FORMAT_KEY} in its metadata: not exported by epmq"])
+    (fmt,) = formats_of([name])
+    return fmt.read(model)

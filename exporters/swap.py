@@ -1,0 +1,121 @@
+"""Replace quantized ``nn.Linear`` layers by modules that export as MatMulNBits nodes."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from epmq_deploy.exporters.graph import DOMAIN, LAYER_KEY, OP_TYPE
+from epmq_deploy.exporters.packed_linear import PackedLinear
+from epmq_deploy.models.family import MultiTaskModel
+
+
+class MatMulNBitsLinear(nn.Module):
+    """Stands in for one ``nn.Linear`` while the model is exported.
+
+    Args:
+        name: the layer's dotted name; it travels with the node.
+        packed: the layer's codes and grid.
+        bias: ``[N]`` or None; a following Add, which onnxruntime fuses (other runtimes disagree
+            about the operator's own bias input).
+        accuracy_level: the operator's attribute.
+    """
+
+    def __init__(
+        self, name: str, packed: PackedLinear, bias: nn.Parameter | None, accuracy_level: int
+    ) -> None:
+        super().__init__()
+        self.layer_name = name
+        self.in_features = packed.in_features
+        self.out_features = packed.codes.shape[0]
+        self.bits = packed.bits
+        self.block_size = packed.block_size
+        self.accuracy_level = accuracy_level
+        self.codes: Tensor
+        self.scales: Tensor
+        self.zero_points: Tensor | None
+        self.register_buffer("codes", torch.from_numpy(packed.codes))
+        self.register_buffer("scales", torch.from_numpy(packed.scales))
+        zero_points = packed.zero_points
+        self.register_buffer(
+            "zero_points", None if zero_points is None else torch.from_numpy(zero_points)
+        )
+        self.bias = bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The scales: models look at a layer's ``weight.dtype`` (T5 does), never at its values."""
+        return self.scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Emit the node: ``[..., K]`` to ``[..., N]``.
+
+        Raises:
+            RuntimeError: called outside of ``torch.onnx.export``, where it cannot compute.
+        """
+        if not torch.onnx.is_in_onnx_export():
+            raise RuntimeError(f"{self.layer_name}: exists only to be exported, not to be run")
+        inputs = [x, self.codes, self.scales]
+        if self.zero_points is not None:
+            inputs.append(self.zero_points)
+        y = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{OP_TYPE}",
+            inputs,
+            {
+                "K": self.in_features,
+                "N": self.out_features,
+                "bits": self.bits,
+                "block_size": self.block_size,
+                "accuracy_level": self.accuracy_level,
+            },
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], self.out_features),
+            version=1,
+            metadata_props={LAYER_KEY: self.layer_name},
+        )
+        return y if self.bias is None else y + self.bias
+
+
+def export_copy(model: MultiTaskModel) -> MultiTaskModel:
+    """A copy that shares all tensors with ``model`` but no module, set up for export."""
+    shared: dict[int, object] = {
+        id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
+    }
+    twin = copy.deepcopy(model, shared).eval()
+    # Explicit attention exports to fewer nodes than SDPA's decomposition, and SDPA with a
+    # dynamic sequence length does not export at all.
+    set_attention = getattr(twin.backbone, "set_attn_implementation", None)
+    if set_attention is not None:
+        set_attention("eager")
+    return twin
+
+
+def swapped_copy(
+    model: MultiTaskModel,
+    packed: Mapping[str, PackedLinear],
+    replaced: Mapping[str, Tensor],
+    accuracy_level: int,
+) -> MultiTaskModel:
+    """A copy of ``model`` with replaced parameters and MatMulNBits layers.
+
+    Args:
+        model: left as it is.
+        packed: by the backbone's dotted module name.
+        replaced: by the backbone's parameter name.
+        accuracy_level: attribute of every node.
+    """
+    twin = export_copy(model)
+    for name, tensor in replaced.items():
+        parent, leaf = _parent(twin.backbone, name)
+        setattr(parent, leaf, nn.Parameter(tensor.detach().cpu(), requires_grad=False))
+    for name, layer in packed.items():
+        parent, leaf = _parent(twin.backbone, name)
+        bias = getattr(parent, leaf).bias
+        setattr(parent, leaf, MatMulNBitsLinear(name, layer, bias, accuracy_level))
+    return twin
+
+
+def _parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf

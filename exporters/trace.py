@@ -1,0 +1,84 @@
+"""From a torch model to a clean onnx-ir model, quietly."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import (
+    ClearMetadataAndDocStringPass,
+    NameFixPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+)
+from torch import Tensor
+
+import epmq_deploy
+from epmq_deploy.exporters.graph import name_layers
+from epmq_deploy.models.family import MultiTaskModel
+
+_LOGGER = logging.getLogger(__name__)
+
+
+def trace(model: MultiTaskModel, example_inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
+    """Export with a dynamic first dimension ``batch``.
+
+    Args:
+        model: as `swap.export_copy` or `swap.swapped_copy` returns it.
+        example_inputs: as ``family.input_names``, a batch of at least 2 (torch would bake a batch
+            of 1 into the graph).
+        opset: version of the default operator set.
+
+    Returns:
+        A model whose inputs are ``family.input_names`` and whose outputs are ``embedding`` and
+        ``logits_<task>``.
+    """
+    batch = torch.export.Dim("batch")
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            model,
+            example_inputs,
+            dynamo=True,
+            opset_version=opset,
+            input_names=model.family.input_names,
+            output_names=["embedding", *(f"logits_{task}" for task in model.tasks)],
+            dynamic_shapes=(tuple({0: batch} for _ in example_inputs),),
+            verbose=False,
+        )
+    assert program is not None  # only torch's legacy exporter returns nothing
+    graph = program.model
+    name_layers(graph.graph)
+    # Stack traces and module paths of the exporting machine do not belong into the file.
+    ir.passes.Sequential(
+        RemoveUnusedNodesPass(),
+        RemoveUnusedOpsetsPass(),
+        ClearMetadataAndDocStringPass(),
+        # An initializer may have come to share its name with an output.
+        NameFixPass(),
+    )(graph)
+    graph.producer_name = "epmq-deploy"
+    graph.producer_version = epmq_deploy.__version__
+    return graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's console output away: prints go to our debug log, notices nowhere."""
+    printed = io.StringIO()
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    # Below ERROR there are only notices, e.g. about packages this project does not use.
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+            # These address torch's own developers.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+        if printed.getvalue():
+            _LOGGER.debug("torch.onnx: %s", printed.getvalue())

@@ -1,0 +1,121 @@
+"""Prove that an exported file holds the solver's codes and runs them as low-bit kernels."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+
+from epmq_deploy.errors import NumericsError
+from epmq_deploy.exporters.graph import DOMAIN, OP_TYPE
+from epmq_deploy.exporters.read_codes import read_codes
+from epmq_deploy.exporters.session import session_config
+from epmq_deploy.quantization.grid import expand_groups
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+_ERRORS_ONLY = 3
+
+
+def verify_codes(path: Path, layers: Mapping[str, QuantizedLinear]) -> None:
+    """Check that a file holds exactly these layers, bit for bit.
+
+    Raises:
+        NumericsError: a layer is missing, unexpected, or differs in codes, scales or zero points;
+            names every one.
+    """
+    stored = read_codes(path)
+    problems = [f"{name}: not in the file" for name in layers.keys() - stored.keys()]
+    problems += [f"{name}: was never quantized" for name in stored.keys() - layers.keys()]
+    for name in layers.keys() & stored.keys():
+        parts = _differences(stored[name], layers[name])
+        problems += [f"{name}: {part} differ" for part in parts]
+    if problems:
+        raise NumericsError(
+            f"{path.name} does not hold what was quantized: {'; '.join(sorted(problems))}"
+        )
+
+
+def verify_runs_low_bit(
+    path: Path, layers: Mapping[str, QuantizedLinear], accuracy_level: int
+) -> int:
+    """Check that onnxruntime multiplies every layer with its low-bit kernel.
+
+    Returns:
+        Number of MatMulNBits nodes in the graph onnxruntime runs.
+
+    Raises:
+        NumericsError: the file is invalid, cannot be loaded, or a layer runs as anything but one
+            MatMulNBits node of the accuracy level asked for; names every one.
+    """
+    levels = executed_low_bit_layers(path, accuracy_level)
+    missing = sorted(layers.keys() - levels.keys())
+    if missing:
+        raise NumericsError(
+            f"{path.name}: onnxruntime would not run these layers in low bits: {', '.join(missing)}"
+        )
+    other = sorted(name for name in layers if levels[name] != accuracy_level)
+    if other:
+        raise NumericsError(
+            f"{path.name}: these layers would not run at accuracy level {accuracy_level}: "
+            f"{', '.join(other)}"
+        )
+    return len(levels)
+
+
+def executed_low_bit_layers(path: Path, accuracy_level: int) -> dict[str, int]:
+    """Accuracy level per MatMulNBits node, by name, of the graph onnxruntime runs on CPU.
+
+    Fusing DequantizeLinear with MatMul, and an Add into MatMulNBits, keeps the name of the
+    multiplying node, which is its layer's.
+
+    Raises:
+        NumericsError: the file is not valid ONNX, onnxruntime cannot load it, or two nodes share a
+            name.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        options.optimized_model_filepath = str(optimized)
+        options.intra_op_num_threads = 1
+        entries = session_config(accuracy_level) | {
+            # Beyond 2 GiB onnxruntime could not write the graph in one file.
+            "session.optimized_model_external_initializers_file_name": "optimized.data",
+            "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        }
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # onnxruntime's exceptions share no narrower base class.
+        except Exception as error:
+            raise NumericsError(f"{path.name} is no usable ONNX model: {error}") from error
+        graph = onnx.load(str(optimized), load_external_data=False).graph
+    nodes = [node for node in graph.node if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    repeated = [name for name, count in Counter(node.name for node in nodes).items() if count > 1]
+    if repeated:
+        raise NumericsError(f"{path.name}: several nodes are named {', '.join(repeated)}")
+    return {node.name: _accuracy_level(node) for node in nodes}
+
+
+def _accuracy_level(node: onnx.NodeProto) -> int:
+    levels = [attribute.i for attribute in node.attribute if attribute.name == "accuracy_level"]
+    return int(levels[0]) if levels else 0
+
+
+def _differences(stored: QuantizedLinear, solved: QuantizedLinear) -> list[str]:
+    """Which of codes, scales and zero points differ, column by column."""
+    if stored.codes.shape != solved.codes.shape:
+        return ["shapes"]
+    parts = [] if torch.equal(stored.codes, solved.codes.cpu()) else ["codes"]
+    columns = solved.in_features
+    for part in ("scales", "zero_points"):
+        ours = expand_groups(getattr(solved, part).cpu(), solved.group_size, columns)
+        theirs = expand_groups(getattr(stored, part), stored.group_size, columns)
+        if not torch.equal(theirs, ours):
+            parts.append(part)
+    return parts

@@ -1,0 +1,163 @@
+"""What is written: the solver's codes, the model's numbers, nothing else."""
+
+import types
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from epmq_deploy.exporters import format_names, read_codes
+from epmq_deploy.exporters.files import write_model
+from epmq_deploy.quantization.grid import expand_groups
+
+# onnxruntime and torch add up in different orders; logits here are below 20 and agree to 1e-6.
+# A wrong bias, scale or code moves them by far more than this.
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("fmt", format_names())
+def test_codes_are_the_solvers(exported, fmt: str) -> None:
+    stored = read_codes(exported.graphs[fmt].path)
+    assert stored.keys() == exported.case.layers.keys()
+    for name, layer in exported.case.layers.items():
+        assert torch.equal(stored[name].codes, layer.codes)
+        assert torch.equal(stored[name].dequantize(), layer.dequantize())
+        stored_zero = expand_groups(
+            stored[name].zero_points, stored[name].group_size, layer.in_features
+        )
+        zero = expand_groups(layer.zero_points, layer.group_size, layer.in_features)
+        assert torch.equal(stored_zero, zero)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_formats_agree_bit_for_bit(exported, tools: types.SimpleNamespace, batch: int) -> None:
+    images = torch.randn(batch, 3, 16, 16)
+    ours = tools.run(exported.graphs["matmulnbits"].path, images)
+    theirs = tools.run(exported.graphs["qdq"].path, images)
+    assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_quantized_graph_equals_torch(exported, tools: types.SimpleNamespace, batch: int) -> None:
+    images = torch.randn(batch, 3, 16, 16)
+    expected = tools.dequantized_model(exported.case)(images)
+    actual = tools.run(exported.graphs["matmulnbits"].path, images)
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_fp32_graph_equals_the_model_given(exported, tools: types.SimpleNamespace) -> None:
+    images = torch.randn(3, 3, 16, 16)
+    actual = tools.run(exported.graphs["fp32"].path, images)
+    for one, other in zip(actual, exported.case.model(images), strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_every_layer_runs_in_low_bits(exported) -> None:
+    count = len(exported.case.layers)
+    expected = {"fp32": 0, "matmulnbits": count, "qdq": count}
+    assert {name: graph.low_bit_nodes for name, graph in exported.graphs.items()} == expected
+
+
+@pytest.mark.parametrize("fmt", ["fp32", *format_names()])
+def test_interface(exported, fmt: str) -> None:
+    model = onnx.load(str(exported.graphs[fmt].path))
+    shapes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {
+        "pixel_values": ["batch", 3, 16, 16],
+        "embedding": ["batch", 32],
+        "logits_cars": ["batch", 7],
+        "logits_svhn": ["batch", 4],
+    }
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == 21
+    assert (model.producer_name, bool(model.producer_version)) == ("epmq-deploy", True)
+
+
+@pytest.mark.parametrize("fmt", ["fp32", *format_names()])
+def test_no_ballast(exported, fmt: str) -> None:
+    path = exported.graphs[fmt].path
+    model = onnx.load(str(path))
+    operators = Counter(node.op_type for node in model.graph.node)
+    assert not {"Constant", "Identity", "Cast"} & operators.keys()
+    used = {name for node in model.graph.node for name in node.input}
+    assert {tensor.name for tensor in model.graph.initializer} <= used
+    # Stack traces would carry the exporting machine's paths.
+    assert b".py" not in path.read_bytes()
+    assert not any(node.metadata_props for node in model.graph.node)
+
+
+def test_qdq_is_standard_onnx(exported) -> None:
+    model = onnx.load(str(exported.graphs["qdq"].path))
+    assert {entry.domain for entry in model.opset_import} == {""}
+
+
+@pytest.mark.parametrize("fmt", format_names())
+def test_size_is_that_of_the_packed_layers(exported, fmt: str) -> None:
+    weights = grid = 0
+    for layer in read_codes(exported.graphs[fmt].path).values():
+        weights += 4 * layer.codes.numel()
+        blocks = layer.scales.numel()
+        codes = blocks * layer.group_size * layer.bits // 8
+        grid += codes + 4 * blocks + blocks
+    expected = exported.graphs["fp32"].bytes - weights + grid
+    # Room for names and nodes; one float32 weight left over would be 16 KiB.
+    assert exported.graphs[fmt].bytes < expected + 12_000
+
+
+def test_nothing_reaches_stdout(exported) -> None:
+    assert exported.printed == ""
+
+
+def test_equal_layers_keep_their_own_codes(tools: types.SimpleNamespace, tmp_path: Path) -> None:
+    case = tools.make_case(lambda name, weight: (4, 32, False))
+    first, *others = [name for name in case.layers if case.layers[name].codes.shape == (64, 64)]
+    for name in others:
+        case.layers[name] = case.layers[first]
+    graphs = tools.export(case, ["qdq"], tmp_path)
+    assert graphs[1].low_bit_nodes == len(case.layers)
+    assert read_codes(graphs[1].path).keys() == case.layers.keys()
+
+
+def test_int8_accuracy_level(tools: types.SimpleNamespace, tmp_path: Path) -> None:
+    case = tools.make_case(lambda name, weight: (4, 32, True))
+    _, *graphs = tools.export(case, ["matmulnbits", "qdq"], tmp_path, accuracy_level=4)
+    ours, theirs = (tools.run(graph.path, case.images, accuracy_level=4) for graph in graphs)
+    exact = tools.dequantized_model(case)(case.images)
+    for one, other, reference in zip(ours, theirs, exact, strict=True):
+        assert np.array_equal(one, other)
+        assert np.abs(one - reference.numpy()).max() > TOLERANCE  # it is int8 indeed
+
+
+def test_callers_model_is_left_alone(tools: types.SimpleNamespace, tmp_path: Path) -> None:
+    case = tools.make_case(lambda name, weight: (4, 32, True))
+    backbone = case.model.backbone
+    before = {name: tensor.clone() for name, tensor in case.model.state_dict().items()}
+    modules = dict(case.model.named_modules())
+    attention = backbone.config._attn_implementation
+    case.model.train()
+    tools.export(case, ["qdq"], tmp_path)
+    after = case.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert dict(case.model.named_modules()) == modules
+    assert case.model.training
+    assert backbone.config._attn_implementation == attention
+
+
+def test_tensors_go_beside_the_file_when_too_large(exported, tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    model = ir.load(exported.graphs["qdq"].path)
+    path = tmp_path / "model_qdq.onnx"
+    size = write_model(model, path, limit=1000)
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.data"}
+    assert size == sum(file.stat().st_size for file in tmp_path.iterdir())
+    stored = read_codes(path)
+    for name, layer in exported.case.layers.items():
+        assert torch.equal(stored[name].codes, layer.codes)
