@@ -58,7 +58,7 @@ def evaluate(
             exported / item["file"],
             provider=provider,
             threads=recipe.eval.threads,
-            accuracy_level=item["accuracy_level"],
+            session_config=item["session_config"],
         )
         for item in files
     }

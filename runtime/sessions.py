@@ -25,8 +25,7 @@ class Graph:
         file: the ONNX file.
         provider: ``auto`` takes CUDA where onnxruntime can run it.
         threads: intra-op threads; onnxruntime's default when absent.
-        accuracy_level: arithmetic of low-bit matrix products in QDQ graphs (0 is float32); in
-            MatMulNBits graphs it is part of the node.
+        session_config: session options the graph was exported for.
 
     Raises:
         RecipeError: the provider that was asked for is not really used.
@@ -39,16 +38,14 @@ class Graph:
         *,
         provider: DeviceName = "auto",
         threads: int | None = None,
-        accuracy_level: int = 0,
+        session_config: Mapping[str, str] | None = None,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
-        # Left alone, onnxruntime computes QDQ graphs at level 4 (int8).
-        options.add_session_config_entry(
-            "session.qdq_matmulnbits_accuracy_level", str(accuracy_level)
-        )
+        for key, value in (session_config or {}).items():
+            options.add_session_config_entry(key, value)
         wanted = _wanted(provider)
         try:
             self._session = ort.InferenceSession(file, options, providers=wanted)

@@ -1,0 +1,167 @@
+"""The merge stage on checkpoints in the layouts users have."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_zoo import TASKS, TinyZoo
+from transformers import CLIPModel
+
+from epmq_deploy.checkpoints import Checkpoint, save_sharded
+from epmq_deploy.errors import MismatchError, NumericsError, RecipeError
+from epmq_deploy.merging.merge import merge
+from epmq_deploy.models import family_of
+from epmq_deploy.recipe import Recipe, load_recipe, override
+
+
+def copied(tiny: TinyZoo, target: Path) -> Path:
+    """A private copy of the tiny zoo; its recipe."""
+    shutil.copytree(tiny.folder, target)
+    return target / "recipe.yaml"
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of a model folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def expert_tensors(tiny: TinyZoo, task: str) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(tiny.expert(task), family_of(tiny.base).canonical_key)
+    return {name: checkpoint.load(name) for name in checkpoint.tensors}
+
+
+def test_output_loads_as_clip_and_holds_the_formula_s_weights(
+    tiny: TinyZoo, tmp_path: Path
+) -> None:
+    manifest = merge(load_recipe(tiny.recipe), tmp_path / "merged")
+    found = CLIPModel.from_pretrained(tmp_path / "merged").state_dict()
+    base = CLIPModel.from_pretrained(tiny.base).state_dict()
+    experts = [expert_tensors(tiny, task) for task in TASKS]
+    for name, value in base.items():
+        expected = value
+        if name in experts[0]:
+            expected = value + 0.3 * sum(expert[name] - value for expert in experts)
+        assert torch.allclose(found[name], expected, atol=1e-6), name
+    assert not torch.equal(
+        found["vision_model.encoder.layers.0.mlp.fc1.weight"],
+        base["vision_model.encoder.layers.0.mlp.fc1.weight"],
+    )
+    assert manifest.details["merged_tensors"] == len(experts[0])
+    assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
+
+
+def test_one_expert_at_scaling_one_gives_back_its_tower(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe = load_recipe(tiny.recipe)
+    alone = recipe.model_copy(update={"tasks": {"red": recipe.tasks["red"]}})
+    merge(override(alone, "merge", {"scaling": 1.0}), tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, value in expert_tensors(tiny, "red").items():
+        assert torch.allclose(found[name], value, atol=1e-6)
+
+
+def test_sharded_checkpoints_read_the_same(tiny: TinyZoo, tmp_path: Path) -> None:
+    tensors = load_file(tiny.base / "model.safetensors")
+    sizes = {name: value.numel() * value.itemsize for name, value in tensors.items()}
+    save_sharded(tmp_path, sizes, tensors.items(), max_shard_bytes=20_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    checkpoint = Checkpoint.open(tmp_path)
+    assert set(checkpoint.tensors) == set(tensors)
+    assert all(torch.equal(checkpoint.load(name), value) for name, value in tensors.items())
+
+
+def test_half_precision_output_on_request(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe = override(load_recipe(tiny.recipe), "merge", {"dtype": "float16"})
+    merge(recipe, tmp_path / "merged")
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {value.dtype for value in tensors.values()} == {torch.float16}
+
+
+def test_every_mismatch_is_named_at_once_and_nothing_is_written(
+    tiny: TinyZoo, tmp_path: Path
+) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+    experts = tmp_path / "zoo" / "experts"
+    fc1, fc2 = "encoder.layers.0.mlp.fc1.weight", "encoder.layers.1.mlp.fc2.weight"
+    names = load_file(experts / "red" / "model.safetensors")
+    prefix = "vision_model." if f"vision_model.{fc1}" in names else ""
+
+    def break_red(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[prefix + fc1] = tensors[prefix + fc1][:-1].clone()
+        tensors[prefix + "surplus.weight"] = torch.zeros(2)
+
+    def break_green(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[prefix + fc2]
+        tensors[prefix + fc1] = tensors[prefix + fc1].to(torch.float16)
+
+    def break_blue(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[prefix + fc2][0, 0] = float("nan")
+
+    edit(experts / "red", break_red)
+    edit(experts / "green", break_green)
+    edit(experts / "blue", break_blue)
+    with pytest.raises(MismatchError) as caught:
+        merge(load_recipe(recipe_file), tmp_path / "merged")
+    text = str(caught.value)
+    assert f"expert 'red': vision_model.{fc1} has shape [63, 32], the base has [64, 32]" in text
+    assert "expert 'red': has vision_model.surplus.weight, which the base lacks" in text
+    assert f"expert 'green': lacks vision_model.{fc2}" in text
+    assert "expert 'green': " in text
+    assert "float16" in text
+    assert f"expert 'blue': NaN or infinite values in vision_model.{fc2}" in text
+    assert len(caught.value.problems) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+def test_mixed_dtypes_merge_when_allowed(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+
+    def to_half(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            tensors[name] = tensors[name].to(torch.bfloat16)
+
+    edit(tmp_path / "zoo" / "experts" / "red", to_half)
+    recipe = load_recipe(recipe_file)
+    with pytest.raises(MismatchError, match="mixed_dtypes"):
+        merge(recipe, tmp_path / "merged")
+    merge(override(recipe, "merge", {"mixed_dtypes": True}), tmp_path / "merged")
+
+
+def test_overflow_in_the_output_dtype_is_an_error(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe = override(load_recipe(tiny.recipe), "merge", {"dtype": "float16", "scaling": 1e8})
+    with pytest.raises(NumericsError, match="float16"):
+        merge(recipe, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_pickled_weights_are_refused_with_the_conversion(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+    expert = tmp_path / "zoo" / "experts" / "red"
+    (expert / "model.safetensors").rename(expert / "pytorch_model.bin")
+    with pytest.raises(MismatchError, match=r"pickled weights.*save_pretrained"):
+        merge(load_recipe(recipe_file), tmp_path / "merged")
+
+
+def test_unknown_model_type_is_named(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+    config = tmp_path / "zoo" / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "other"}))
+    with pytest.raises(RecipeError, match="'other' is not supported; known: clip"):
+        merge(load_recipe(recipe_file), tmp_path / "merged")
+
+
+def test_every_missing_folder_is_named(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe: Recipe = load_recipe(tiny.recipe)
+    tasks = {
+        name: task.model_copy(update={"expert": f"/nowhere/{name}"})
+        for name, task in recipe.tasks.items()
+    }
+    with pytest.raises(MismatchError) as caught:
+        merge(recipe.model_copy(update={"tasks": tasks}), tmp_path / "merged")
+    assert len(caught.value.problems) == len(TASKS)
