@@ -1,0 +1,219 @@
+"""The command line: results, exit codes, one clear sentence for bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import yaml
+from tiny_zoo import TASKS, TinyZoo
+
+from epmq_deploy.cli.main import main
+
+
+def run(*arguments: object) -> int:
+    """Run the command line in this process; its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def chain(tiny: TinyZoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the outputs of the four commands, run one after the other."""
+    out = tmp_path_factory.mktemp("chain")
+    assert run("merge", tiny.recipe, "-o", out / "merged", "--quiet") == 0
+    assert run("quantize", out / "merged", "-o", out / "quantized", "--quiet") == 0
+    assert run("export", out / "quantized", "-o", out / "onnx", "--quiet") == 0
+    assert run("eval", out / "onnx", "--quiet") == 0
+    return out
+
+
+def recipe_with(tiny: TinyZoo, target: Path, **changes: object) -> Path:
+    """The tiny recipe with dotted keys changed, written beside links to its files."""
+    content = yaml.safe_load(tiny.recipe.read_text())
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        section = content
+        for part in path:
+            section = section[part]
+        section[last] = value
+    for item in tiny.folder.iterdir():
+        if item.is_dir():
+            (target / item.name).symlink_to(item)
+    file = target / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
+    assert {path.name for path in (chain / "onnx").iterdir()} == {
+        "config.json",
+        "preprocessor_config.json",
+        "heads.safetensors",
+        "manifest.json",
+        "model_fp32.onnx",
+        "model_matmulnbits.onnx",
+        "model_qdq.onnx",
+        "eval.json",
+    }
+    report = json.loads((chain / "onnx" / "eval.json").read_text())
+    assert [row["name"] for row in report["rows"]] == ["experts", "fp32", "matmulnbits", "qdq"]
+    assert report["samples"] == dict.fromkeys(TASKS, 15)
+    rows = {row["name"]: row for row in report["rows"]}
+    assert rows["matmulnbits"]["accuracy"] == rows["qdq"]["accuracy"]
+    assert rows["fp32"]["drop"] == 0
+    assert rows["qdq"]["latency"]["p50_ms"] <= rows["qdq"]["latency"]["p95_ms"]
+    session = onnxruntime.InferenceSession(chain / "onnx" / "model_qdq.onnx")
+    assert [item.name for item in session.get_outputs()] == [
+        "embedding",
+        *(f"logits_{task}" for task in sorted(TASKS)),
+    ]
+
+
+def test_json_goes_to_stdout_alone(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("quantize", chain / "merged", "-o", tmp_path / "q", "--json", "--method", "rtn") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["layers"] == 12
+    assert result["status"] == {"solved": 12, "kept": 3}
+
+
+def test_quiet_prints_nothing(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("quantize", chain / "merged", "-o", tmp_path / "q", "-q", "--method", "rtn") == 0
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_flags_alone_merge_without_a_recipe(tiny: TinyZoo, tmp_path: Path) -> None:
+    experts = [f"--expert={task}={tiny.expert(task)}" for task in TASKS]
+    flags = ["--method", "ties", "--density", "0.5", "-q"]
+    assert run("merge", "--base", tiny.base, *experts, *flags, "-o", tmp_path / "merged") == 0
+    manifest = json.loads((tmp_path / "merged" / "manifest.json").read_text())
+    assert manifest["recipe"]["merge"]["density"] == 0.5
+    # Without calibration data, only methods that need none can go on.
+    assert run("quantize", tmp_path / "merged", "-o", tmp_path / "q", "--method", "rtn", "-q") == 0
+
+
+def test_guided_quantization_without_data_says_what_is_missing(
+    tiny: TinyZoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expert = f"red={tiny.expert('red')}"
+    run("merge", "--base", tiny.base, "--expert", expert, "-o", tmp_path / "merged", "-q")
+    assert run("quantize", tmp_path / "merged", "-o", tmp_path / "q") == 3
+    assert "task 'red' has no calibration data" in capsys.readouterr().err
+    # The recipe's tasks can be handed in later.
+    arguments = ["quantize", tmp_path / "merged", "-o", tmp_path / "q", "--recipe", tiny.recipe]
+    assert run(*arguments) == 3
+    assert "expert 'blue' is not part of the merged model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"quantize__bits": 5}, 2, "quantize.bits: Input should be 2, 3, 4 or 8, found 5"),
+        ({"tasks__red__expert": "experts/none"}, 3, "expert 'red'"),
+        ({"tasks__red__calibration": {"path": "x.parquet"}}, 3, "x.parquet: no such file"),
+        (
+            {"tasks__red__evaluation__label_column": "truth"},
+            3,
+            "has no column 'truth'; it has image, label",
+        ),
+        ({"export": {"formats": ["gguf"]}}, 3, "matmulnbits"),
+        ({"tasks__red__head": {"classes": ["a", "b"]}}, 3, "its head has 2 classes"),
+    ],
+)
+def test_wrong_recipes_stop_before_any_work(
+    tiny: TinyZoo,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, object],
+    code: int,
+    message: str,
+) -> None:
+    recipe = recipe_with(tiny, tmp_path, **changes)
+    assert run("run", recipe, "-o", tmp_path / "out") == code
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("error: ")
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_existing_output_needs_overwrite(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, source, target in (
+        ("quantize", "merged", "quantized"),
+        ("export", "quantized", "onnx"),
+    ):
+        assert run(command, chain / source, "-o", chain / target) == 2
+        assert "--overwrite" in capsys.readouterr().err
+    assert run("eval", chain / "onnx") == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_wrong_folder_is_named(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", chain / "merged", "-o", chain / "x") == 2
+    assert "is the output of `epmq merge`" in capsys.readouterr().err
+
+
+def test_unknown_flag_and_bad_value_are_usage_errors(chain: Path, tmp_path: Path) -> None:
+    assert run("quantize", chain / "merged", "-o", tmp_path / "q", "--wrong") == 2
+    assert run("quantize", chain / "merged", "-o", tmp_path / "q", "--bits", "5") == 2
+    assert run("quantize", chain / "merged", "-o", tmp_path / "q", "--method", "magic") == 2
+    assert not (tmp_path / "q").exists()
+
+
+def test_missed_accuracy_gate_ends_with_5_after_the_report(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "eval.json"
+    assert run("eval", chain / "onnx", "-o", report, "--max-drop", "-200", "--no-experts") == 5
+    assert "accuracy gate missed: fp32" not in capsys.readouterr().err
+    assert report.is_file()
+    assert run("eval", chain / "onnx", "-o", tmp_path / "e", "--max-drop", "200", "-q") == 0
+
+
+def test_damaged_artifact_is_not_exported(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(chain / "quantized", tmp_path / "quantized")
+    file = tmp_path / "quantized" / "quantized.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.unlink()
+    file.write_bytes(content)
+    assert run("export", tmp_path / "quantized", "-o", tmp_path / "onnx") == 2
+    assert "quantized.safetensors was changed" in capsys.readouterr().err
+
+
+def test_run_skips_what_is_done_and_redoes_what_changed(tiny: TinyZoo, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def stamps() -> dict[str, int]:
+        names = ("merged/manifest.json", "quantized/manifest.json", "onnx/manifest.json")
+        return {name: (out / name).stat().st_mtime_ns for name in names}
+
+    settings = ["--set", "export.formats=[qdq]"]
+    assert run("run", tiny.recipe, "-o", out, "-q", *settings) == 0
+    first = stamps()
+    assert run("run", tiny.recipe, "-o", out, "-q", *settings) == 0
+    assert stamps() == first
+    changed = [*settings, "--set", "quantize.bits=8"]
+    assert run("run", tiny.recipe, "-o", out, "-q", *changed) == 2
+    assert stamps() == first
+    assert run("run", tiny.recipe, "-o", out, "-q", "--overwrite", *changed) == 0
+    second = stamps()
+    assert second["merged/manifest.json"] == first["merged/manifest.json"]
+    assert second["quantized/manifest.json"] != first["quantized/manifest.json"]
+    assert second["onnx/manifest.json"] != first["onnx/manifest.json"]
+
+
+@pytest.mark.parametrize("command", ["merge", "quantize", "export", "eval", "run", "demo"])
+def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    assert f"epmq {command} " in capsys.readouterr().out
