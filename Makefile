@@ -3,7 +3,7 @@ VENV ?= .venv
 DEMO ?= epmq-demo
 SOURCES := $(shell find epmq_deploy exporters runtime cli -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test lint dev clean
+.PHONY: demo test lint docs dev clean
 
 # The whole chain on the bundled experts; ends with the table of accuracies.
 demo: $(VENV)/.installed
@@ -18,6 +18,11 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	cd $(VENV) && bin/mypy --config-file $(CURDIR)/pyproject.toml -p epmq_deploy
+
+# The API reference, made from docstrings, into build/docs.
+docs: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet -c constraints.txt '.[docs]'
+	$(VENV)/bin/pdoc -o build/docs epmq_deploy
 
 # An editable install, for working on the code.
 dev:

@@ -9,6 +9,7 @@ from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.tables import stage_table
+from epmq_deploy.device import pick_device
 from epmq_deploy.recipe import ExportOptions, load_recipe, override
 
 
@@ -17,6 +18,7 @@ def command(
     quantized: Annotated[Path, typer.Argument(help="Output of `epmq quantize`.")],
     output: common.Output,
     recipe: common.RecipeFile = None,
+    device: common.Device = "auto",
     overwrite: common.Overwrite = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
@@ -36,6 +38,13 @@ def command(
     terminal = Terminal(as_json, quiet)
     carried = load_recipe(recipe) if recipe else read_manifest(quantized, "quantize").recipe
     chosen = override(carried, "export", flags)
-    manifest = export(chosen, quantized, output, overwrite=overwrite, progress=terminal)
+    manifest = export(
+        chosen,
+        quantized,
+        output,
+        overwrite=overwrite,
+        device=pick_device(device),
+        progress=terminal,
+    )
     data = {"output": str(output), **manifest.details}
     terminal.result(data, stage_table(manifest, str(output)))

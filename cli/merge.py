@@ -9,6 +9,7 @@ from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.tables import stage_table
+from epmq_deploy.device import pick_device
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.recipe import Recipe, absolute_paths, load_recipe, override, parse_recipe
@@ -22,6 +23,7 @@ def command(
     expert: Annotated[
         list[str] | None, typer.Option(help="An expert as name=path; repeat for each.")
     ] = None,
+    device: common.Device = "auto",
     overwrite: common.Overwrite = False,
     as_json: common.Json = False,
     quiet: common.Quiet = False,
@@ -40,7 +42,9 @@ def command(
 
     terminal = Terminal(as_json, quiet)
     chosen = override(_recipe(recipe, base, expert or []), "merge", flags)
-    manifest = merge(chosen, output, overwrite=overwrite, progress=terminal)
+    manifest = merge(
+        chosen, output, overwrite=overwrite, device=pick_device(device), progress=terminal
+    )
     data = {"output": str(output), **manifest.details}
     terminal.result(data, stage_table(manifest, str(output)))
 

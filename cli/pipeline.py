@@ -46,7 +46,7 @@ def run_all(
         "merge",
         merged,
         merge_fingerprint(recipe, open_experts(recipe))[0],
-        lambda: merge(recipe, merged, overwrite=overwrite, progress=terminal),
+        lambda: merge(recipe, merged, overwrite=overwrite, device=torch_device, progress=terminal),
     )
     made = stage(
         "quantize",
@@ -60,7 +60,14 @@ def run_all(
         "export",
         exported,
         export_fingerprint(recipe, made)[0],
-        lambda: export(recipe, quantized, exported, overwrite=overwrite, progress=terminal),
+        lambda: export(
+            recipe,
+            quantized,
+            exported,
+            overwrite=overwrite,
+            device=torch_device,
+            progress=terminal,
+        ),
     )
     report = read_report(exported / EVAL_FILE)
     if report is not None and report.fingerprint == eval_fingerprint(recipe, made):

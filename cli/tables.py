@@ -2,33 +2,34 @@
 
 from rich.table import Table
 
-from epmq_deploy.runtime.report import EvalReport
+from epmq_deploy.runtime.report import REFERENCE, EvalReport
 from epmq_deploy.stage import Manifest
 
 
 def eval_table(report: EvalReport) -> Table:
-    """Accuracy per task and average, drop against fp32 merged, size and latency."""
+    """A column per model: accuracy per task and on average, drop, size and latency."""
     threads = "default" if report.threads is None else str(report.threads)
     table = Table(
-        title="accuracy %, by model and task",
-        caption=f"{report.provider}, {threads} threads; experts run in torch, each on its own task",
+        title="accuracy %",
+        caption=f"graphs on {report.provider}, threads: {threads}; experts in torch, each on its "
+        "own task",
     )
-    table.add_column("model")
-    for task in report.samples:
-        table.add_column(task, justify="right")
-    for column in ("average", "drop", "MB", "p50 ms", "p95 ms"):
-        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("task")
     for row in report.rows:
-        drop = report.drop(row)
-        table.add_row(
-            row.name,
-            *(f"{row.accuracy[task]:.1f}" for task in report.samples),
-            f"{row.average:.2f}",
-            "" if drop is None else f"{drop:+.2f}",
-            "" if row.bytes is None else f"{row.bytes / 1e6:.2f}",
-            "" if row.latency is None else f"{row.latency.p50_ms:.2f}",
-            "" if row.latency is None else f"{row.latency.p95_ms:.2f}",
-        )
+        title = "fp32 merged" if row.name == REFERENCE else row.name
+        table.add_column(title, justify="right", no_wrap=True)
+    for task in report.samples:
+        table.add_row(task, *(f"{row.accuracy[task]:.1f}" for row in report.rows))
+    table.add_section()
+    table.add_row("average", *(f"{row.average:.2f}" for row in report.rows))
+    drops = [report.drop(row) for row in report.rows]
+    table.add_row("drop against fp32 merged", *("" if d is None else f"{d:.2f}" for d in drops))
+    table.add_section()
+    sizes = ["" if row.bytes is None else f"{row.bytes / 1e6:.2f}" for row in report.rows]
+    table.add_row("file, MB", *sizes)
+    for label, name in (("batch 1 p50, ms", "p50_ms"), ("batch 1 p95, ms", "p95_ms")):
+        times = [row.latency and f"{getattr(row.latency, name):.2f}" for row in report.rows]
+        table.add_row(label, *(text or "" for text in times))
     return table
 
 

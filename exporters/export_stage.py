@@ -45,6 +45,7 @@ def export(
     output: Path,
     *,
     overwrite: bool = False,
+    device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> Manifest:
     """Write the fp32 merged model and every format of the recipe, with settings and heads.
@@ -69,7 +70,7 @@ def export(
     example = family.example_inputs(merged, 2)
     with torch.inference_mode():
         features = family.embed(backbone, *example).shape[1]
-    heads = build_heads(recipe.tasks, family, merged, features, progress)
+    heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
     with atomic_folder(output, overwrite=overwrite) as folder:
         graphs = export_graphs(
             MultiTaskModel(family, backbone, heads),

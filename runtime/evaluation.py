@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from epmq_deploy.runtime.latency import measure_latency
 from epmq_deploy.runtime.report import EXPERTS, EvalReport, Row
 from epmq_deploy.runtime.sessions import Graph
 from epmq_deploy.stage import Manifest, check_outputs, fingerprint, read_manifest
+from epmq_deploy.tasks.accuracy import count_hits, embeddings
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
 from epmq_deploy.tasks.experts import ExpertBackbone
 from epmq_deploy.tasks.heads import load_heads
@@ -160,20 +160,17 @@ class _Scorer:
     def accuracies(self, task: str, samples: Samples) -> dict[str, float]:
         """Percent correct by model name."""
         expert = self.experts.become(task) if self.experts else None
-        labels = samples.labels().numpy()
+        labels = samples.labels()
         hits = dict.fromkeys([*self.graphs, *([EXPERTS] if expert else [])], 0)
         start = 0
         for batch in self.batches(samples, self.batch_size):
             truth = labels[start : start + len(batch[0])]
-            start += len(batch[0])
+            start += len(truth)
             output = f"logits_{task}"
             for name, graph in self.graphs.items():
-                logits = graph.run(batch, [output])[output]
-                hits[name] += int((np.argmax(logits, axis=1) == truth).sum())
+                logits = torch.from_numpy(graph.run(batch, [output])[output])
+                hits[name] += count_hits(logits, truth)
             if self.experts is not None and expert is not None:
-                with torch.inference_mode():
-                    inputs = (value.to(self.experts.device) for value in batch)
-                    features = self.family.embed(expert, *inputs).cpu()
-                predicted = (features @ self.heads[task].T).argmax(dim=1).numpy()
-                hits[EXPERTS] += int((predicted == truth).sum())
+                logits = embeddings(expert, self.family, batch) @ self.heads[task].T
+                hits[EXPERTS] += count_hits(logits, truth)
         return {name: 100.0 * count / len(labels) for name, count in hits.items()}

@@ -17,11 +17,13 @@ class CheckpointTaskVectors:
         base: the base model.
         experts: the experts, in task order.
         names: the tensors that are merged.
+        device: where the task vectors are computed.
     """
 
     base: Checkpoint
     experts: Sequence[Checkpoint]
     names: Sequence[str]
+    device: torch.device
 
     @property
     def tasks(self) -> int:
@@ -43,4 +45,8 @@ class CheckpointTaskVectors:
         return torch.stack([self._task_vector(expert, name) for expert in self.experts])
 
     def _task_vector(self, expert: Checkpoint, name: str) -> Tensor:
-        return expert.load(name).to(torch.float32) - self.base.load(name).to(torch.float32)
+        return self.loaded(expert, name) - self.loaded(self.base, name)
+
+    def loaded(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        """One tensor, float32, on the device."""
+        return checkpoint.load(name).to(self.device, torch.float32)

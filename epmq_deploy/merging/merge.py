@@ -100,7 +100,12 @@ def merge_fingerprint(recipe: Recipe, experts: Experts) -> tuple[str, dict[str, 
 
 
 def merge(
-    recipe: Recipe, output: Path, *, overwrite: bool = False, progress: Progress | None = None
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Merge the recipe's experts into ``output``, a loadable Hugging Face folder.
 
@@ -117,7 +122,9 @@ def merge(
     base, experts, options = opened.base, opened.experts, recipe.merge
     mark, inputs = merge_fingerprint(recipe, opened)
     method = MERGE_METHODS[options.method]
-    vectors = CheckpointTaskVectors(base, tuple(experts.values()), names)
+    vectors = CheckpointTaskVectors(
+        base, tuple(experts.values()), names, device or torch.device("cpu")
+    )
     dtypes = {name: _output_dtype(options, info.dtype) for name, info in base.tensors.items()}
     sizes = {
         name: dtypes[name].itemsize * torch.Size(info.shape).numel()
@@ -146,12 +153,11 @@ def _merged_tensors(
     statistics = method.statistics(vectors, options) if method.statistics else None
     merged = set(vectors.names)
     for name in base.tensors:
-        value = base.load(name)
         if name in merged:
-            value = method.merge(
-                value.to(torch.float32), vectors.of_tensor(name), options, statistics
-            )
-        yield name, value
+            start = vectors.loaded(base, name)
+            yield name, method.merge(start, vectors.of_tensor(name), options, statistics).cpu()
+        else:
+            yield name, base.load(name)
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -82,7 +82,11 @@ class ClipFamily(ModelFamily):
         return (torch.randn(batch, channels, size, size, generator=generator),)
 
     def zero_shot_head(
-        self, folder: Path, classes: Sequence[str], templates: Sequence[str]
+        self,
+        folder: Path,
+        classes: Sequence[str],
+        templates: Sequence[str],
+        device: torch.device,
     ) -> Tensor:
         """Per class the mean of its prompts' unit embeddings, as unit vector times the logit scale.
 
@@ -91,6 +95,7 @@ class ClipFamily(ModelFamily):
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
         model = fill(CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True)), folder)
+        model = model.to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         rows = []
         with torch.inference_mode():
@@ -98,12 +103,12 @@ class ClipFamily(ModelFamily):
                 prompts = [template.format(name) for template in templates]
                 tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
                 embeds = model.get_text_features(
-                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+                    input_ids=tokens["input_ids"].to(device),
+                    attention_mask=tokens["attention_mask"].to(device),
                 ).pooler_output
-                embeds = embeds / embeds.norm(dim=-1, keepdim=True)
-                mean = embeds.mean(dim=0)
+                mean = (embeds / embeds.norm(dim=-1, keepdim=True)).mean(dim=0)
                 rows.append(mean / mean.norm())
-            head: Tensor = torch.stack(rows) * model.logit_scale.exp()
+            head: Tensor = (torch.stack(rows) * model.logit_scale.exp()).cpu()
         return head
 
 

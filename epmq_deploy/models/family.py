@@ -64,9 +64,13 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def zero_shot_head(
-        self, folder: Path, classes: Sequence[str], templates: Sequence[str]
+        self,
+        folder: Path,
+        classes: Sequence[str],
+        templates: Sequence[str],
+        device: torch.device,
     ) -> Tensor:
-        """Head ``[C, D]`` from class names and prompt templates.
+        """Head ``[C, D]`` on the CPU from class names and prompt templates.
 
         Raises:
             RecipeError: the family has no text side to build a head with.

@@ -21,6 +21,8 @@ def build_heads(
     family: ModelFamily,
     folder: Path,
     features: int,
+    *,
+    device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """Heads of all tasks that have one: float32 ``[C_t, features]``.
@@ -30,6 +32,7 @@ def build_heads(
         family: the model's family, for zero-shot heads.
         folder: model folder with the text tower.
         features: width of the embedding.
+        device: where to run the text tower.
         progress: shows one step per task.
 
     Raises:
@@ -40,7 +43,7 @@ def build_heads(
     specified = [(name, task.head) for name, task in tasks.items() if task.head is not None]
     for name, head in progress.track(specified, "building heads"):
         try:
-            matrix = _build(head, family, folder)
+            matrix = _build(head, family, folder, device or torch.device("cpu"))
         except RecipeError as error:
             problems.append(f"task {name!r}: {error}")
             continue
@@ -54,9 +57,9 @@ def build_heads(
     return heads
 
 
-def _build(head: Head, family: ModelFamily, folder: Path) -> Tensor:
+def _build(head: Head, family: ModelFamily, folder: Path, device: torch.device) -> Tensor:
     if head.classes is not None:
-        return family.zero_shot_head(folder, head.classes, head.templates)
+        return family.zero_shot_head(folder, head.classes, head.templates, device)
     assert head.matrix is not None, "the recipe checks that one of the two is given"
     try:
         with safe_open(head.matrix, framework="pt") as handle:

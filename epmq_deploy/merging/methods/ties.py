@@ -90,7 +90,7 @@ def global_statistics(vectors: TaskVectors, options: TiesOptions) -> TiesStatist
     for task in range(vectors.tasks):
         magnitudes = torch.cat([tensor.abs().flatten() for tensor in vectors.of_task(task)])
         thresholds.append(magnitude_threshold(magnitudes, options.density))
-    bounds = torch.tensor(thresholds)
+    bounds = torch.tensor(thresholds, device=magnitudes.device)
     total = sum(float(trim(stack, bounds).sum(dim=0).sign().sum()) for stack in vectors.stacked())
     return TiesStatistics(bounds, 1.0 if total >= 0 else -1.0)
 

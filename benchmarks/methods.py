@@ -1,0 +1,167 @@
+"""Accuracy of quantization methods side by side, in torch, on one merge of a recipe's experts.
+
+    python benchmarks/methods.py                       # the bundled zoo, test samples
+    python benchmarks/methods.py --held-back           # choose options without test samples
+    python benchmarks/methods.py --set merge.method=ties --variant epmq,bits=2,anchor=0.5
+
+With ``--held-back`` each task's calibration samples are halved: one half calibrates, the other is
+scored. Writes ``benchmarks/results/methods.json`` and prints the table as Markdown.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+import epmq_deploy
+from epmq_deploy.calibration.targets import TARGETS
+from epmq_deploy.cli.run import assign
+from epmq_deploy.merging.merge import merge
+from epmq_deploy.models import ModelFamily, family_of
+from epmq_deploy.quantization.model import quantize_model
+from epmq_deploy.quantization.quantize import calibration_samples
+from epmq_deploy.recipe import Recipe, load_recipe, override
+from epmq_deploy.tasks.accuracy import torch_accuracy
+from epmq_deploy.tasks.data import batches, load_samples
+from epmq_deploy.tasks.experts import ExpertBackbone
+from epmq_deploy.tasks.heads import build_heads
+
+ZOO = Path(epmq_deploy.__file__).parent / "zoo" / "recipe.yaml"
+RESULTS = Path(__file__).parent / "results"
+VARIANTS = (
+    "rtn,bits=4",
+    "gptq,bits=4",
+    "epmq,bits=4",
+    "rtn,bits=3",
+    "gptq,bits=3",
+    "epmq,bits=3",
+)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One merge with its data, loaded once.
+
+    Attributes:
+        recipe: what was merged.
+        folder: the merged model.
+        family: its family.
+        calibration: batches of inputs by task.
+        scored: batches of inputs and labels by task.
+        heads: by task.
+    """
+
+    recipe: Recipe
+    folder: Path
+    family: ModelFamily
+    calibration: dict[str, list[tuple[Tensor, ...]]]
+    scored: dict[str, tuple[list[tuple[Tensor, ...]], Tensor]]
+    heads: dict[str, Tensor]
+
+    def accuracy(self, model: nn.Module, task: str) -> float:
+        """Percent correct on a task's scored samples."""
+        inputs, labels = self.scored[task]
+        return torch_accuracy(model, self.family, self.heads[task], inputs, labels)
+
+    def average(self, model: nn.Module) -> float:
+        """Percent correct, averaged over tasks."""
+        return sum(self.accuracy(model, task) for task in self.scored) / len(self.scored)
+
+    def experts_average(self) -> float:
+        """Each expert on its own task, averaged."""
+        expert = ExpertBackbone(self.recipe, torch.device("cpu"))
+        scores = [self.accuracy(expert.become(task), task) for task in self.scored]
+        return sum(scores) / len(scores)
+
+
+def load_suite(recipe: Recipe, folder: Path, held_back: bool) -> Suite:
+    """Merge into ``folder`` and load all samples."""
+    merge(recipe, folder)
+    family = family_of(folder)
+    calibration, scored = {}, {}
+    for task, chosen in calibration_samples(recipe).items():
+        inputs = list(batches(chosen, family, folder, 32))
+        if held_back:
+            half = len(inputs) // 2
+            calibration[task] = inputs[:half]
+            scored[task] = inputs[half:], chosen.labels()[half * 32 :]
+            continue
+        calibration[task] = inputs
+        source = recipe.tasks[task].evaluation
+        assert source is not None, f"task {task} has no evaluation data"
+        test = load_samples(task, source)
+        scored[task] = list(batches(test, family, folder, 64)), test.labels()
+    model = family.load(folder)
+    with torch.inference_mode():
+        features = family.embed(model, *next(iter(calibration.values()))[0]).shape[1]
+    heads = build_heads(recipe.tasks, family, folder, features)
+    return Suite(recipe, folder, family, calibration, scored, heads)
+
+
+def measure(suite: Suite, variant: str) -> dict[str, Any]:
+    """Quantize one variant (``method,option=value,...``) and score it."""
+    method, *assignments = variant.split(",")
+    flags = {key: yaml.safe_load(value) for key, value in (a.split("=") for a in assignments)}
+    recipe = override(suite.recipe, "quantize", {"method": method, **flags})
+    target = TARGETS[recipe.quantize.method]
+    expert = ExpertBackbone(recipe, torch.device("cpu"))
+    model = suite.family.load(suite.folder)
+    started = time.perf_counter()
+    quantize_model(
+        model,
+        suite.family,
+        target,
+        recipe.quantize,
+        batches={
+            task: (lambda inputs=inputs: inputs) for task, inputs in suite.calibration.items()
+        },
+        experts=lambda task, name: expert.become(task).get_parameter(name).detach(),
+    )
+    return {
+        "variant": variant,
+        "options": recipe.quantize.model_dump(),
+        "average": suite.average(model),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main() -> None:
+    """Measure all variants and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--recipe", type=Path, default=ZOO)
+    parser.add_argument("--set", action="append", default=[], metavar="section.option=value")
+    parser.add_argument("--variant", action="append", metavar="method,option=value,...")
+    parser.add_argument("--held-back", action="store_true")
+    parser.add_argument("--output", type=Path, default=RESULTS / "methods.json")
+    arguments = parser.parse_args()
+    recipe = assign(load_recipe(arguments.recipe), arguments.set)
+    with tempfile.TemporaryDirectory() as work:
+        suite = load_suite(recipe, Path(work) / "merged", arguments.held_back)
+        rows = [
+            {"variant": "experts", "average": suite.experts_average()},
+            {"variant": "fp32 merged", "average": suite.average(suite.family.load(suite.folder))},
+        ]
+        print("| model | average accuracy % |\n|---|---|")
+        for row in rows:
+            print(f"| {row['variant']} | {row['average']:.2f} |", flush=True)
+        for variant in arguments.variant or VARIANTS:
+            rows.append(measure(suite, variant))
+            print(f"| {variant} | {rows[-1]['average']:.2f} |", flush=True)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "scored": "held-back calibration samples" if arguments.held_back else "test samples",
+        "merge": recipe.merge.model_dump(),
+        "rows": rows,
+    }
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Accuracy of a torch model on one task."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from epmq_deploy.models import ModelFamily
+
+
+def count_hits(logits: Tensor, labels: Tensor) -> int:
+    """Samples whose largest logit is their label; ``logits [n, C]``, ``labels [n]`` int64."""
+    return int((logits.argmax(dim=1) == labels).sum())
+
+
+def torch_accuracy(
+    model: nn.Module,
+    family: ModelFamily,
+    head: Tensor,
+    batches: Iterable[tuple[Tensor, ...]],
+    labels: Tensor,
+) -> float:
+    """Percent correct.
+
+    Args:
+        model: a backbone of ``family``.
+        family: embeds the inputs.
+        head: ``[C, D]``.
+        batches: model inputs, in the order of ``labels``.
+        labels: int64 ``[n]``.
+    """
+    hits = start = 0
+    for inputs in batches:
+        features = embeddings(model, family, inputs)
+        stop = start + len(features)
+        hits += count_hits(features @ head.T, labels[start:stop])
+        start = stop
+    return 100.0 * hits / len(labels)
+
+
+def embeddings(model: nn.Module, family: ModelFamily, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Features ``[n, D]`` of one batch, computed where the model is, returned on the CPU."""
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        return family.embed(model, *(value.to(device) for value in inputs)).cpu()
