@@ -111,7 +111,6 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
     flags = {key: yaml.safe_load(value) for key, value in (a.split("=") for a in assignments)}
     recipe = override(suite.recipe, "quantize", {"method": method, **flags})
     target = TARGETS[recipe.quantize.method]
-    expert = ExpertBackbone(recipe, torch.device("cpu"))
     model = suite.family.load(suite.folder)
     started = time.perf_counter()
     quantize_model(
@@ -122,7 +121,7 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
         batches={
             task: (lambda inputs=inputs: inputs) for task, inputs in suite.calibration.items()
         },
-        experts=lambda task, name: expert.become(task).get_parameter(name).detach(),
+        experts=ExpertBackbone(recipe, torch.device("cpu")),
     )
     return {
         "variant": variant,

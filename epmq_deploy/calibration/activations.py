@@ -1,13 +1,15 @@
 """Running the deployed model block by block over calibration samples."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.statistics import InputAccumulator, TaskStatistics
+from epmq_deploy.calibration.statistics import Accumulator, TaskStatistics
+from epmq_deploy.errors import NumericsError
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error
@@ -62,23 +64,55 @@ def input_statistics(
     block: nn.Module, layer: nn.Module, inputs: Sequence[BlockInput]
 ) -> TaskStatistics:
     """Statistics of ``layer``'s inputs while ``block`` runs; stops as soon as it is reached."""
-    accumulator = InputAccumulator()
+    accumulator = Accumulator()
+    for item in inputs:
+        accumulator.add(_input_of(block, layer, item))
+    return accumulator.statistics()
 
-    def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        accumulator.add(args[0])
+
+def paired_statistics(
+    block: nn.Module,
+    layer: nn.Module,
+    inputs: Sequence[BlockInput],
+    expert_block: nn.Module,
+    expert_layers: Mapping[str, nn.Linear],
+    expert_inputs: Sequence[BlockInput],
+) -> TaskStatistics:
+    """As ``input_statistics``, with the expert's outputs on the same batches.
+
+    Args:
+        block: the student's block.
+        layer: the student's layer (the first of those that share an input).
+        inputs: what the student's block receives, batch by batch.
+        expert_block: the expert's block.
+        expert_layers: the expert's layers of the group, by name.
+        expert_inputs: what the expert's block receives, batch by batch.
+    """
+    accumulator = Accumulator()
+    for item, expert_item in zip(inputs, expert_inputs, strict=True):
+        features = _input_of(expert_block, next(iter(expert_layers.values())), expert_item)
+        outputs = {name: features @ linear.weight.T for name, linear in expert_layers.items()}
+        accumulator.add(_input_of(block, layer, item), outputs)
+    return accumulator.statistics()
+
+
+def _input_of(block: nn.Module, layer: nn.Module, item: BlockInput) -> Tensor:
+    """What ``layer`` receives when ``block`` runs, which stops there."""
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
         raise _Reached
 
-    handle = layer.register_forward_pre_hook(collect)
+    handle = layer.register_forward_pre_hook(keep)
     try:
-        with torch.inference_mode():
-            for item in inputs:
-                try:
-                    item.run(block)
-                except _Reached:
-                    continue
+        with torch.inference_mode(), contextlib.suppress(_Reached):
+            item.run(block)
     finally:
         handle.remove()
-    return accumulator.statistics()
+    if not seen:
+        raise NumericsError("a layer listed by the model family does not run in its block")
+    return seen[0]
 
 
 def advance(block: nn.Module, inputs: Sequence[BlockInput]) -> None:

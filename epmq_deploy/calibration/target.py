@@ -16,7 +16,7 @@ from typing import ClassVar, Generic, Literal, TypeVar
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
+from epmq_deploy.calibration.statistics import ExpertOutputs, GroupSums, TaskStatistics
 from epmq_deploy.options import Options
 
 
@@ -67,6 +67,21 @@ O = TypeVar("O", bound=QuantizeOptions)  # noqa: E741
 
 
 @dataclass(frozen=True)
+class LayerWeights:
+    """A layer's weights before quantization.
+
+    Attributes:
+        name: dotted name.
+        merged: ``W_m``, float ``[N, K]``.
+        base: ``W_b``, float ``[N, K]``, for targets that use experts.
+    """
+
+    name: str
+    merged: Tensor
+    base: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LayerProblem:
     """What the solver is asked for.
 
@@ -105,19 +120,29 @@ class CalibrationTarget(ABC, Generic[O]):
         """``s_t``, the weight of a task."""
         return 1.0
 
-    def cross(self, expert: Tensor, statistics: TaskStatistics, options: O) -> Tensor:
-        """``G_t = Y_t^T X_t / n_t``, float64 ``[N, K]``, for an expert's weight ``[N, K]``."""
+    def uses_features(self, options: O) -> bool:
+        """Whether the experts' own features are needed, not only their weights."""
+        return False
+
+    def expert_outputs(
+        self, layer: str, expert: Tensor, statistics: TaskStatistics, options: O
+    ) -> ExpertOutputs:
+        """``Y_t^T X_t / n_t`` and the mean of ``Y_t``, without bias.
+
+        Args:
+            layer: dotted name.
+            expert: the expert's weight, float ``[N, K]``.
+            statistics: of the layer's inputs on the expert's task.
+            options: the method's options.
+        """
         raise NotImplementedError(f"{self.name} is not guided by experts")
 
     @abstractmethod
-    def problem(
-        self, merged: Tensor, sums: GroupSums, cross: Tensor | None, options: O
-    ) -> LayerProblem:
+    def problem(self, layer: LayerWeights, sums: GroupSums, options: O) -> LayerProblem:
         """The problem of one layer.
 
         Args:
-            merged: the merged weight, float ``[N, K]``.
+            layer: name, merged weight and, when ``uses_experts``, the base's.
             sums: over all tasks, for the layer's inputs; empty when ``uses_data`` is false.
-            cross: ``sum_t s_t G_t``, float64 ``[N, K]``, when ``uses_experts``.
             options: the method's options.
         """

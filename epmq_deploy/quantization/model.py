@@ -1,10 +1,10 @@
 """Quantizing a model block by block, in the order its layers run."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,10 @@ from epmq_deploy.calibration.activations import (
     advance,
     capture_block_inputs,
     input_statistics,
+    paired_statistics,
 )
-from epmq_deploy.calibration.statistics import GroupSums
-from epmq_deploy.calibration.target import CalibrationTarget, QuantizeOptions
+from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
+from epmq_deploy.calibration.target import CalibrationTarget, LayerWeights, QuantizeOptions
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.models import Block, ModelFamily
 from epmq_deploy.progress import NoProgress, Progress
@@ -25,9 +26,28 @@ from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 log = logging.getLogger(__name__)
 
-# Task name and tensor name to an expert's tensor.
-ExpertTensors = Callable[[str, str], Tensor]
-TaskBatches = Mapping[str, Callable[[], Any]]
+# Per task, a function that yields batches of model inputs.
+TaskBatches = Mapping[str, Callable[[], Iterable[tuple[Tensor, ...]]]]
+
+
+class Experts(Protocol):
+    """Where guided targets get base and experts from, a piece at a time."""
+
+    def base_tensor(self, name: str) -> Tensor:
+        """One of the base's tensors, float32, on the model's device."""
+        ...
+
+    def tensor(self, task: str, name: str) -> Tensor:
+        """One of an expert's tensors, float32, on the model's device."""
+        ...
+
+    def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
+        """A model with an expert's weights, but for the modules ``without``."""
+        ...
+
+    def module(self, task: str, name: str) -> nn.Module:
+        """One module with an expert's weights."""
+        ...
 
 
 @dataclass
@@ -52,14 +72,14 @@ def quantize_model(
     options: QuantizeOptions,
     *,
     batches: TaskBatches,
-    experts: ExpertTensors,
+    experts: Experts | None = None,
     progress: Progress | None = None,
 ) -> QuantizedModel:
     """Quantize ``model`` in place (its weights become the dequantized ones).
 
     True sequential: the inputs of every layer are gathered with all earlier layers already
-    quantized; layers that share an input share one Gram matrix. Experts' weights are read one
-    layer at a time.
+    quantized; layers that share an input share one Gram matrix. Experts are read one layer or
+    block at a time.
 
     Args:
         model: the merged model, on the device to work on.
@@ -67,7 +87,7 @@ def quantize_model(
         target: the method.
         options: the method's options.
         batches: per task, a function that yields batches of model inputs.
-        experts: reads one expert's tensor; only called for guided targets.
+        experts: required by guided targets.
         progress: shows one step per block.
 
     Raises:
@@ -75,64 +95,82 @@ def quantize_model(
     """
     progress = progress or NoProgress()
     blocks = family.blocks(model)
-    result = QuantizedModel()
-    walk = _Walk(model, family, target, options, experts, result)
-    inputs = walk.first_inputs(blocks[0], batches) if target.uses_data else {}
+    walk = _Walk(model, family, target, options, experts)
+    if target.uses_data:
+        walk.start(blocks, batches)
     for block in progress.track(blocks, "quantizing"):
         for group in block.groups:
-            walk.quantize_group(block, group, inputs)
-        for task_inputs in inputs.values():
-            advance(model.get_submodule(block.name), task_inputs)
+            walk.quantize_group(block, group)
+        walk.advance(block)
     walk.report_kept(blocks)
-    return result
+    return walk.result
 
 
 @dataclass
 class _Walk:
-    """The state of one pass through a model."""
+    """One pass through a model: what each block receives, in the student and in the experts."""
 
     model: nn.Module
     family: ModelFamily
     target: CalibrationTarget[Any]
     options: QuantizeOptions
-    experts: ExpertTensors
-    result: QuantizedModel
+    experts: Experts | None
+    result: QuantizedModel = field(default_factory=QuantizedModel)
+    inputs: dict[str, list[BlockInput]] = field(default_factory=dict)
+    expert_inputs: dict[str, list[BlockInput]] = field(default_factory=dict)
 
-    def first_inputs(self, first: Block, batches: TaskBatches) -> dict[str, list[BlockInput]]:
+    def start(self, blocks: tuple[Block, ...], batches: TaskBatches) -> None:
+        """Run everything before the first block."""
+        for task, make in batches.items():
+            self.inputs[task] = self._first_inputs(self.model, blocks[0], make())
+            if self.target.uses_features(self.options):
+                expert = self._guide().become(task, without=[block.name for block in blocks])
+                self.expert_inputs[task] = self._first_inputs(expert, blocks[0], make())
+
+    def _first_inputs(
+        self, model: nn.Module, first: Block, batches: Iterable[tuple[Tensor, ...]]
+    ) -> list[BlockInput]:
         device = next(self.model.parameters()).device
 
         def run(batch: tuple[Tensor, ...]) -> object:
-            return self.family.embed(self.model, *(value.to(device) for value in batch))
+            return self.family.embed(model, *(value.to(device) for value in batch))
 
-        block = self.model.get_submodule(first.name)
-        return {task: capture_block_inputs(block, run, make()) for task, make in batches.items()}
+        return capture_block_inputs(model.get_submodule(first.name), run, batches)
 
-    def quantize_group(
-        self, block: Block, group: tuple[str, ...], inputs: Mapping[str, list[BlockInput]]
-    ) -> None:
+    def advance(self, block: Block) -> None:
+        """Take all hidden states through a block that is done."""
+        for task_inputs in self.inputs.values():
+            advance(self.model.get_submodule(block.name), task_inputs)
+        for task, expert_inputs in self.expert_inputs.items():
+            advance(self._guide().module(task, block.name), expert_inputs)
+
+    def _guide(self) -> Experts:
+        assert self.experts is not None, f"{self.target.name} needs experts"
+        return self.experts
+
+    def quantize_group(self, block: Block, group: tuple[str, ...]) -> None:
+        """Quantize layers that share an input."""
         names = [name for name in group if not self._skipped(name)]
         if not names:
             return
-        sums = self._sums(block, names, inputs)
+        sums = self._sums(block, names)
         for name in names:
-            layer = self.model.get_submodule(name)
-            assert isinstance(layer, nn.Linear), "families list linear layers only"
-            problem = self.target.problem(layer.weight, sums, sums.cross.get(name), self.options)
+            layer = _linear(self.model, name)
+            base = self._guide().base_tensor(f"{name}.weight") if self.target.uses_experts else None
+            weights = LayerWeights(name, layer.weight, base)
+            problem = self.target.problem(weights, sums, self.options)
             done = quantize_layer(name, layer.weight, layer.bias, problem, sums, self.options)
             self._apply(name, layer, done.linear, done.bias)
             self.result.reports.append(done.report)
             if done.report.reason:
                 log.warning("%s: %s (%s)", name, done.report.status, done.report.reason)
 
-    def _sums(
-        self, block: Block, names: list[str], inputs: Mapping[str, list[BlockInput]]
-    ) -> GroupSums:
+    def _sums(self, block: Block, names: list[str]) -> GroupSums:
         """Sum statistics over tasks, holding one task's Gram matrix at a time."""
-        first = self.model.get_submodule(names[0])
-        assert isinstance(first, nn.Linear), "families list linear layers only"
+        first = _linear(self.model, names[0])
         sums = GroupSums.zeros(first.in_features, first.weight.device)
-        for task, task_inputs in inputs.items():
-            statistics = input_statistics(self.model.get_submodule(block.name), first, task_inputs)
+        for task in self.inputs:
+            statistics = self._statistics(block, names, task)
             if not bool(torch.isfinite(statistics.gram).all()):
                 raise NumericsError(
                     f"layer {names[0]}: task {task!r} gives NaN or infinite activations"
@@ -140,15 +178,14 @@ class _Walk:
             cross, output_mean = {}, {}
             if self.target.uses_experts:
                 for name in names:
-                    weight = self._expert(task, f"{name}.weight")
-                    cross[name] = self.target.cross(weight, statistics, self.options)
-                    mean = weight.to(torch.float64) @ statistics.mean
-                    if self.model.get_submodule(name).bias is not None:
-                        mean = mean + self._expert(task, f"{name}.bias").to(torch.float64)
-                    output_mean[name] = mean
+                    weight = self._guide().tensor(task, f"{name}.weight")
+                    wanted = self.target.expert_outputs(name, weight, statistics, self.options)
+                    cross[name], output_mean[name] = wanted.cross, wanted.mean
+                    if _linear(self.model, name).bias is not None:
+                        output_mean[name] = wanted.mean + self._guide().tensor(task, f"{name}.bias")
             weight_of_task = self.target.task_weight(statistics, self.options)
             sums.add(statistics, weight_of_task, cross, output_mean)
-        if inputs and sums.tokens < 2 * first.in_features:
+        if self.inputs and sums.tokens < 2 * first.in_features:
             log.warning(
                 "%s: %d calibration tokens for %d input columns; at least %d are advisable, "
                 "add samples",
@@ -159,8 +196,16 @@ class _Walk:
             )
         return sums
 
-    def _expert(self, task: str, name: str) -> Tensor:
-        return self.experts(task, name).to(next(self.model.parameters()).device)
+    def _statistics(self, block: Block, names: list[str], task: str) -> TaskStatistics:
+        student = self.model.get_submodule(block.name)
+        first = _linear(self.model, names[0])
+        if task not in self.expert_inputs:
+            return input_statistics(student, first, self.inputs[task])
+        expert = self._guide().module(task, block.name)
+        layers = {name: _linear(expert, name.removeprefix(f"{block.name}.")) for name in names}
+        return paired_statistics(
+            student, first, self.inputs[task], expert, layers, self.expert_inputs[task]
+        )
 
     def _apply(
         self, name: str, layer: nn.Linear, linear: QuantizedLinear, bias: Tensor | None
@@ -184,13 +229,18 @@ class _Walk:
                 self.result.reports.append(LayerReport(name, "kept", reason))
 
 
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    layer = module.get_submodule(name)
+    assert isinstance(layer, nn.Linear), "families list linear layers only"
+    return layer
+
+
 def apply_quantized(
     model: nn.Module, layers: Mapping[str, QuantizedLinear], replaced: Mapping[str, Tensor]
 ) -> None:
     """Give ``model`` the dequantized weights and replaced parameters, in place."""
     for name, linear in layers.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, nn.Linear), "only linear layers are quantized"
+        layer = _linear(model, name)
         layer.weight.data = linear.dequantize().to(layer.weight)
     for name, value in replaced.items():
         parameter = model.get_parameter(name)

@@ -32,6 +32,7 @@ from epmq_deploy.stage import (
     write_manifest,
 )
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
+from epmq_deploy.tasks.experts import ExpertBackbone
 
 # The merged model travels inside the artifact, so that export needs this one folder.
 MERGED_FOLDER = "merged"
@@ -70,8 +71,9 @@ def quantize(
     mark, inputs = quantize_fingerprint(recipe, made)
     family = family_of(merged)
     samples = calibration_samples(recipe)
-    experts = _expert_reader(recipe, made)
-    model = family.load(merged).to(device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    experts = _experts(recipe, made, device)
+    model = family.load(merged).to(device)
     quantized = quantize_model(
         model,
         family,
@@ -132,13 +134,12 @@ def _batches(
     }
 
 
-def _expert_reader(recipe: Recipe, merged: Manifest) -> Callable[[str, str], Tensor]:
-    """Reads experts' tensors, falling back to the base for those experts do not hold."""
+def _experts(recipe: Recipe, merged: Manifest, device: torch.device) -> ExpertBackbone | None:
+    """The experts, for guided targets, if they are still those that were merged."""
     if not TARGETS[recipe.quantize.method].uses_experts:
-        return _no_experts
-    opened = open_experts(recipe)
+        return None
     problems = []
-    for name, expert in opened.experts.items():
+    for name, expert in open_experts(recipe).experts.items():
         then = merged.inputs.get(f"expert:{name}")
         if then is None:
             problems.append(f"expert {name!r} is not part of the merged model")
@@ -146,17 +147,7 @@ def _expert_reader(recipe: Recipe, merged: Manifest) -> Callable[[str, str], Ten
             problems.append(f"expert {name!r} in {expert.folder} was changed since it was merged")
     if problems:
         raise MismatchError("the experts are not those that were merged", problems)
-
-    def read(task: str, name: str) -> Tensor:
-        expert = opened.experts[task]
-        source = expert if name in expert.tensors else opened.base
-        return source.load(name).to(torch.float32)
-
-    return read
-
-
-def _no_experts(task: str, name: str) -> Tensor:
-    raise AssertionError(f"{name} of expert {task!r} was asked for by an unguided target")
+    return ExpertBackbone(recipe, device)
 
 
 def _link_or_copy(source: str, target: str) -> Any:

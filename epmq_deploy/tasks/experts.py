@@ -1,7 +1,9 @@
-"""Running experts in torch: one backbone that takes on each expert's weights in turn."""
+"""Experts in torch: one backbone in memory that takes on each expert's weights in turn."""
+
+from collections.abc import Collection
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from epmq_deploy.merging.merge import open_experts
 from epmq_deploy.models import ModelFamily, family_of
@@ -9,7 +11,7 @@ from epmq_deploy.recipe import Recipe
 
 
 class ExpertBackbone:
-    """One backbone in memory that becomes any expert of the recipe.
+    """Reads base and experts tensor by tensor; memory does not grow with their number.
 
     Tensors that experts do not hold (a projection, say) are the base's.
 
@@ -24,10 +26,35 @@ class ExpertBackbone:
         self.device = device
         self._model = self.family.load(self._opened.base.folder).to(device)
 
-    def become(self, task: str) -> nn.Module:
-        """The backbone with the weights of ``task``'s expert, until the next call."""
+    def base_tensor(self, name: str) -> Tensor:
+        """One of the base's tensors, float32, on the device."""
+        return self._opened.base.load(name).to(self.device, torch.float32)
+
+    def tensor(self, task: str, name: str) -> Tensor:
+        """One of an expert's tensors, float32, on the device."""
+        expert = self._opened.experts[task]
+        if name not in expert.tensors:
+            return self.base_tensor(name)
+        return expert.load(name).to(self.device, torch.float32)
+
+    def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
+        """The backbone with an expert's weights, until the next call.
+
+        Args:
+            task: the expert's task.
+            without: modules by dotted name whose weights are not needed and stay as they are.
+        """
+        skipped = tuple(f"{name}." for name in without)
+        return self._take(task, "", skipped)
+
+    def module(self, task: str, name: str) -> nn.Module:
+        """One module of the backbone with an expert's weights, until the next call."""
+        return self._take(task, f"{name}.", ()).get_submodule(name)
+
+    def _take(self, task: str, prefix: str, skipped: tuple[str, ...]) -> nn.Module:
         expert = self._opened.experts[task]
         for name, parameter in self._model.named_parameters():
-            if name in expert.tensors:
+            wanted = name.startswith(prefix) and not name.startswith(skipped)
+            if wanted and name in expert.tensors:
                 parameter.data.copy_(expert.load(name))
         return self._model

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_deploy.calibration.statistics import GroupSums, InputAccumulator, TaskStatistics
+from epmq_deploy.calibration.statistics import Accumulator, GroupSums, TaskStatistics
+from epmq_deploy.calibration.target import LayerWeights
 from epmq_deploy.calibration.targets.epmq import TARGET as EPMQ
 from epmq_deploy.calibration.targets.epmq import EpmqOptions
 from epmq_deploy.calibration.targets.gptq import TARGET as GPTQ
@@ -25,7 +26,7 @@ def weight_of(seed: int) -> Tensor:
 
 
 def statistics_of(inputs: Tensor) -> TaskStatistics:
-    accumulator = InputAccumulator()
+    accumulator = Accumulator()
     accumulator.add(inputs)
     return accumulator.statistics()
 
@@ -34,9 +35,9 @@ def epmq_sums(inputs: list[Tensor], experts: list[Tensor], options: EpmqOptions)
     sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
     for features, expert in zip(inputs, experts, strict=True):
         found = statistics_of(features)
-        cross = {"layer": EPMQ.cross(expert, found, options)}
-        mean = {"layer": expert.double() @ found.mean}
-        sums.add(found, EPMQ.task_weight(found, options), cross, mean)
+        wanted = EPMQ.expert_outputs("layer", expert, found, options)
+        weight = EPMQ.task_weight(found, options)
+        sums.add(found, weight, {"layer": wanted.cross}, {"layer": wanted.mean})
     return sums
 
 
@@ -46,7 +47,7 @@ def test_anchored_objective_equals_the_solver_s_up_to_a_constant(normalization: 
     inputs, experts = [inputs_of(1), inputs_of(2, 50)], [weight_of(3), weight_of(4)]
     merged = weight_of(5)
     sums = epmq_sums(inputs, experts, options)
-    problem = EPMQ.problem(merged, sums, sums.cross["layer"], options)
+    problem = EPMQ.problem(LayerWeights("layer", merged), sums, options)
 
     def stated(candidate: Tensor) -> float:
         total = 0.3 * float((candidate - merged.double()).square().sum())
@@ -68,7 +69,7 @@ def test_anchored_objective_equals_the_solver_s_up_to_a_constant(normalization: 
 def test_one_expert_without_anchor_is_the_expert() -> None:
     options = EpmqOptions(anchor=1e-12)
     sums = epmq_sums([inputs_of(1)], [weight_of(2)], options)
-    problem = EPMQ.problem(weight_of(3), sums, sums.cross["layer"], options)
+    problem = EPMQ.problem(LayerWeights("layer", weight_of(3)), sums, options)
     assert torch.allclose(problem.weight, weight_of(2).double(), atol=1e-4)
 
 
@@ -76,7 +77,7 @@ def test_a_heavy_anchor_is_the_merged_model_rounded() -> None:
     options = EpmqOptions(anchor=1e9, group_size=16)
     merged = weight_of(3)
     sums = epmq_sums([inputs_of(1)], [weight_of(2)], options)
-    problem = EPMQ.problem(merged, sums, sums.cross["layer"], options)
+    problem = EPMQ.problem(LayerWeights("layer", merged), sums, options)
     assert torch.allclose(problem.weight, merged.double(), atol=1e-6)
     done = quantize_layer("layer", merged, None, problem, sums, options)
     assert done.report.error_after == pytest.approx(done.report.error_before, rel=1e-3)
@@ -87,14 +88,14 @@ def test_dead_inputs_keep_the_anchor_s_value() -> None:
     features = inputs_of(1)
     features[:, 5] = 0
     sums = epmq_sums([features], [weight_of(2)], options)
-    problem = EPMQ.problem(weight_of(3), sums, sums.cross["layer"], options)
+    problem = EPMQ.problem(LayerWeights("layer", weight_of(3)), sums, options)
     assert torch.allclose(problem.weight[:, 5], weight_of(3)[:, 5].double(), atol=1e-9)
 
 
 def test_statistics_are_means_over_tokens_whatever_the_batches() -> None:
     features = inputs_of(1, tokens=50)
     whole = statistics_of(features)
-    accumulator = InputAccumulator()
+    accumulator = Accumulator()
     for part in (features[:7], features[7:48], features[48:]):
         accumulator.add(part)
     parts = accumulator.statistics()
@@ -111,7 +112,7 @@ def test_refitted_bias_undoes_the_mean_shift() -> None:
     bias = torch.randn(ROWS, generator=torch.Generator().manual_seed(9))
     sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
     sums.add(statistics_of(features), 1.0, {}, {})
-    problem = GPTQ.problem(merged, sums, None, options)
+    problem = GPTQ.problem(LayerWeights("layer", merged), sums, options)
     done = quantize_layer("layer", merged, bias, problem, sums, options)
     assert done.bias is not None
     wanted = (features @ merged.T + bias).mean(dim=0)

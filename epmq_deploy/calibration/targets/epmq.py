@@ -1,36 +1,92 @@
-"""E-PMQ (arXiv 2605.16882): aim each layer at its experts' outputs, anchored at the merge."""
+"""E-PMQ: aim each layer at its experts' outputs, anchored.
 
+Preset ``paper`` is arXiv 2605.16882; preset ``features`` takes its target from feature calibration
+(FeatCal, arXiv 2605.13030).
+"""
+
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
-from epmq_deploy.calibration.target import CalibratedOptions, CalibrationTarget, LayerProblem
+from epmq_deploy.calibration.statistics import ExpertOutputs, GroupSums, TaskStatistics
+from epmq_deploy.calibration.target import (
+    CalibratedOptions,
+    CalibrationTarget,
+    LayerProblem,
+    LayerWeights,
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values an option takes when it is not given.
+
+    Attributes:
+        anchor: lambda.
+        alpha: share of the experts' own features in the target.
+        rho: anchor between base (0), merged (1) and beyond.
+    """
+
+    anchor: float
+    alpha: float
+    rho: float
+
+
+PRESETS = {
+    "paper": Preset(anchor=0.05, alpha=0.0, rho=1.0),
+    "features": Preset(anchor=0.05, alpha=0.25, rho=2.2),
+}
 
 
 class EpmqOptions(CalibratedOptions):
     """E-PMQ."""
 
     method: Literal["epmq"] = "epmq"
-    preset: Literal["paper"] = Field(
-        "paper", description="what experts are asked for: their outputs on the student's inputs"
+    preset: Literal["paper", "features"] = Field(
+        "paper",
+        description="aim at the experts' weights on the student's inputs (paper) or mix in the "
+        "experts' own features (features); sets anchor, alpha and rho unless given",
     )
-    anchor: float = Field(
-        0.05, gt=0, description="lambda, the pull towards the merged weights; also the damping"
+    anchor: float | None = Field(
+        None, gt=0, description="lambda, the pull towards the anchor weights; also the damping"
+    )
+    alpha: float | None = Field(
+        None, ge=0, le=1, description="share of the experts' own features in the target"
+    )
+    rho: float | None = Field(
+        None, description="anchor weights: rho * merged + (1 - rho) * base; 1 is the merged model"
     )
     normalization: Literal["frobenius", "none"] = Field(
         "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"
     )
 
+    @property
+    def values(self) -> Preset:
+        """Anchor, alpha and rho: as given, else the preset's."""
+        preset = PRESETS[self.preset]
+        return Preset(
+            anchor=preset.anchor if self.anchor is None else self.anchor,
+            alpha=preset.alpha if self.alpha is None else self.alpha,
+            rho=preset.rho if self.rho is None else self.rho,
+        )
+
 
 class Epmq(CalibrationTarget[EpmqOptions]):
-    """``Y_t = X_t W_t^T`` with anchor ``W_m``."""
+    """``Y_t = ((1 - alpha) X_t + alpha Z_t) W_t^T``, anchor ``rho W_m + (1 - rho) W_b``.
+
+    ``X_t`` are the student's inputs of the layer, ``Z_t`` the expert's own.
+    """
 
     options = EpmqOptions
     summary = "aim at the experts' outputs, anchored at the merged weights (arXiv 2605.16882)"
     uses_experts = True
+
+    def uses_features(self, options: EpmqOptions) -> bool:
+        """Only a target without ``Z_t`` does without."""
+        return options.values.alpha > 0
 
     def task_weight(self, statistics: TaskStatistics, options: EpmqOptions) -> float:
         """``1 / ||C_t||_F``, so that no task drowns the others by the size of its activations."""
@@ -38,21 +94,34 @@ class Epmq(CalibrationTarget[EpmqOptions]):
             return 1.0
         return 1.0 / max(float(statistics.gram.norm()), torch.finfo(torch.float64).tiny)
 
-    def cross(self, expert: Tensor, statistics: TaskStatistics, options: EpmqOptions) -> Tensor:
-        """``W_t C_t``: the expert's weight on the student's inputs."""
-        return expert.to(torch.float64) @ statistics.gram
+    def expert_outputs(
+        self, layer: str, expert: Tensor, statistics: TaskStatistics, options: EpmqOptions
+    ) -> ExpertOutputs:
+        """The expert's weight on a mix of the student's inputs and its own.
 
-    def problem(
-        self, merged: Tensor, sums: GroupSums, cross: Tensor | None, options: EpmqOptions
-    ) -> LayerProblem:
+        ``Z_t W_t^T`` is the expert's own output, so no Gram matrix of ``Z_t`` is needed.
+        """
+        weight, alpha = expert.to(torch.float64), options.values.alpha
+        cross, mean = weight @ statistics.gram, weight @ statistics.mean
+        if alpha > 0:
+            own = statistics.experts[layer]
+            cross = (1 - alpha) * cross + alpha * own.cross
+            mean = (1 - alpha) * mean + alpha * own.mean
+        return ExpertOutputs(cross, mean)
+
+    def problem(self, layer: LayerWeights, sums: GroupSums, options: EpmqOptions) -> LayerProblem:
         """See base."""
-        assert cross is not None, "guided targets are given cross terms"
+        strength, rho = options.values.anchor, options.values.rho
+        anchor = layer.merged.to(torch.float64)
+        if rho != 1:
+            assert layer.base is not None, "guided targets are given the base's weights"
+            anchor = rho * anchor + (1 - rho) * layer.base.to(torch.float64)
         hessian = sums.gram.clone()
-        hessian.diagonal().add_(options.anchor)
-        right = cross + options.anchor * merged.to(torch.float64)
+        hessian.diagonal().add_(strength)
+        right = sums.cross[layer.name] + strength * anchor
         # H is symmetric, so W* = right H^-1 is the transpose of solving H x = right^T.
         target = torch.linalg.solve(hessian, right.T).T
-        return LayerProblem(target.contiguous(), hessian, bias_damping=options.anchor)
+        return LayerProblem(target.contiguous(), hessian, bias_damping=strength)
 
 
 TARGET = Epmq()

@@ -3,10 +3,14 @@
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from epmq_deploy.calibration.statistics import GroupSums
-from epmq_deploy.calibration.target import CalibratedOptions, CalibrationTarget, LayerProblem
+from epmq_deploy.calibration.target import (
+    CalibratedOptions,
+    CalibrationTarget,
+    LayerProblem,
+    LayerWeights,
+)
 
 
 class GptqOptions(CalibratedOptions):
@@ -24,13 +28,11 @@ class Gptq(CalibrationTarget[GptqOptions]):
     options = GptqOptions
     summary = "reproduce the merged layer's outputs (arXiv 2210.17323)"
 
-    def problem(
-        self, merged: Tensor, sums: GroupSums, cross: Tensor | None, options: GptqOptions
-    ) -> LayerProblem:
+    def problem(self, layer: LayerWeights, sums: GroupSums, options: GptqOptions) -> LayerProblem:
         """See base."""
         hessian = sums.gram.clone()
         hessian.diagonal().add_(options.damping * float(hessian.diagonal().mean()))
-        return LayerProblem(merged.to(hessian.dtype), hessian, bias_damping=0.0)
+        return LayerProblem(layer.merged.to(hessian.dtype), hessian, bias_damping=0.0)
 
 
 TARGET = Gptq()

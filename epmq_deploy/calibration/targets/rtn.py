@@ -3,10 +3,14 @@
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from epmq_deploy.calibration.statistics import GroupSums
-from epmq_deploy.calibration.target import CalibrationTarget, LayerProblem, QuantizeOptions
+from epmq_deploy.calibration.target import (
+    CalibrationTarget,
+    LayerProblem,
+    LayerWeights,
+    QuantizeOptions,
+)
 
 
 class RtnOptions(QuantizeOptions):
@@ -22,12 +26,10 @@ class Rtn(CalibrationTarget[RtnOptions]):
     summary = "round the merged weights to nearest; no calibration data"
     uses_data = False
 
-    def problem(
-        self, merged: Tensor, sums: GroupSums, cross: Tensor | None, options: RtnOptions
-    ) -> LayerProblem:
+    def problem(self, layer: LayerWeights, sums: GroupSums, options: RtnOptions) -> LayerProblem:
         """See base."""
-        identity = torch.eye(merged.shape[1], dtype=torch.float64, device=merged.device)
-        return LayerProblem(merged.to(torch.float64), identity, bias_damping=0.0)
+        identity = torch.eye(layer.merged.shape[1], dtype=torch.float64, device=layer.merged.device)
+        return LayerProblem(layer.merged.to(torch.float64), identity, bias_damping=0.0)
 
 
 TARGET = Rtn()
