@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Values of a weight whose range is searched at a time.
+_CHUNK = 2**18
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -76,37 +79,52 @@ def fit_grid(
     rows, columns = weight.shape
     groups = -(-columns // group_size)
     padding = groups * group_size - columns
-    values = torch.nn.functional.pad(weight.to(torch.float64), (0, padding))
-    values = values.reshape(rows, groups, group_size)
     if importance is None:
-        importance = torch.ones(columns, dtype=torch.float64, device=weight.device)
+        importance = torch.ones(columns, device=weight.device)
     mass = torch.nn.functional.pad(importance.to(torch.float64), (0, padding))
     mass = mass.reshape(groups, group_size)
+    shrinks = round(max_shrink * steps) if clip_search else 0
+    keeps = [1.0 - step / steps for step in range(shrinks + 1)]
+    scales, zeros = [], []
+    # Rows are independent; a few at a time stay in the processor's cache.
+    for chunk in weight.split(max(1, _CHUNK // columns)):
+        values = torch.nn.functional.pad(chunk.to(torch.float64), (0, padding))
+        values = values.reshape(-1, groups, group_size)
+        scale, zero = _best_affine(values, mass, keeps, bits, symmetric, norm)
+        scales.append(scale)
+        zeros.append(zero)
+    return Grid(
+        scales=torch.cat(scales).to(torch.float32),
+        zero_points=torch.cat(zeros).to(torch.uint8),
+        bits=bits,
+        group_size=group_size,
+        symmetric=symmetric,
+    )
 
+
+def _best_affine(
+    values: Tensor, mass: Tensor, keeps: list[float], bits: int, symmetric: bool, norm: float
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point ``[n, G]`` of the best share of each group's range.
+
+    ``values [n, G, group_size]``, ``mass [G, group_size]``; ``keeps`` are the shares to try.
+    """
     low = values.amin(dim=2, keepdim=True).clamp(max=0.0)
     high = values.amax(dim=2, keepdim=True).clamp(min=0.0)
     if symmetric:
         high = torch.maximum(-low, high)
         low = -high
-
     best_scale, best_zero = _affine(low, high, bits, symmetric)
-    if clip_search:
+    if len(keeps) > 1:
         best_error = _grid_error(values, best_scale, best_zero, bits, mass, norm)
-        for step in range(1, round(max_shrink * steps) + 1):
-            keep = 1.0 - step / steps
+        for keep in keeps[1:]:
             scale, zero = _affine(low * keep, high * keep, bits, symmetric)
             error = _grid_error(values, scale, zero, bits, mass, norm)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
-    return Grid(
-        scales=best_scale.squeeze(2).to(torch.float32),
-        zero_points=best_zero.squeeze(2).to(torch.uint8),
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-    )
+    return best_scale.squeeze(2), best_zero.squeeze(2)
 
 
 def _affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:

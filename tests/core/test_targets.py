@@ -1,5 +1,7 @@
 """Calibration targets: the identity behind them, and their limits."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,10 +33,18 @@ def statistics_of(inputs: Tensor) -> TaskStatistics:
     return accumulator.statistics()
 
 
-def epmq_sums(inputs: list[Tensor], experts: list[Tensor], options: EpmqOptions) -> GroupSums:
+def epmq_sums(
+    inputs: list[Tensor],
+    experts: list[Tensor],
+    options: EpmqOptions,
+    own: list[Tensor] | None = None,
+) -> GroupSums:
+    """Sums over tasks; ``own`` are the experts' own inputs, the student's when absent."""
     sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
-    for features, expert in zip(inputs, experts, strict=True):
-        found = statistics_of(features)
+    for features, expert, expert_features in zip(inputs, experts, own or inputs, strict=True):
+        accumulator = Accumulator()
+        accumulator.add(features, {"layer": expert_features @ expert.T})
+        found = accumulator.statistics()
         wanted = EPMQ.expert_outputs("layer", expert, found, options)
         weight = EPMQ.task_weight(found, options)
         sums.add(found, weight, {"layer": wanted.cross}, {"layer": wanted.mean})
@@ -42,19 +52,23 @@ def epmq_sums(inputs: list[Tensor], experts: list[Tensor], options: EpmqOptions)
 
 
 @pytest.mark.parametrize("normalization", ["frobenius", "none"])
-def test_anchored_objective_equals_the_solver_s_up_to_a_constant(normalization: str) -> None:
-    options = EpmqOptions(anchor=0.3, normalization=normalization)  # type: ignore[arg-type]
-    inputs, experts = [inputs_of(1), inputs_of(2, 50)], [weight_of(3), weight_of(4)]
-    merged = weight_of(5)
-    sums = epmq_sums(inputs, experts, options)
-    problem = EPMQ.problem(LayerWeights("layer", merged), sums, options)
+@pytest.mark.parametrize(("alpha", "rho"), [(0.0, 1.0), (0.3, 2.2), (1.0, 0.0)])
+def test_stated_objective_equals_the_solver_s_up_to_a_constant(
+    normalization: Literal["frobenius", "none"], alpha: float, rho: float
+) -> None:
+    options = EpmqOptions(anchor=0.3, alpha=alpha, rho=rho, normalization=normalization)
+    inputs, own = [inputs_of(1), inputs_of(2, 50)], [inputs_of(8), inputs_of(9, 50)]
+    experts, merged, base = [weight_of(3), weight_of(4)], weight_of(5), weight_of(10)
+    sums = epmq_sums(inputs, experts, options, own)
+    problem = EPMQ.problem(LayerWeights("layer", merged, base), sums, options)
 
     def stated(candidate: Tensor) -> float:
-        total = 0.3 * float((candidate - merged.double()).square().sum())
-        for features, expert in zip(inputs, experts, strict=True):
-            x = features.double()
-            weight = EPMQ.task_weight(statistics_of(features), options)
-            miss = x @ candidate.T - x @ expert.double().T
+        anchor = rho * merged.double() + (1 - rho) * base.double()
+        total = 0.3 * float((candidate - anchor).square().sum())
+        for x, z, expert in zip(inputs, own, experts, strict=True):
+            weight = EPMQ.task_weight(statistics_of(x), options)
+            wanted = ((1 - alpha) * x.double() + alpha * z.double()) @ expert.double().T
+            miss = x.double() @ candidate.T - wanted
             total += weight * float(miss.square().sum()) / len(x)
         return total
 
@@ -63,7 +77,15 @@ def test_anchored_objective_equals_the_solver_s_up_to_a_constant(normalization: 
         return float(torch.trace(error @ problem.hessian @ error.T))
 
     first, second = weight_of(6).double(), weight_of(7).double()
-    assert stated(first) - stated(second) == pytest.approx(solved(first) - solved(second), rel=1e-5)
+    # Gram matrices are float32 products.
+    assert stated(first) - stated(second) == pytest.approx(solved(first) - solved(second), rel=1e-4)
+
+
+def test_presets_differ_and_single_options_win_over_them() -> None:
+    assert not EPMQ.uses_features(EpmqOptions())
+    assert EPMQ.uses_features(EpmqOptions(preset="features"))
+    options = EpmqOptions(preset="features", rho=1.5)
+    assert (options.values.rho, options.values.alpha) == (1.5, 0.25)
 
 
 def test_one_expert_without_anchor_is_the_expert() -> None:
