@@ -55,6 +55,11 @@ class CalibratedOptions(QuantizeOptions):
     act_order: bool = Field(
         True, description="quantize columns by decreasing Hessian diagonal (static groups)"
     )
+    refine: int = Field(
+        10,
+        ge=0,
+        description="most sweeps of coordinate descent over codes and scales after the solver",
+    )
     bias: bool = Field(
         True, description="re-fit biases to undo the mean shift that quantization causes"
     )

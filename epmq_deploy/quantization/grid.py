@@ -76,7 +76,7 @@ def fit_grid(
         The grid; scales are float32 values, so that codes computed here and weights
         dequantized anywhere else agree bit for bit.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     groups = -(-columns // group_size)
     padding = groups * group_size - columns
     if importance is None:

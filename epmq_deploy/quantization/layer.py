@@ -12,6 +12,7 @@ from epmq_deploy.calibration.target import CalibratedOptions, LayerProblem, Quan
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.quantization.grid import Grid, fit_grid
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.refine import refine
 from epmq_deploy.quantization.solver import Status, objective, round_to_nearest, solve
 
 
@@ -94,7 +95,10 @@ def quantize_layer(
         )
     except NumericsError as error:
         raise NumericsError(f"layer {name}: {error}") from error
-    linear = _quantized(solution.codes, grid, options)
+    codes = solution.codes
+    if calibrated is not None and calibrated.refine:
+        codes, grid = refine(problem.weight, problem.hessian, codes, grid, sweeps=calibrated.refine)
+    linear = _quantized(codes, grid, options)
     dequantized = linear.dequantize().to(torch.float64)
     before_grid = _grid(weight, problem.hessian, options)
     before = _quantized(round_to_nearest(weight, before_grid), before_grid, options)
