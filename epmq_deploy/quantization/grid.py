@@ -87,7 +87,7 @@ def fit_grid(
     keeps = [1.0 - step / steps for step in range(shrinks + 1)]
     scales, zeros = [], []
     # Rows are independent; a few at a time stay in the processor's cache.
-    for chunk in weight.split(max(1, _CHUNK // columns)):
+    for chunk in torch.split(weight, max(1, _CHUNK // columns)):
         values = torch.nn.functional.pad(chunk.to(torch.float64), (0, padding))
         values = values.reshape(-1, groups, group_size)
         scale, zero = _best_affine(values, mass, keeps, bits, symmetric, norm)

@@ -96,7 +96,7 @@ def test_one_expert_without_anchor_is_the_expert() -> None:
 
 
 def test_a_heavy_anchor_is_the_merged_model_rounded() -> None:
-    options = EpmqOptions(anchor=1e9, group_size=16)
+    options = EpmqOptions(anchor=1e9, group_size=16, refine=0)
     merged = weight_of(3)
     sums = epmq_sums([inputs_of(1)], [weight_of(2)], options)
     problem = EPMQ.problem(LayerWeights("layer", merged), sums, options)
