@@ -19,7 +19,7 @@ def refine(
     grid: Grid,
     *,
     sweeps: int,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-3,
     block_size: int = 128,
 ) -> tuple[Tensor, Grid]:
     """Alternate coordinate descent over codes and refits of scales.
