@@ -66,7 +66,7 @@ def input_statistics(
     """Statistics of ``layer``'s inputs while ``block`` runs; stops as soon as it is reached."""
     accumulator = Accumulator()
     for item in inputs:
-        accumulator.add(_input_of(block, layer, item))
+        accumulator.add(input_of(block, layer, item))
     return accumulator.statistics()
 
 
@@ -90,28 +90,28 @@ def paired_statistics(
     """
     accumulator = Accumulator()
     for item, expert_item in zip(inputs, expert_inputs, strict=True):
-        features = _input_of(expert_block, next(iter(expert_layers.values())), expert_item)
+        features = input_of(expert_block, next(iter(expert_layers.values())), expert_item)
         outputs = {name: features @ linear.weight.T for name, linear in expert_layers.items()}
-        accumulator.add(_input_of(block, layer, item), outputs)
+        accumulator.add(input_of(block, layer, item), outputs)
     return accumulator.statistics()
 
 
-def _input_of(block: nn.Module, layer: nn.Module, item: BlockInput) -> Tensor:
-    """What ``layer`` receives when ``block`` runs, which stops there."""
+def input_of(block: nn.Module, inner: nn.Module, item: BlockInput) -> Tensor:
+    """What a module inside ``block`` receives for one batch; the block stops there."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.append(args[0])
         raise _Reached
 
-    handle = layer.register_forward_pre_hook(keep)
+    handle = inner.register_forward_pre_hook(keep)
     try:
         with torch.inference_mode(), contextlib.suppress(_Reached):
             item.run(block)
     finally:
         handle.remove()
     if not seen:
-        raise NumericsError("a layer listed by the model family does not run in its block")
+        raise NumericsError("a module listed by the model family does not run in its block")
     return seen[0]
 
 

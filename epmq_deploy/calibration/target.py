@@ -129,6 +129,14 @@ class CalibrationTarget(ABC, Generic[O]):
         """Whether the experts' own features are needed, not only their weights."""
         return False
 
+    def norm_mix(self, options: O) -> float | None:
+        """Share of the experts' own features when norms are re-fitted; None to leave them."""
+        return None
+
+    def norm_damping(self, options: O) -> float:
+        """Pull of re-fitted norms towards the merged ones, per token."""
+        return 0.0
+
     def expert_outputs(
         self, layer: str, expert: Tensor, statistics: TaskStatistics, options: O
     ) -> ExpertOutputs:

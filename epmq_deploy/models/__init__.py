@@ -6,9 +6,9 @@ from pathlib import Path
 from pkgutil import iter_modules
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.family import Block, ModelFamily, MultiTaskModel
+from epmq_deploy.models.family import Block, Group, ModelFamily, MultiTaskModel
 
-__all__ = ["Block", "ModelFamily", "MultiTaskModel", "families", "family_of"]
+__all__ = ["Block", "Group", "ModelFamily", "MultiTaskModel", "families", "family_of"]
 
 
 def families() -> tuple[ModelFamily, ...]:

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.models.family import Block, ModelFamily
+from epmq_deploy.models.family import Block, Group, ModelFamily
 from epmq_deploy.models.loading import fill
 
 _TOP_LEVEL = ("vision_model.", "text_model.", "visual_projection.", "text_projection.")
 _GROUPS = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.out_proj",),
-    ("mlp.fc1",),
-    ("mlp.fc2",),
+    Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="layer_norm1"),
+    Group(("self_attn.out_proj",)),
+    Group(("mlp.fc1",), norm="layer_norm2"),
+    Group(("mlp.fc2",)),
 )
 
 
@@ -54,12 +54,8 @@ class ClipFamily(ModelFamily):
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
         """See base."""
         count = len(model.get_submodule("vision_model.encoder.layers"))  # type: ignore[arg-type]
-        blocks = []
-        for index in range(count):
-            name = f"vision_model.encoder.layers.{index}"
-            groups = tuple(tuple(f"{name}.{part}" for part in group) for group in _GROUPS)
-            blocks.append(Block(name, groups))
-        return tuple(blocks)
+        names = (f"vision_model.encoder.layers.{index}" for index in range(count))
+        return tuple(Block(name, tuple(group.inside(name) for group in _GROUPS)) for name in names)
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
         """Projected image features, unit length."""

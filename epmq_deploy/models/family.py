@@ -11,17 +11,39 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Group:
+    """Linear layers that share their input.
+
+    Attributes:
+        layers: dotted names.
+        norm: dotted name of the LayerNorm whose output that input is, where there is one.
+    """
+
+    layers: tuple[str, ...]
+    norm: str | None = None
+
+    def inside(self, block: str) -> "Group":
+        """The group with names relative to ``block`` made absolute."""
+        norm = None if self.norm is None else f"{block}.{self.norm}"
+        return Group(tuple(f"{block}.{layer}" for layer in self.layers), norm)
+
+
+@dataclass(frozen=True)
 class Block:
     """One transformer block of the deployed model.
 
     Attributes:
         name: dotted module name, e.g. ``vision_model.encoder.layers.0``.
-        groups: linear layers by dotted name, in the order they run; layers in one group share
-            their input.
+        groups: its linear layers, in the order they run.
     """
 
     name: str
-    groups: tuple[tuple[str, ...], ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All linear layers, in the order they run."""
+        return tuple(name for group in self.groups for name in group.layers)
 
 
 class ModelFamily(ABC):

@@ -22,7 +22,7 @@ class LayerReport:
 
     Attributes:
         layer: dotted name.
-        status: the solver's, or ``kept`` for a layer left in float.
+        status: the solver's; ``kept`` for a layer left in float; ``refitted`` for a norm.
         reason: why it was kept or not solved as asked; empty otherwise.
         bits: bits per weight, 0 when kept.
         group_size: columns per scale, 0 when kept.
@@ -35,7 +35,7 @@ class LayerReport:
     """
 
     layer: str
-    status: Status | Literal["kept"]
+    status: Status | Literal["kept", "refitted"]
     reason: str = ""
     bits: int = 0
     group_size: int = 0

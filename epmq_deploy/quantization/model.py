@@ -13,13 +13,15 @@ from epmq_deploy.calibration.activations import (
     BlockInput,
     advance,
     capture_block_inputs,
+    input_of,
     input_statistics,
     paired_statistics,
 )
+from epmq_deploy.calibration.norms import NormSums, fit_affine, pre_affine
 from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
 from epmq_deploy.calibration.target import CalibrationTarget, LayerWeights, QuantizeOptions
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.models import Block, ModelFamily
+from epmq_deploy.models import Block, Group, ModelFamily
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.layer import LayerReport, quantize_layer
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
@@ -148,9 +150,11 @@ class _Walk:
         assert self.experts is not None, f"{self.target.name} needs experts"
         return self.experts
 
-    def quantize_group(self, block: Block, group: tuple[str, ...]) -> None:
-        """Quantize layers that share an input."""
-        names = [name for name in group if not self._skipped(name)]
+    def quantize_group(self, block: Block, group: Group) -> None:
+        """Quantize layers that share an input, after re-fitting the norm it comes from."""
+        if group.norm is not None and self.target.norm_mix(self.options) is not None:
+            self._refit_norm(block, group.norm)
+        names = [name for name in group.layers if not self._skipped(name)]
         if not names:
             return
         sums = self._sums(block, names)
@@ -164,6 +168,35 @@ class _Walk:
             self.result.reports.append(done.report)
             if done.report.reason:
                 log.warning("%s: %s (%s)", name, done.report.status, done.report.reason)
+
+    def _refit_norm(self, block: Block, name: str) -> None:
+        """Bring a norm's outputs closer to the experts', on the student's inputs."""
+        norm = self.model.get_submodule(name)
+        assert isinstance(norm, nn.LayerNorm), "families list LayerNorms only"
+        mix = self.target.norm_mix(self.options) or 0.0
+        student = self.model.get_submodule(block.name)
+        sums = NormSums.zeros(norm.weight.shape[0], norm.weight.device)
+        for task, items in self.inputs.items():
+            gain = self._guide().tensor(task, f"{name}.weight")
+            bias = self._guide().tensor(task, f"{name}.bias")
+            seen = [pre_affine(norm, input_of(student, norm, item)) for item in items]
+            wanted = [gain * activations + bias for activations in seen]
+            if task in self.expert_inputs:
+                expert = self._guide().module(task, block.name)
+                own = expert.get_submodule(name.removeprefix(f"{block.name}."))
+                for index, item in enumerate(self.expert_inputs[task]):
+                    theirs = gain * pre_affine(norm, input_of(expert, own, item)) + bias
+                    wanted[index] = (1 - mix) * wanted[index] + mix * theirs
+            for activations, outputs in zip(seen, wanted, strict=True):
+                sums.add(activations, outputs, 1.0)
+        damping = self.target.norm_damping(self.options)
+        gain, bias = fit_affine(sums, norm.weight, norm.bias, damping)
+        before, after = sums.error(norm.weight, norm.bias), sums.error(gain, bias)
+        norm.weight.data, norm.bias.data = gain, bias
+        self.result.replaced |= {f"{name}.weight": gain.cpu(), f"{name}.bias": bias.cpu()}
+        self.result.reports.append(
+            LayerReport(name, "refitted", error_before=before, error_after=after)
+        )
 
     def _sums(self, block: Block, names: list[str]) -> GroupSums:
         """Sum statistics over tasks, holding one task's Gram matrix at a time."""
@@ -221,7 +254,7 @@ class _Walk:
 
     def report_kept(self, blocks: tuple[Block, ...]) -> None:
         """Report every layer left in float; nothing stays unquantized unsaid."""
-        listed = {name for block in blocks for group in block.groups for name in group}
+        listed = {name for block in blocks for name in block.layers}
         for name, module in self.model.named_modules():
             weighted = isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
             if weighted and name not in self.result.layers:

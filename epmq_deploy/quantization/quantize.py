@@ -158,7 +158,7 @@ def _link_or_copy(source: str, target: str) -> Any:
 
 
 def _summary(quantized: QuantizedModel) -> dict[str, Any]:
-    done = [report for report in quantized.reports if report.status != "kept"]
+    done = [report for report in quantized.reports if report.bits]
 
     def mean_of(values: Iterable[float]) -> float:
         return sum(values) / max(len(done), 1)

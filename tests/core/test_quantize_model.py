@@ -87,12 +87,8 @@ def test_every_linear_layer_of_the_blocks_is_quantized(
 ) -> None:
     recipe = load_recipe(tiny.recipe)
     _, result = quantized(recipe, merged, method=method, group_size=16)
-    expected = {
-        name
-        for block in family_of(merged).blocks(family_of(merged).load(merged))
-        for group in block.groups
-        for name in group
-    }
+    family = family_of(merged)
+    expected = {name for block in family.blocks(family.load(merged)) for name in block.layers}
     assert set(result.layers) == expected
     assert len(expected) == 12
     reported = {report.layer: report for report in result.reports}
@@ -126,15 +122,21 @@ def test_gptq_keeps_features_closer_than_rounding(tiny: TinyZoo, merged: Path, b
     assert error["gptq"] < 0.9 * error["rtn"]
 
 
-def test_one_expert_almost_without_anchor_is_given_back(tiny: TinyZoo, merged: Path) -> None:
-    """The expert differs from the merged model in the linear layers, all that may be changed."""
-    recipe = override(load_recipe(tiny.recipe), "quantize", {"bits": 8, "anchor": 1e-7})
+@pytest.mark.parametrize(
+    ("preset", "changed"), [("paper", nn.Linear), ("features", (nn.Linear, nn.LayerNorm))]
+)
+def test_one_expert_almost_without_anchor_is_given_back(
+    tiny: TinyZoo, merged: Path, preset: str, changed: type[nn.Module]
+) -> None:
+    """The expert differs from the merged model in what the preset may change."""
+    flags = {"bits": 8, "anchor": 1e-7, "preset": preset}
+    recipe = override(load_recipe(tiny.recipe), "quantize", flags)
     family = family_of(merged)
     expert, model, original = (family.load(merged) for _ in range(3))
     generator = torch.Generator().manual_seed(0)
-    for block in family.blocks(expert):
-        for name in (name for group in block.groups for name in group):
-            for parameter in expert.get_submodule(name).parameters():
+    for name, module in expert.named_modules():
+        if isinstance(module, changed) and ".layers." in name:
+            for parameter in module.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.data += 0.5 * noise * parameter.abs().mean().clamp(min=0.01)
     inputs = [
@@ -161,7 +163,7 @@ def test_later_layers_see_the_quantized_earlier_ones(tiny: TinyZoo, merged: Path
     model, result = quantized(recipe, merged, method="gptq", bits=2, bias=False)
     family = family_of(merged)
     last = family.blocks(model)[-1]
-    name = last.groups[-1][0]
+    name = last.layers[-1]
     accumulator = Accumulator()
     hook = model.get_submodule(name).register_forward_pre_hook(
         lambda module, args: accumulator.add(args[0])

@@ -68,7 +68,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Qua
 def layer_names(model: MultiTaskModel) -> list[str]:
     """All layers the family wants quantized."""
     blocks = FAMILY.blocks(model.backbone)
-    return [name for block in blocks for group in block.groups for name in group]
+    return [name for block in blocks for name in block.layers]
 
 
 def make_case(choose: Callable[[str, Tensor], tuple[int, int, bool]]) -> Case:

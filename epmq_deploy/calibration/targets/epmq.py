@@ -28,16 +28,18 @@ class Preset:
         anchor: lambda.
         alpha: share of the experts' own features in the target.
         rho: anchor between base (0), merged (1) and beyond.
+        norms: re-fit LayerNorms.
     """
 
     anchor: float
     alpha: float
     rho: float
+    norms: bool
 
 
 PRESETS = {
-    "paper": Preset(anchor=0.05, alpha=0.0, rho=1.0),
-    "features": Preset(anchor=0.05, alpha=0.25, rho=2.2),
+    "paper": Preset(anchor=0.05, alpha=0.0, rho=1.0, norms=False),
+    "features": Preset(anchor=0.05, alpha=0.25, rho=2.2, norms=True),
 }
 
 
@@ -59,18 +61,22 @@ class EpmqOptions(CalibratedOptions):
     rho: float | None = Field(
         None, description="anchor weights: rho * merged + (1 - rho) * base; 1 is the merged model"
     )
+    norms: bool | None = Field(
+        None, description="re-fit LayerNorm gains and biases towards the experts' outputs"
+    )
     normalization: Literal["frobenius", "none"] = Field(
         "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"
     )
 
     @property
     def values(self) -> Preset:
-        """Anchor, alpha and rho: as given, else the preset's."""
+        """Options as given, else the preset's."""
         preset = PRESETS[self.preset]
         return Preset(
             anchor=preset.anchor if self.anchor is None else self.anchor,
             alpha=preset.alpha if self.alpha is None else self.alpha,
             rho=preset.rho if self.rho is None else self.rho,
+            norms=preset.norms if self.norms is None else self.norms,
         )
 
 
@@ -87,6 +93,14 @@ class Epmq(CalibrationTarget[EpmqOptions]):
     def uses_features(self, options: EpmqOptions) -> bool:
         """Only a target without ``Z_t`` does without."""
         return options.values.alpha > 0
+
+    def norm_mix(self, options: EpmqOptions) -> float | None:
+        """Norms aim at the same mix as linear layers."""
+        return options.values.alpha if options.values.norms else None
+
+    def norm_damping(self, options: EpmqOptions) -> float:
+        """The same anchor strength as for linear layers."""
+        return options.values.anchor
 
     def task_weight(self, statistics: TaskStatistics, options: EpmqOptions) -> float:
         """``1 / ||C_t||_F``, so that no task drowns the others by the size of its activations."""
