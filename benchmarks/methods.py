@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import epmq_deploy
 from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.cli.run import assign
+from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.quantization.model import quantize_model
@@ -30,7 +31,6 @@ from epmq_deploy.quantization.quantize import calibration_samples
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.tasks.accuracy import torch_accuracy
 from epmq_deploy.tasks.data import batches, load_samples
-from epmq_deploy.tasks.experts import ExpertBackbone
 from epmq_deploy.tasks.heads import build_heads
 
 ZOO = Path(epmq_deploy.__file__).parent / "zoo" / "recipe.yaml"
@@ -76,7 +76,7 @@ class Suite:
 
     def experts_average(self) -> float:
         """Each expert on its own task, averaged."""
-        expert = ExpertBackbone(self.recipe, torch.device("cpu"))
+        expert = ExpertBackbone(open_sources(self.recipe), torch.device("cpu"))
         scores = [self.accuracy(expert.become(task), task) for task in self.scored]
         return sum(scores) / len(scores)
 
@@ -86,7 +86,7 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool) -> Suite:
     merge(recipe, folder)
     family = family_of(folder)
     calibration, scored = {}, {}
-    for task, chosen in calibration_samples(recipe).items():
+    for task, chosen in calibration_samples(recipe, family, folder).items():
         inputs = list(batches(chosen, family, folder, 32))
         if held_back:
             half = len(inputs) // 2
@@ -96,7 +96,7 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool) -> Suite:
         calibration[task] = inputs
         source = recipe.tasks[task].evaluation
         assert source is not None, f"task {task} has no evaluation data"
-        test = load_samples(task, source)
+        test = load_samples(task, source, family)
         scored[task] = list(batches(test, family, folder, 64)), test.labels()
     model = family.load(folder)
     with torch.inference_mode():
@@ -121,7 +121,7 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
         batches={
             task: (lambda inputs=inputs: inputs) for task, inputs in suite.calibration.items()
         },
-        experts=ExpertBackbone(recipe, torch.device("cpu")),
+        experts=ExpertBackbone(open_sources(recipe), torch.device("cpu")),
     )
     return {
         "variant": variant,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -67,6 +68,8 @@ def _stderr() -> Console:
 
 def _quieten_libraries() -> None:
     """Keep other libraries' notices off the terminal; what matters is reported by this one."""
+    # Read when transformers is imported, which happens later.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
     for name in ("transformers", "datasets", "torch.onnx", "onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -61,8 +61,7 @@ def evaluate_to(
     """Evaluate, write ``file``, show the table, then hold the gate."""
     from epmq_deploy.runtime.evaluation import evaluate
 
-    if file.exists() and not overwrite:
-        raise RecipeError(f"{file} already exists; choose another output or pass --overwrite")
+    refuse_existing_file(file, overwrite)
     report = evaluate(
         recipe, exported, provider=device, device=pick_device(device), progress=terminal
     )
@@ -76,3 +75,15 @@ def show(report: "EvalReport", max_drop: float | None, terminal: Terminal) -> No
 
     terminal.result(report.as_dict(), eval_table(report))
     report.check_drop(max_drop)
+
+
+def refuse_existing_file(file: Path, overwrite: bool) -> None:
+    """Stop before any work when a file cannot be written.
+
+    Raises:
+        RecipeError: it is a folder, lies in no folder, or may not be replaced.
+    """
+    if file.is_dir() or not file.parent.is_dir():
+        raise RecipeError(f"{file}: expected a file in an existing folder")
+    if file.exists() and not overwrite:
+        raise RecipeError(f"{file} already exists; choose another output or pass --overwrite")

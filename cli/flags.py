@@ -1,7 +1,7 @@
 """Command-line flags made from option models, so that options are typed once."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -13,22 +13,26 @@ _HELP_GROUP = "Options of the recipe"
 
 
 def with_flags(
-    models: Iterable[type[Options]], parameter: str = "flags"
+    models: Iterable[type[Options]], summaries: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command one flag per option of ``models``.
 
-    The command declares a keyword ``parameter``; it receives a dict of option name to value, None
-    where the flag was not given. Values are validated by the models, not here.
+    The command declares a keyword ``flags``; it receives a dict of option name to value, None where
+    the flag was not given. Values are validated by the models, not here.
+
+    Args:
+        models: option models; of several, each is one method's.
+        summaries: what each method does, for the help.
     """
-    options = _merged_fields(list(models))
+    options = _merged_fields(list(models), summaries or {})
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         def wrapper(**arguments: Any) -> None:
             flags = {name: arguments.pop(name) for name in options}
-            command(**arguments, **{parameter: flags})
+            command(**arguments, flags=flags)
 
         own = inspect.signature(command, eval_str=True).parameters.values()
-        kept = [item for item in own if item.name != parameter]
+        kept = [item for item in own if item.name != "flags"]
         signature = inspect.Signature(
             [*kept, *(_parameter(name, *found) for name, found in options.items())]
         )
@@ -42,7 +46,9 @@ def with_flags(
     return decorate
 
 
-def _merged_fields(models: list[type[Options]]) -> dict[str, tuple[FieldInfo, list[str]]]:
+def _merged_fields(
+    models: list[type[Options]], summaries: Mapping[str, str]
+) -> dict[str, tuple[FieldInfo, list[str]]]:
     """Fields by name, with the methods that have them where not all do."""
     fields: dict[str, tuple[FieldInfo, list[str]]] = {}
     for name in dict.fromkeys(name for model in models for name in model.model_fields):
@@ -50,8 +56,8 @@ def _merged_fields(models: list[type[Options]]) -> dict[str, tuple[FieldInfo, li
         methods = [] if len(having) == len(models) else [_method_of(model) for model in having]
         fields[name] = (having[0].model_fields[name], methods)
     if "method" in fields:
-        choices = Literal[tuple(_method_of(model) for model in models)]  # type: ignore[valid-type]
-        fields["method"] = (FieldInfo(annotation=choices, description="method"), [])  # type: ignore[arg-type]
+        described = "; ".join(f"{name}: {summary}" for name, summary in summaries.items())
+        fields["method"] = (FieldInfo(annotation=str, description=described), [])
     return fields
 
 

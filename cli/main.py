@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 unexpected error, 2 usage or recipe, 3 inputs do not fit t
 4 numbers do not agree, 5 accuracy gate missed.
 """
 
+import signal
 import sys
 from typing import Annotated
 
@@ -12,7 +13,7 @@ import typer
 from epmq_deploy import __version__
 from epmq_deploy.cli import demo, evaluate, export, merge, quantize, run
 from epmq_deploy.cli.console import fail
-from epmq_deploy.errors import EpmqError
+from epmq_deploy.errors import EpmqError, RecipeError
 
 app = typer.Typer(
     name="epmq",
@@ -50,8 +51,15 @@ def _root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its documented code."""
+    # Ending by an exception lets temporary folders be removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         app(arguments)
     except EpmqError as error:
         fail(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}")
+        sys.exit(RecipeError.exit_code)

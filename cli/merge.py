@@ -15,7 +15,10 @@ from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.recipe import Recipe, absolute_paths, load_recipe, override, parse_recipe
 
 
-@with_flags(method.options for method in MERGE_METHODS.values())
+@with_flags(
+    (method.options for method in MERGE_METHODS.values()),
+    {name: method.summary for name, method in MERGE_METHODS.items()},
+)
 def command(
     output: common.Output,
     recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).")] = None,

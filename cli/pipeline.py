@@ -2,16 +2,35 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from epmq_deploy.cli.console import Terminal
-from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, show
+from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, show
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import EpmqError, MismatchError
-from epmq_deploy.recipe import Recipe
-from epmq_deploy.stage import Manifest, is_done, read_manifest, refuse_existing
+from epmq_deploy.experts import Sources, open_sources
+from epmq_deploy.recipe import Recipe, Task
+from epmq_deploy.stage import Manifest, is_done, refuse_existing
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage of the chain: what it is called, where it writes, what marks it done, the work."""
+
+    name: str
+    folder: Path
+    mark: str
+    work: Callable[[], Manifest]
+
+    def is_done(self) -> bool:
+        return is_done(self.folder, self.name, self.mark)
 
 
 def run_all(
@@ -24,78 +43,88 @@ def run_all(
         RecipeError: an output made from other inputs is there and ``overwrite`` is off.
         GateError: see ``eval.max_drop``.
     """
-    from epmq_deploy.exporters.export_stage import export, export_fingerprint
-    from epmq_deploy.merging.merge import merge, merge_fingerprint, open_experts
-    from epmq_deploy.quantization.quantize import quantize, quantize_fingerprint
     from epmq_deploy.runtime.evaluation import eval_fingerprint
     from epmq_deploy.runtime.report import read_report
 
-    torch_device = pick_device(device)
-    preflight(recipe)
-    merged, quantized, exported = output / "merged", output / "quantized", output / "onnx"
+    sources = preflight(recipe)
+    common = {"overwrite": overwrite, "device": pick_device(device), "progress": terminal}
+    stages = _stages(recipe, output, sources, common)
+    file = output / "onnx" / EVAL_FILE
+    waiting = [stage for stage in stages if not stage.is_done()]
+    for stage in waiting:
+        refuse_existing(stage.folder, stage.name, overwrite=overwrite)
+    report = None if waiting else read_report(file)
+    if report is not None and report.fingerprint != eval_fingerprint(recipe, stages[-1].mark):
+        refuse_existing_file(file, overwrite)
+        report = None
 
-    def stage(name: str, folder: Path, mark: str, work: Callable[[], Manifest]) -> Manifest:
-        if is_done(folder, name, mark):
-            log.info("%s: up to date, skipped", folder)
-            return read_manifest(folder, name)
-        refuse_existing(folder, overwrite)
-        log.info("%s -> %s", name, folder)
-        return work()
-
-    made = stage(
-        "merge",
-        merged,
-        merge_fingerprint(recipe, open_experts(recipe))[0],
-        lambda: merge(recipe, merged, overwrite=overwrite, device=torch_device, progress=terminal),
-    )
-    made = stage(
-        "quantize",
-        quantized,
-        quantize_fingerprint(recipe, made)[0],
-        lambda: quantize(
-            recipe, merged, quantized, overwrite=overwrite, device=torch_device, progress=terminal
-        ),
-    )
-    made = stage(
-        "export",
-        exported,
-        export_fingerprint(recipe, made)[0],
-        lambda: export(
-            recipe,
-            quantized,
-            exported,
-            overwrite=overwrite,
-            device=torch_device,
-            progress=terminal,
-        ),
-    )
-    report = read_report(exported / EVAL_FILE)
-    if report is not None and report.fingerprint == eval_fingerprint(recipe, made):
-        log.info("%s: up to date, skipped", exported / EVAL_FILE)
+    for stage in stages:
+        if stage in waiting:
+            log.info("%s -> %s", stage.name, stage.folder)
+            stage.work()
+        else:
+            log.info("%s: up to date, skipped", stage.folder)
+    if report is not None:
+        log.info("%s: up to date, skipped", file)
         show(report, recipe.eval.max_drop, terminal)
     else:
-        log.info("eval -> %s", exported / EVAL_FILE)
-        evaluate_to(exported / EVAL_FILE, recipe, exported, device, overwrite, terminal)
+        log.info("eval -> %s", file)
+        evaluate_to(file, recipe, output / "onnx", device, overwrite, terminal)
 
 
-def preflight(recipe: Recipe) -> None:
-    """Check the inputs of all four stages before the first one starts.
+def _stages(recipe: Recipe, output: Path, sources: Sources, common: dict[str, Any]) -> list[_Stage]:
+    """The three stages that write folders; each one's mark follows from the one before."""
+    from epmq_deploy.exporters.export_stage import export, export_fingerprint
+    from epmq_deploy.merging.merge import merge, merge_fingerprint
+    from epmq_deploy.quantization.quantize import quantize, quantize_fingerprint
+
+    merged, quantized, exported = output / "merged", output / "quantized", output / "onnx"
+    first = merge_fingerprint(recipe, sources.sha256())
+    second, _ = quantize_fingerprint(recipe, first)
+    third, _ = export_fingerprint(recipe, second)
+    return [
+        _Stage("merge", merged, first, partial(merge, recipe, merged, **common)),
+        _Stage(
+            "quantize", quantized, second, partial(quantize, recipe, merged, quantized, **common)
+        ),
+        _Stage("export", exported, third, partial(export, recipe, quantized, exported, **common)),
+    ]
+
+
+def preflight(recipe: Recipe) -> Sources:
+    """Check the inputs of all four stages before the first one starts; base and experts, opened.
 
     Raises:
         MismatchError: every problem found.
     """
     from epmq_deploy.exporters import formats_of
-    from epmq_deploy.merging.merge import check_models
+    from epmq_deploy.merging.preflight import check_experts
+    from epmq_deploy.quantization.model import check_skip
     from epmq_deploy.quantization.quantize import calibration_samples
-    from epmq_deploy.runtime.evaluation import check_evaluation
+    from epmq_deploy.runtime.evaluation import evaluation_samples
+    from epmq_deploy.tasks.heads import build_heads
 
-    problems: list[str] = []
-    for check in (
-        lambda: check_models(recipe),
-        lambda: calibration_samples(recipe),
+    sources = open_sources(recipe)
+    family, folder = sources.family, sources.base.folder
+
+    def check_model() -> None:
+        model = family.load(folder)
+        check_skip(family.blocks(model), recipe.quantize)
+        with torch.inference_mode():
+            features = family.embed(model, *family.example_inputs(folder, 1)).shape[1]
+        # Class names are all encoded later; one of each task shows that they can be.
+        brief = {name: _brief(task) for name, task in recipe.tasks.items()}
+        build_heads(brief, family, folder, features)
+
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: check_experts(sources, mixed_dtypes=recipe.merge.mixed_dtypes),
+        lambda: calibration_samples(recipe, family, folder),
         lambda: formats_of(recipe.export.formats),
-        lambda: check_evaluation(recipe),
-    ):
+        lambda: evaluation_samples(recipe, family, folder),
+        check_model,
+    )
+    problems: list[str] = []
+    for check in checks:
         try:
             check()
         except MismatchError as error:
@@ -104,3 +133,13 @@ def preflight(recipe: Recipe) -> None:
             problems.append(str(error))
     if problems:
         raise MismatchError("the recipe's inputs", problems)
+    return sources
+
+
+def _brief(task: Task) -> Task:
+    """The task with one class name and one template."""
+    head = task.head
+    if head is None or head.classes is None:
+        return task
+    brief = head.model_copy(update={"classes": head.classes[:1], "templates": head.templates[:1]})
+    return task.model_copy(update={"head": brief})

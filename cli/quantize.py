@@ -14,7 +14,10 @@ from epmq_deploy.device import pick_device
 from epmq_deploy.recipe import load_recipe, override
 
 
-@with_flags(target.options for target in TARGETS.values())
+@with_flags(
+    (target.options for target in TARGETS.values()),
+    {name: target.summary for name, target in TARGETS.items()},
+)
 def command(
     merged: Annotated[Path, typer.Argument(help="Output of `epmq merge`.")],
     output: common.Output,

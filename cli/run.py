@@ -53,7 +53,10 @@ def assign(recipe: Recipe, assignments: list[str]) -> Recipe:
                 f"--set {text}: expected section.option=value with section merge, quantize, "
                 "export or eval"
             )
-        flags.setdefault(section, {})[option] = yaml.safe_load(value)
+        try:
+            flags.setdefault(section, {})[option] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {text}: {value!r} is not YAML; quote it") from error
     for section, given in flags.items():
         recipe = override(recipe, section, given)
     return recipe

@@ -1,5 +1,6 @@
 """Tables for people."""
 
+from rich.markup import escape
 from rich.table import Table
 
 from epmq_deploy.runtime.report import REFERENCE, EvalReport
@@ -35,13 +36,13 @@ def eval_table(report: EvalReport) -> Table:
 
 def stage_table(manifest: Manifest, folder: str) -> Table:
     """What a stage wrote."""
-    table = Table(title=f"{manifest.stage}: {folder}", show_header=False)
+    table = Table(title=escape(f"{manifest.stage}: {folder}"), show_header=False)
     for key, value in manifest.details.items():
         if isinstance(value, list):
             lines = [_listed(item) for item in value]
-            table.add_row(key, "\n".join(lines) or "none")
+            table.add_row(key, escape("\n".join(lines)) or "none")
         else:
-            table.add_row(key, _listed(value))
+            table.add_row(key, escape(_listed(value)))
     return table
 
 

@@ -17,6 +17,9 @@ from epmq_deploy.errors import RecipeError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model"]
+_SETTINGS = {".json", ".txt", ".model", ".jinja"}
+_NOT_SETTINGS = {INDEX_FILE, "manifest.json", "report.json", "eval.json"}
+_FILES = (".parquet", ".json", ".jsonl", ".csv", ".safetensors", ".yaml")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _DTYPES = {
     "F64": torch.float64,
@@ -107,7 +110,10 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if (folder / SINGLE_FILE).is_file():
         return (folder / SINGLE_FILE,)
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"{index}: not an index of safetensors shards") from error
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise RecipeError(f"{folder}: shards missing: {', '.join(missing)}")
@@ -145,16 +151,24 @@ def fetch_model(path_or_id: str) -> Path:
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether ``text`` has the form ``owner/name`` of a hub id."""
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
+    """Whether ``text`` has the form ``owner/name`` of a hub id, and not that of a file."""
+    shaped = text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    return shaped and not text.endswith(("/", *_FILES))
+
+
+def setting_files(folder: Path) -> tuple[Path, ...]:
+    """Everything a model folder holds beside its weights: config, tokenizer, processor."""
+    return tuple(
+        file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix in _SETTINGS and file.name not in _NOT_SETTINGS
+    )
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Copy everything a model folder holds beside its weights: config, tokenizer, processor."""
-    for file in sorted(source.iterdir()):
-        setting = file.is_file() and file.suffix in {".json", ".txt", ".model", ".jinja"}
-        if setting and file.name not in (INDEX_FILE, "manifest.json"):
-            shutil.copyfile(file, target / file.name)
+    """Copy config, tokenizer and processor files."""
+    for file in setting_files(source):
+        shutil.copyfile(file, target / file.name)
 
 
 def save_sharded(

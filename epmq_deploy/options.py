@@ -11,7 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field
 class Options(BaseModel):
     """Frozen options; unknown keys are errors. Recipe keys and CLI flags both come from these."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def shared_fields(first: type[Options], second: type[Options]) -> set[str]:
+    """Options both classes inherit from a common base, so that they mean the same in both."""
+    common = set(first.__mro__) & set(second.__mro__)
+    return {name for base in common if issubclass(base, Options) for name in base.model_fields}
 
 
 def union_by_method(members: Iterable[type[Options]]) -> Any:

@@ -14,7 +14,7 @@ from epmq_deploy.errors import RecipeError
 from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
-from epmq_deploy.options import Options, union_by_method
+from epmq_deploy.options import Options, shared_fields, union_by_method
 
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -59,6 +59,8 @@ class Head(Options):
             raise ValueError("needs either classes (with templates) or matrix")
         if not all("{}" in template for template in self.templates):
             raise ValueError("every template needs {} where the class name goes")
+        if self.classes is not None and len(set(self.classes)) < len(self.classes):
+            raise ValueError("class names must differ")
         return self
 
 
@@ -114,7 +116,11 @@ class Recipe(Options):
         """A section without ``method`` means the default one."""
         if isinstance(content, dict):
             defaults = {"merge": TaskArithmeticOptions().method, "quantize": EpmqOptions().method}
-            content = dict(content)
+            # An empty section means its defaults.
+            content = {
+                section: {} if options is None and section in cls.model_fields else options
+                for section, options in content.items()
+            }
             for section, method in defaults.items():
                 if isinstance(content.get(section), dict):
                     content[section] = {"method": method, **content[section]}
@@ -145,7 +151,9 @@ def load_recipe(file: Path) -> Recipe:
         RecipeError: unreadable, no YAML, or invalid.
     """
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{file}: not UTF-8 text") from error
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
@@ -156,9 +164,13 @@ def load_recipe(file: Path) -> Recipe:
 def absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Make every local path absolute, seen from ``folder``; hub ids stay as they are."""
 
+    def local(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
     def located(path: str) -> str:
-        local = (folder / Path(path).expanduser()).resolve()
-        return path if looks_like_hub_id(path) and not local.exists() else str(local)
+        # ``data/cars`` has the form of a hub id too; a folder of that first name decides.
+        beside = (folder / path).exists() or (folder / Path(path).parts[0]).is_dir()
+        return path if looks_like_hub_id(path) and not beside else local(path)
 
     def source(data: DataSource | None) -> DataSource | None:
         return data and data.model_copy(update={"path": located(data.path)})
@@ -166,7 +178,7 @@ def absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     def head(head: Head | None) -> Head | None:
         if head is None or head.matrix is None:
             return head
-        return head.model_copy(update={"matrix": located(head.matrix)})
+        return head.model_copy(update={"matrix": local(head.matrix)})
 
     tasks = {
         name: task.model_copy(
@@ -184,7 +196,7 @@ def absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 
 def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
-    """Replace options of one section; a new ``method`` starts from that method's defaults.
+    """Replace options of one section; a new ``method`` keeps only what all methods share.
 
     Args:
         recipe: to start from.
@@ -199,32 +211,52 @@ def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
         return recipe
     content = recipe.model_dump()
     options = content[section]
-    if given.get("method", options.get("method")) != options.get("method"):
-        kept = _fields_of(section, given["method"])
+    registries: dict[str, dict[str, Any]] = {"merge": MERGE_METHODS, "quantize": TARGETS}
+    known = registries.get(section, {})
+    wanted = given.get("method")
+    if isinstance(wanted, str) and wanted in known and wanted != options["method"]:
+        old, new = known[options["method"]].options, known[wanted].options
+        kept = shared_fields(old, new) - {"method"}
         options = {name: value for name, value in options.items() if name in kept}
     content[section] = options | given
     return parse_recipe(content, f"{section} options")
 
 
-def _fields_of(section: str, method: str) -> set[str]:
-    """Options that carry over to ``method`` because both methods have them."""
-    registries: dict[str, dict[str, Any]] = {"merge": MERGE_METHODS, "quantize": TARGETS}
-    registry = registries[section]
-    return set(registry[method].options.model_fields) - {"method"} if method in registry else set()
-
-
 def _describe(error: ValidationError) -> list[str]:
+    """One line per problem: the key, what was found, what is allowed."""
     lines = []
     for item in error.errors():
         # Members of a union appear in the location by their tag; the user's file has no such key.
         tags = {*MERGE_METHODS, *TARGETS}
-        parts = [
-            str(part)
-            for index, part in enumerate(item["loc"])
-            if not (index == 1 and item["loc"][0] in ("merge", "quantize") and part in tags)
-        ]
-        key = ".".join(parts) or "recipe"
+        path = item["loc"]
+        tagged = len(path) > 1 and path[0] in ("merge", "quantize") and path[1] in tags
+        key = ".".join(str(part) for part in (path[:1] + path[2:] if tagged else path))
+        message = item["msg"]
+        if item["type"] == "extra_forbidden":
+            message = f"no such option; allowed here: {', '.join(_allowed_keys(path))}"
+        elif item["type"] == "model_type":
+            message = "must be a mapping of options"
         found = item["input"]
         shown = f", found {found!r}" if isinstance(found, str | int | float | bool) else ""
-        lines.append(f"{key}: {item['msg']}{shown}")
+        lines.append(f"{key or 'recipe'}: {message}{shown}")
     return lines
+
+
+def _allowed_keys(path: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section an unknown key was found in."""
+    known: dict[str, Any] = {"merge": MERGE_METHODS, "quantize": TARGETS}
+    if len(path) == 1:
+        return list(Recipe.model_fields)
+    if path[0] in known:
+        return list(known[str(path[0])][path[1]].options.model_fields)
+    models: dict[str, type[Options]] = {
+        "base": Base,
+        "tasks": Task,
+        "calibration": DataSource,
+        "evaluation": DataSource,
+        "head": Head,
+        "export": ExportOptions,
+        "eval": EvalOptions,
+    }
+    section = next(part for part in reversed(path[:-1]) if part in models)
+    return list(models[str(section)].model_fields)

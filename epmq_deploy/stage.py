@@ -59,11 +59,11 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def files_sha256(files: Iterable[Path]) -> str:
-    """One sha256 over names and contents of several files, in name order."""
+def files_sha256(folder: Path, files: Iterable[Path]) -> str:
+    """One sha256 over paths (relative to ``folder``) and contents of several files."""
     digest = hashlib.sha256()
-    for file in sorted(files, key=lambda path: path.name):
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    for name in sorted(file.relative_to(folder).as_posix() for file in files):
+        digest.update(f"{name} {file_sha256(folder / name)}\n".encode())
     return digest.hexdigest()
 
 
@@ -110,6 +110,15 @@ def check_outputs(folder: Path, manifest: Manifest) -> None:
         )
 
 
+def model_inputs(manifest: Manifest) -> dict[str, str]:
+    """Hashes of base and experts, which every stage hands on to the next."""
+    return {
+        role: digest
+        for role, digest in manifest.inputs.items()
+        if role == "base" or role.startswith("expert:")
+    }
+
+
 def is_done(folder: Path, stage: str, expected: str) -> bool:
     """Whether ``folder`` already holds this stage's output for this fingerprint, intact."""
     try:
@@ -134,33 +143,65 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     return complete
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
+def refuse_existing(
+    target: Path, stage: str, *, overwrite: bool, source: Path | None = None
+) -> None:
     """Stop before any work when the output is in the way.
 
+    Args:
+        target: folder to be written.
+        stage: the only stage whose output may be replaced.
+        overwrite: whether it may be replaced at all.
+        source: the stage's input folder.
+
     Raises:
-        RecipeError: ``target`` exists and may not be replaced, or is no stage's folder.
+        RecipeError: ``target`` exists and may not be replaced, cannot be a folder, or lies within
+            ``source`` or around it.
     """
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+    place = target.resolve()
+    if source is not None:
+        given = source.resolve()
+        if place == given or given in place.parents or place in given.parents:
+            raise RecipeError(f"output {target} and input {source} must not contain each other")
+    parent = next(folder for folder in place.parents if folder.exists())
+    if not parent.is_dir():
+        raise RecipeError(f"output {target}: {parent} is no folder")
+    if not os.access(parent, os.W_OK):
+        raise RecipeError(f"output {target}: no permission to write into {parent}")
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise RecipeError(f"output {target} exists and is no folder; choose another")
+    if not any(place.iterdir()):
         return
     if not overwrite:
         raise RecipeError(f"{target} already exists; choose another output or pass --overwrite")
-    if target.is_dir() and not (target / MANIFEST).is_file():
-        # Never delete a folder this tool did not write.
-        raise RecipeError(f"{target} exists and holds no {MANIFEST}; it is not replaced")
+    if _stage_of(place) != stage:
+        # Never delete what this command did not write.
+        raise RecipeError(f"{target} is not the output of `epmq {stage}`, so it is not replaced")
+
+
+def _stage_of(folder: Path) -> str | None:
+    """The stage whose output a folder is, whatever version wrote it."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(content, dict) and "fingerprint" in content
+    return str(content.get("stage")) if ours else None
 
 
 @contextmanager
-def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """A temporary folder beside ``target`` that becomes it when the block ends well.
 
-    On any error nothing is left behind and an existing ``target`` stays as it was.
-
-    Raises:
-        RecipeError: see ``refuse_existing``.
+    On any error nothing is left behind and an existing ``target`` stays as it was; whether it may
+    be replaced is for ``refuse_existing`` to say, before any work.
     """
-    refuse_existing(target, overwrite)
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    replaced = temporary.with_name(f"{temporary.name}-replaced")
     try:
         # mkdtemp is private to the user; outputs follow the umask like any other folder.
         mask = os.umask(0)
@@ -168,14 +209,16 @@ def atomic_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
         temporary.chmod(0o777 & ~mask)
         yield temporary
         if target.exists():
-            replaced = temporary.with_name(f"{temporary.name}-replaced")
             target.rename(replaced)
+        try:
             temporary.rename(target)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def atomic_text(target: Path, text: str) -> None:

@@ -19,6 +19,7 @@ from epmq_deploy.stage import (
     check_outputs,
     file_sha256,
     fingerprint,
+    model_inputs,
     read_manifest,
     refuse_existing,
     write_manifest,
@@ -26,9 +27,9 @@ from epmq_deploy.stage import (
 from epmq_deploy.tasks.heads import build_heads, save_heads
 
 
-def export_fingerprint(recipe: Recipe, quantized: Manifest) -> tuple[str, dict[str, str]]:
-    """What decides the exported files: fingerprint and input hashes by role."""
-    inputs = {"quantize": quantized.fingerprint}
+def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
+    """What decides the files, after a quantization of that fingerprint; also input hashes."""
+    inputs = {"quantize": quantized}
     heads = {}
     for name, task in recipe.tasks.items():
         if task.head is not None:
@@ -58,11 +59,11 @@ def export(
             low-bit kernel.
     """
     progress = progress or NoProgress()
-    refuse_existing(output, overwrite)
+    refuse_existing(output, "export", overwrite=overwrite, source=quantized)
     formats_of(recipe.export.formats)
     made = read_manifest(quantized, "quantize")
     check_outputs(quantized, made)
-    mark, inputs = export_fingerprint(recipe, made)
+    mark, inputs = export_fingerprint(recipe, made.fingerprint)
     merged = quantized / MERGED_FOLDER
     layers, replaced = load_artifact(quantized)
     family = family_of(merged)
@@ -71,7 +72,7 @@ def export(
     with torch.inference_mode():
         features = family.embed(backbone, *example).shape[1]
     heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
-    with atomic_folder(output, overwrite=overwrite) as folder:
+    with atomic_folder(output) as folder:
         graphs = export_graphs(
             MultiTaskModel(family, backbone, heads),
             example,
@@ -97,4 +98,5 @@ def export(
                 for graph in graphs
             ]
         }
+        inputs |= model_inputs(made)
         return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))

@@ -1,6 +1,6 @@
 """The eval stage: accuracy of every exported graph on every task, and the experts'."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,27 +8,27 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.device import DeviceName
-from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.runtime.latency import measure_latency
 from epmq_deploy.runtime.report import EXPERTS, EvalReport, Row
 from epmq_deploy.runtime.sessions import Graph
-from epmq_deploy.stage import Manifest, check_outputs, fingerprint, read_manifest
+from epmq_deploy.stage import check_outputs, fingerprint, read_manifest
 from epmq_deploy.tasks.accuracy import count_hits, embeddings
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
-from epmq_deploy.tasks.experts import ExpertBackbone
 from epmq_deploy.tasks.heads import load_heads
 
 
-def eval_fingerprint(recipe: Recipe, exported: Manifest) -> str:
-    """What decides an evaluation's accuracies."""
-    inputs = {"export": exported.fingerprint}
+def eval_fingerprint(recipe: Recipe, exported: str) -> str:
+    """What decides an evaluation of an export of that fingerprint; the gate is no part of it."""
+    inputs = {"export": exported}
     for name, task in recipe.tasks.items():
         if task.evaluation is not None:
             inputs[f"evaluation:{name}"] = data_sha256(task.evaluation)
-    return fingerprint("eval", recipe.eval.model_dump(mode="json"), inputs)
+    return fingerprint("eval", recipe.eval.model_dump(mode="json", exclude={"max_drop"}), inputs)
 
 
 def evaluate(
@@ -51,7 +51,8 @@ def evaluate(
     made = read_manifest(exported, "export")
     check_outputs(exported, made)
     heads = load_heads(exported)
-    samples = evaluation_samples(recipe, heads)
+    family = family_of(exported)
+    samples = evaluation_samples(recipe, family, exported, heads)
     files = made.details["graphs"]
     graphs = {
         item["format"]: Graph(
@@ -62,8 +63,12 @@ def evaluate(
         )
         for item in files
     }
-    experts = ExpertBackbone(recipe, device or torch.device("cpu")) if recipe.eval.experts else None
-    scorer = _Scorer(family_of(exported), exported, recipe.eval.batch_size, graphs, heads, experts)
+    experts = None
+    if recipe.eval.experts:
+        sources = open_sources(recipe)
+        check_unchanged(sources, made)
+        experts = ExpertBackbone(sources, device or torch.device("cpu"))
+    scorer = _Scorer(family, exported, recipe.eval.batch_size, graphs, heads, experts)
     scores = {
         task: scorer.accuracies(task, chosen)
         for task, chosen in progress.track(samples.items(), "evaluating", total=len(samples))
@@ -85,62 +90,70 @@ def evaluate(
         samples={task: len(chosen) for task, chosen in samples.items()},
         provider=next(iter(graphs.values())).provider,
         threads=recipe.eval.threads,
-        fingerprint=eval_fingerprint(recipe, made),
+        fingerprint=eval_fingerprint(recipe, made.fingerprint),
     )
 
 
-def evaluation_samples(recipe: Recipe, heads: Mapping[str, Tensor]) -> dict[str, Samples]:
-    """The evaluation samples of every task.
+def evaluation_samples(
+    recipe: Recipe, family: ModelFamily, folder: Path, heads: Mapping[str, Tensor] | None = None
+) -> dict[str, Samples]:
+    """The evaluation samples of every task, loaded and checked; one of each is decoded.
+
+    Args:
+        recipe: tasks and options.
+        family: the model's family.
+        folder: a model folder with preprocessor settings.
+        heads: of the exported graphs; before there are any, what the recipe says of them counts.
 
     Raises:
         MismatchError: names every task without data or head, or with labels its head lacks.
     """
-    return _load(recipe, {name: head.shape[0] for name, head in heads.items()})
-
-
-def check_evaluation(recipe: Recipe) -> None:
-    """Make sure the recipe's tasks can be evaluated once exported.
-
-    Raises:
-        MismatchError: as ``evaluation_samples``, from the heads the recipe describes.
-    """
-    classes = {
-        name: len(task.head.classes) if task.head.classes is not None else None
-        for name, task in recipe.tasks.items()
-        if task.head is not None
-    }
-    _load(recipe, classes)
-
-
-def _load(recipe: Recipe, classes: Mapping[str, int | None]) -> dict[str, Samples]:
-    """Load samples and check their labels against each head's number of classes."""
     samples, problems = {}, []
     for name, task in recipe.tasks.items():
         if task.evaluation is None:
             problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
             continue
-        if name not in classes:
+        if task.head is None or (heads is not None and name not in heads):
             problems.append(f"task {name!r} has no head (tasks.{name}.head)")
             continue
+        names = task.head.classes
+        count = len(names) if names is not None else None
+        if heads is not None:
+            count = heads[name].shape[0]
         try:
-            samples[name] = load_samples(name, task.evaluation, limit=recipe.eval.max_samples)
-            problems += _label_problems(samples[name], classes[name])
-        except RecipeError as error:
+            samples[name] = load_samples(
+                name, task.evaluation, family, limit=recipe.eval.max_samples
+            )
+            next(batches(samples[name], family, folder, 1))
+            problems += _label_problems(samples[name], count, names)
+        except EpmqError as error:
             problems.append(str(error))
     if problems:
         raise MismatchError("evaluation", problems)
     return samples
 
 
-def _label_problems(samples: Samples, classes: int | None) -> list[str]:
+def _label_problems(samples: Samples, count: int | None, names: Sequence[str] | None) -> list[str]:
+    """Labels beyond the head, or class names in another order than the data's."""
     where = f"task {samples.task!r}: {samples.source.path}"
-    if len(samples) == 0:
-        return [f"{where} holds no samples"]
     labels = samples.labels()
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (classes is not None and high >= classes):
-        return [f"{where} has labels {low} to {high}, but its head has {classes} classes"]
+    if low < 0 or (count is not None and high >= count):
+        return [f"{where} has labels {low} to {high}, but its head has {count} classes"]
+    stored = samples.class_names
+    if names is None or stored is None:
+        return []
+    ours, theirs = [_plain(name) for name in names], [_plain(name) for name in stored]
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        return [
+            f"{where} numbers its classes {', '.join(stored)}; put tasks.{samples.task}.head."
+            "classes in that order"
+        ]
     return []
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").strip()
 
 
 @dataclass(frozen=True)

@@ -78,12 +78,16 @@ class LayerWeights:
     Attributes:
         name: dotted name.
         merged: ``W_m``, float ``[N, K]``.
+        bias: merged bias ``[N]``, where there is one.
         base: ``W_b``, float ``[N, K]``, for targets that use experts.
+        base_bias: the base's bias, likewise.
     """
 
     name: str
     merged: Tensor
+    bias: Tensor | None = None
     base: Tensor | None = None
+    base_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,14 @@ class LayerProblem:
     Attributes:
         weight: ``W*``, float64 ``[N, K]``.
         hessian: ``H``, float64 ``[K, K]``, symmetric positive definite.
-        bias_damping: weight of the merged bias when biases are re-fitted.
+        bias_anchor: bias that re-fitted biases are pulled to, ``[N]``; the merged one when absent.
+        bias_damping: strength of that pull.
     """
 
     weight: Tensor
     hessian: Tensor
-    bias_damping: float
+    bias_anchor: Tensor | None = None
+    bias_damping: float = 0.0
 
 
 class CalibrationTarget(ABC, Generic[O]):
@@ -107,13 +113,11 @@ class CalibrationTarget(ABC, Generic[O]):
     Attributes:
         options: its option model, with a literal ``method`` field naming it.
         summary: one line with the source.
-        uses_data: needs calibration samples.
         uses_experts: needs the experts' weights, layer by layer.
     """
 
     options: type[O]
     summary: ClassVar[str]
-    uses_data: ClassVar[bool] = True
     uses_experts: ClassVar[bool] = False
 
     @property
@@ -156,6 +160,6 @@ class CalibrationTarget(ABC, Generic[O]):
 
         Args:
             layer: name, merged weight and, when ``uses_experts``, the base's.
-            sums: over all tasks, for the layer's inputs; empty when ``uses_data`` is false.
+            sums: over all tasks, for the layer's inputs; empty without calibration data.
             options: the method's options.
         """

@@ -45,7 +45,9 @@ class CheckpointTaskVectors:
         return torch.stack([self._task_vector(expert, name) for expert in self.experts])
 
     def _task_vector(self, expert: Checkpoint, name: str) -> Tensor:
-        return self.loaded(expert, name) - self.loaded(self.base, name)
+        start = self.loaded(self.base, name)
+        # An optional tensor that an expert leaves out is the base's.
+        return self.loaded(expert, name) - start if name in expert.tensors else start - start
 
     def loaded(self, checkpoint: Checkpoint, name: str) -> Tensor:
         """One tensor, float32, on the device."""

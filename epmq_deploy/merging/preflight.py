@@ -1,82 +1,80 @@
 """Checks every expert against the base before any work, and names all problems at once."""
 
-from collections.abc import Mapping
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from epmq_deploy.checkpoints import Checkpoint
 from epmq_deploy.errors import MismatchError
+from epmq_deploy.experts import Sources
+
+log = logging.getLogger(__name__)
 
 
-def shared_tensors(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> tuple[str, ...]:
-    """Floating-point tensors of the base that the experts hold: what gets merged, base order.
-
-    Integer tensors (position ids and the like) are no weights and stay the base's.
-    """
-    held = set().union(*(expert.tensors for expert in experts.values()))
-    return tuple(
-        name for name, info in base.tensors.items() if name in held and info.dtype.is_floating_point
-    )
-
-
-def check_experts(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], *, mixed_dtypes: bool = False
-) -> tuple[str, ...]:
-    """Check keys, shapes, dtypes and values.
+def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str, ...]:
+    """Check architecture, keys, shapes, dtypes and values.
 
     Args:
-        base: the base model.
-        experts: task name to expert, canonical tensor names.
+        sources: base and experts.
         mixed_dtypes: accept floating-point tensors of another dtype than the base's.
 
     Returns:
-        The names of the tensors to merge.
+        The names of the tensors to merge: those deployed, floating-point and held by an expert, in
+        the base's order. Integer tensors (position ids and the like) are no weights.
 
     Raises:
         MismatchError: with every problem of every expert.
     """
-    names = shared_tensors(base, experts)
+    base, experts, family = sources.base, sources.experts, sources.family
+    held = set().union(*(expert.tensors for expert in experts.values()))
+    names = tuple(
+        name
+        for name, info in base.tensors.items()
+        if name in held and family.is_deployed(name) and info.dtype.is_floating_point
+    )
     problems = []
     if not names:
         problems.append("the experts share no floating-point tensor with the base")
     for task, expert in experts.items():
-        problems += [f"expert {task!r}: {text}" for text in _problems(base, expert, names)]
-        unmixed = sorted(
-            name
-            for name in names
-            if name in expert.tensors
-            and expert.tensors[name].dtype.is_floating_point
-            and expert.tensors[name].dtype != base.tensors[name].dtype
-        )
-        if unmixed and not mixed_dtypes:
-            first = unmixed[0]
-            problems.append(
-                f"expert {task!r}: {_listed(unmixed)} stored as {expert.tensors[first].dtype}, the "
-                f"base as {base.tensors[first].dtype}; convert one of them or set "
-                "merge.mixed_dtypes: true (--mixed-dtypes)"
-            )
-    for label, checkpoint in {
-        "base": base,
-        **{f"expert {k!r}": v for k, v in experts.items()},
-    }.items():
-        bad = [
-            name for name in names if name in checkpoint.tensors and not _finite(checkpoint, name)
-        ]
-        if bad:
-            problems.append(f"{label}: NaN or infinite values in {_listed(bad)}")
+        found = family.config_problems(_config(base.folder), _config(expert.folder))
+        found += _tensor_problems(sources, expert, names)
+        if not mixed_dtypes:
+            found += _dtype_problems(base, expert, names)
+        found += _value_problems(expert, names)
+        problems += [f"expert {task!r}: {text}" for text in found]
+    problems += [f"base: {text}" for text in _value_problems(base, names)]
     if problems:
         raise MismatchError(f"the experts do not fit the base {base.folder}", problems)
+    _warn_about_what_is_not_merged(sources)
     return names
 
 
-def _problems(base: Checkpoint, expert: Checkpoint, names: tuple[str, ...]) -> list[str]:
-    problems = []
-    missing = [name for name in names if name not in expert.tensors]
+def _config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise MismatchError("models cannot be opened", [f"{file}: not JSON ({error})"]) from error
+    return content
+
+
+def _tensor_problems(sources: Sources, expert: Checkpoint, names: Sequence[str]) -> list[str]:
+    base, family = sources.base, sources.family
+    missing = [
+        name for name in names if name not in expert.tensors and not family.is_optional(name)
+    ]
     extra = [
         name
         for name, info in expert.tensors.items()
-        if name not in base.tensors and info.dtype.is_floating_point
+        if name not in base.tensors and family.is_deployed(name) and info.dtype.is_floating_point
     ]
+    problems = []
     if missing:
         problems.append(f"lacks {_listed(missing)}, which other experts have")
     if extra:
@@ -94,7 +92,47 @@ def _problems(base: Checkpoint, expert: Checkpoint, names: tuple[str, ...]) -> l
     return problems
 
 
-def _listed(names: list[str], most: int = 3) -> str:
+def _dtype_problems(base: Checkpoint, expert: Checkpoint, names: Sequence[str]) -> list[str]:
+    unlike = [
+        name
+        for name in names
+        if name in expert.tensors
+        and expert.tensors[name].dtype.is_floating_point
+        and expert.tensors[name].dtype != base.tensors[name].dtype
+    ]
+    if not unlike:
+        return []
+    theirs, ours = expert.tensors[unlike[0]].dtype, base.tensors[unlike[0]].dtype
+    return [
+        f"{_listed(unlike)} stored as {theirs}, the base as {ours}; convert one of them or set "
+        "merge.mixed_dtypes: true (--mixed-dtypes)"
+    ]
+
+
+def _value_problems(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
+    bad = [name for name in names if name in checkpoint.tensors and not _finite(checkpoint, name)]
+    return [f"NaN or infinite values in {_listed(bad)}"] if bad else []
+
+
+def _warn_about_what_is_not_merged(sources: Sources) -> None:
+    """Say so when an expert was also trained where merging leaves the base as it is."""
+    for task, expert in sources.experts.items():
+        changed = [
+            name
+            for name in expert.tensors
+            if name in sources.base.tensors
+            and not sources.family.is_deployed(name)
+            and not torch.equal(expert.load(name), sources.base.load(name))
+        ]
+        if changed:
+            log.warning(
+                "expert %r differs from the base in %s, which is not merged: the base's is used",
+                task,
+                _listed(changed),
+            )
+
+
+def _listed(names: Sequence[str], most: int = 3) -> str:
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more tensor(s)" if rest > 0 else "")
 

@@ -26,7 +26,10 @@ def family_of(folder: Path) -> ModelFamily:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise RecipeError(f"{folder}: no config.json; expected a Hugging Face model folder")
-    config = json.loads(config_file.read_text())
+    try:
+        config = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise RecipeError(f"{config_file}: not JSON ({error})") from error
     for family in families():
         if family.recognises(config):
             return family

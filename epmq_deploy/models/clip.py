@@ -9,9 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.family import Block, Group, ModelFamily
 from epmq_deploy.models.loading import fill
 
+_ARCHITECTURE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+)
 _TOP_LEVEL = ("vision_model.", "text_model.", "visual_projection.", "text_projection.")
 _GROUPS = (
     Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="layer_norm1"),
@@ -30,10 +41,28 @@ class ClipFamily(ModelFamily):
 
     name = "clip"
     input_names = ("pixel_values",)
+    modality = "image"
 
     def recognises(self, config: dict[str, Any]) -> bool:
-        """See base."""
-        return config.get("model_type") in ("clip", "clip_vision_model")
+        """Whole CLIP models only: an image tower alone has no projection and no text side."""
+        return config.get("model_type") == "clip"
+
+    def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
+        """Compares what defines the image tower and tensors' shapes may not show."""
+        ours, theirs = base.get("vision_config", {}), expert.get("vision_config", expert)
+        return [
+            f"{key} is {theirs[key]!r} in its config.json, the base has {ours[key]!r}"
+            for key in _ARCHITECTURE
+            if key in ours and key in theirs and ours[key] != theirs[key]
+        ]
+
+    def is_deployed(self, key: str) -> bool:
+        """The image tower and its projection; the text side only makes heads."""
+        return key.startswith(("vision_model.", "visual_projection."))
+
+    def is_optional(self, key: str) -> bool:
+        """Image towers are published without the projection, which fine-tuning leaves alone."""
+        return key.startswith("visual_projection.")
 
     def canonical_key(self, key: str) -> str:
         """See base."""
@@ -88,15 +117,15 @@ class ClipFamily(ModelFamily):
 
         As in the CLIP paper's prompt ensembling (section 3.1.4).
         """
-        from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+        from transformers import CLIPConfig, CLIPModel
 
-        model = fill(CLIPModel(CLIPConfig.from_pretrained(folder, local_files_only=True)), folder)
-        model = model.to(device)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        tokenizer = _tokenizer(folder, config.text_config.vocab_size)
+        model = fill(CLIPModel(config), folder).to(device)
         rows = []
         with torch.inference_mode():
             for name in classes:
-                prompts = [template.format(name) for template in templates]
+                prompts = [template.replace("{}", name) for template in templates]
                 tokens = tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
                 embeds = model.get_text_features(
                     input_ids=tokens["input_ids"].to(device),
@@ -108,12 +137,34 @@ class ClipFamily(ModelFamily):
         return head
 
 
+def _tokenizer(folder: Path, vocabulary: int) -> Any:
+    """The folder's tokenizer; transformers would make up an empty one where it is missing."""
+    from transformers import AutoTokenizer
+
+    whole = (folder / "tokenizer.json").is_file()
+    parts = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if not (whole or parts):
+        raise RecipeError(
+            f"{folder}: heads from class names need the base's tokenizer: tokenizer.json, or "
+            "vocab.json and merges.txt"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) > vocabulary:
+        raise RecipeError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text tower {vocabulary}"
+        )
+    return tokenizer
+
+
 @lru_cache(maxsize=4)
 def _image_processor(folder: Path) -> Any:
     # Pillow's resampling, never torchvision's: the same pixels on every machine.
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        raise RecipeError(f"{file} is missing; it says how images become pixel_values")
+    settings = json.loads(file.read_text())
     return CLIPImageProcessorPil.from_dict(settings)
 
 

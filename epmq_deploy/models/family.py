@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +55,23 @@ class ModelFamily(ABC):
 
     name: ClassVar[str]
     input_names: ClassVar[tuple[str, ...]]
+    modality: ClassVar[Literal["image", "text"]]
 
     @abstractmethod
     def recognises(self, config: dict[str, Any]) -> bool:
-        """Whether a ``config.json`` belongs to this family."""
+        """Whether a base's ``config.json`` belongs to this family."""
+
+    @abstractmethod
+    def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
+        """Where an expert's ``config.json`` describes another architecture than the base's."""
+
+    @abstractmethod
+    def is_deployed(self, key: str) -> bool:
+        """Whether a tensor of the base belongs to the part that is merged and deployed."""
+
+    @abstractmethod
+    def is_optional(self, key: str) -> bool:
+        """Whether an expert may leave out a deployed tensor because it is the base's."""
 
     @abstractmethod
     def canonical_key(self, key: str) -> str:

@@ -1,5 +1,6 @@
 """Quantizing one linear layer: grid, codes, bias and a report."""
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -96,8 +97,10 @@ def quantize_layer(
     except NumericsError as error:
         raise NumericsError(f"layer {name}: {error}") from error
     codes = solution.codes
-    if calibrated is not None and calibrated.refine:
-        codes, grid = refine(problem.weight, problem.hessian, codes, grid, sweeps=calibrated.refine)
+    if calibrated is not None and calibrated.refine and solution.status != "fallback_rtn":
+        damped = problem.hessian.clone()
+        damped.diagonal().add_(solution.added_damping)
+        codes, grid = refine(problem.weight, damped, codes, grid, sweeps=calibrated.refine)
     linear = _quantized(codes, grid, options)
     dequantized = linear.dequantize().to(torch.float64)
     before_grid = _grid(weight, problem.hessian, options)
@@ -116,6 +119,8 @@ def quantize_layer(
         tokens=sums.tokens,
         seconds=time.perf_counter() - started,
     )
+    if not math.isfinite(report.error_after):
+        raise NumericsError(f"layer {name}: its quantization error is not finite")
     refit = bias is not None and calibrated is not None and calibrated.bias
     new_bias = (
         fit_bias(name, bias, dequantized, problem, sums) if bias is not None and refit else None
@@ -128,7 +133,7 @@ def fit_bias(
 ) -> Tensor:
     """Least-squares bias for fixed quantized weights, float32 ``[N]``.
 
-    ``b = (sum_t s_t (target mean_t - Q mu_t) + damping b_m) / (sum_t s_t + damping)``, where the
+    ``b = (sum_t s_t (target mean_t - Q mu_t) + damping b_A) / (sum_t s_t + damping)``, where the
     target's mean output is the experts' for guided targets and the merged layer's otherwise.
 
     Args:
@@ -138,11 +143,11 @@ def fit_bias(
         problem: the layer's target and damping.
         sums: statistics of the layer's inputs.
     """
-    merged_bias = bias.to(torch.float64)
     target = sums.output_mean.get(name)
     if target is None:
-        target = problem.weight @ sums.mean + sums.weight * merged_bias
-    missing = target - dequantized @ sums.mean + problem.bias_damping * merged_bias
+        target = problem.weight @ sums.mean + sums.weight * bias.to(torch.float64)
+    anchor = (bias if problem.bias_anchor is None else problem.bias_anchor).to(torch.float64)
+    missing = target - dequantized @ sums.mean + problem.bias_damping * anchor
     return (missing / (sums.weight + problem.bias_damping)).to(torch.float32)
 
 

@@ -20,7 +20,7 @@ from epmq_deploy.calibration.activations import (
 from epmq_deploy.calibration.norms import NormSums, fit_affine, pre_affine
 from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
 from epmq_deploy.calibration.target import CalibrationTarget, LayerWeights, QuantizeOptions
-from epmq_deploy.errors import NumericsError
+from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.models import Block, Group, ModelFamily
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.layer import LayerReport, quantize_layer
@@ -97,15 +97,33 @@ def quantize_model(
     """
     progress = progress or NoProgress()
     blocks = family.blocks(model)
+    check_skip(blocks, options)
     walk = _Walk(model, family, target, options, experts)
-    if target.uses_data:
-        walk.start(blocks, batches)
+    walk.start(blocks, batches)
     for block in progress.track(blocks, "quantizing"):
         for group in block.groups:
             walk.quantize_group(block, group)
         walk.advance(block)
     walk.report_kept(blocks)
     return walk.result
+
+
+def check_skip(blocks: tuple[Block, ...], options: QuantizeOptions) -> None:
+    """Make sure every pattern of ``skip`` names a layer.
+
+    Raises:
+        RecipeError: names the patterns that match nothing.
+    """
+    layers = [name for block in blocks for name in block.layers]
+    idle = [
+        pattern
+        for pattern in options.skip
+        if not any(fnmatchcase(name, pattern) for name in layers)
+    ]
+    if idle:
+        raise RecipeError(
+            f"quantize.skip: {', '.join(idle)} matches no layer; layers are named like {layers[0]}"
+        )
 
 
 @dataclass
@@ -160,14 +178,21 @@ class _Walk:
         sums = self._sums(block, names)
         for name in names:
             layer = _linear(self.model, name)
-            base = self._guide().base_tensor(f"{name}.weight") if self.target.uses_experts else None
-            weights = LayerWeights(name, layer.weight, base)
+            weights = self._weights(name, layer)
             problem = self.target.problem(weights, sums, self.options)
             done = quantize_layer(name, layer.weight, layer.bias, problem, sums, self.options)
             self._apply(name, layer, done.linear, done.bias)
             self.result.reports.append(done.report)
             if done.report.reason:
                 log.warning("%s: %s (%s)", name, done.report.status, done.report.reason)
+
+    def _weights(self, name: str, layer: nn.Linear) -> LayerWeights:
+        if not self.target.uses_experts:
+            return LayerWeights(name, layer.weight, layer.bias)
+        base = self._guide().base_tensor(f"{name}.weight")
+        has_bias = layer.bias is not None
+        base_bias = self._guide().base_tensor(f"{name}.bias") if has_bias else None
+        return LayerWeights(name, layer.weight, layer.bias, base, base_bias)
 
     def _refit_norm(self, block: Block, name: str) -> None:
         """Bring a norm's outputs closer to the experts', on the student's inputs."""
@@ -179,16 +204,20 @@ class _Walk:
         for task, items in self.inputs.items():
             gain = self._guide().tensor(task, f"{name}.weight")
             bias = self._guide().tensor(task, f"{name}.bias")
-            seen = [pre_affine(norm, input_of(student, norm, item)) for item in items]
-            wanted = [gain * activations + bias for activations in seen]
-            if task in self.expert_inputs:
+            expert_items = self.expert_inputs.get(task)
+            own = None
+            if expert_items is not None:
                 expert = self._guide().module(task, block.name)
                 own = expert.get_submodule(name.removeprefix(f"{block.name}."))
-                for index, item in enumerate(self.expert_inputs[task]):
-                    theirs = gain * pre_affine(norm, input_of(expert, own, item)) + bias
-                    wanted[index] = (1 - mix) * wanted[index] + mix * theirs
-            for activations, outputs in zip(seen, wanted, strict=True):
-                sums.add(activations, outputs, 1.0)
+            # Every task counts alike, however many tokens it has.
+            tokens = sum(item.hidden.numel() // item.hidden.shape[-1] for item in items)
+            for index, item in enumerate(items):
+                activations = pre_affine(norm, input_of(student, norm, item))
+                wanted = gain * activations + bias
+                if expert_items is not None and own is not None:
+                    theirs = pre_affine(norm, input_of(expert, own, expert_items[index]))
+                    wanted = (1 - mix) * wanted + mix * (gain * theirs + bias)
+                sums.add(activations, wanted, 1.0 / tokens)
         damping = self.target.norm_damping(self.options)
         gain, bias = fit_affine(sums, norm.weight, norm.bias, damping)
         before, after = sums.error(norm.weight, norm.bias), sums.error(gain, bias)

@@ -1,23 +1,22 @@
 """The quantize stage: a merged folder in, the quantized artifact out."""
 
+import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from epmq_deploy.calibration.target import CalibratedOptions
 from epmq_deploy.calibration.targets import TARGETS
-from epmq_deploy.checkpoints import weight_files
-from epmq_deploy.errors import MismatchError, RecipeError
-from epmq_deploy.merging.merge import open_experts
+from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
 from epmq_deploy.models import ModelFamily, family_of
-from epmq_deploy.progress import NoProgress, Progress
+from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.artifact import save_artifact
 from epmq_deploy.quantization.model import QuantizedModel, quantize_model
 from epmq_deploy.recipe import Recipe
@@ -25,23 +24,24 @@ from epmq_deploy.stage import (
     Manifest,
     atomic_folder,
     check_outputs,
-    files_sha256,
     fingerprint,
+    model_inputs,
     read_manifest,
     refuse_existing,
     write_manifest,
 )
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
-from epmq_deploy.tasks.experts import ExpertBackbone
+
+log = logging.getLogger(__name__)
 
 # The merged model travels inside the artifact, so that export needs this one folder.
 MERGED_FOLDER = "merged"
 
 
-def quantize_fingerprint(recipe: Recipe, merged: Manifest) -> tuple[str, dict[str, str]]:
-    """What decides the codes: fingerprint and input hashes by role."""
-    inputs = {"merge": merged.fingerprint}
-    if TARGETS[recipe.quantize.method].uses_data:
+def quantize_fingerprint(recipe: Recipe, merged: str) -> tuple[str, dict[str, str]]:
+    """What decides the codes, after a merge of fingerprint ``merged``; also input hashes."""
+    inputs = {"merge": merged}
+    if isinstance(recipe.quantize, CalibratedOptions):
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
                 inputs[f"calibration:{name}"] = data_sha256(task.calibration)
@@ -64,38 +64,52 @@ def quantize(
         MismatchError: calibration data or experts are missing or do not fit; all at once.
         NumericsError: a layer could not be solved as asked.
     """
-    progress = progress or NoProgress()
-    refuse_existing(output, overwrite)
+    refuse_existing(output, "quantize", overwrite=overwrite, source=merged)
     made = read_manifest(merged, "merge")
     check_outputs(merged, made)
-    mark, inputs = quantize_fingerprint(recipe, made)
+    mark, inputs = quantize_fingerprint(recipe, made.fingerprint)
     family = family_of(merged)
-    samples = calibration_samples(recipe)
+    samples = calibration_samples(recipe, family, merged)
     device = device or torch.device("cpu")
-    experts = _experts(recipe, made, device)
-    model = family.load(merged).to(device)
+    target = TARGETS[recipe.quantize.method]
+    experts = None
+    if target.uses_experts:
+        sources = open_sources(recipe)
+        check_unchanged(sources, made)
+        experts = ExpertBackbone(sources, device)
+    size = getattr(recipe.quantize, "batch_size", 1)
     quantized = quantize_model(
-        model,
+        family.load(merged).to(device),
         family,
-        TARGETS[recipe.quantize.method],
+        target,
         recipe.quantize,
-        batches=_batches(samples, family, merged, recipe, progress),
+        batches={
+            name: partial(batches, chosen, family, merged, size) for name, chosen in samples.items()
+        },
         experts=experts,
         progress=progress,
     )
-    with atomic_folder(output, overwrite=overwrite) as folder:
+    with atomic_folder(output) as folder:
         shutil.copytree(merged, folder / MERGED_FOLDER, copy_function=_link_or_copy)
         save_artifact(folder, quantized)
+        inputs |= model_inputs(made)
         return write_manifest(
             folder, Manifest("quantize", mark, recipe, inputs, details=_summary(quantized))
         )
 
 
-def calibration_samples(recipe: Recipe) -> dict[str, Samples]:
+def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> dict[str, Samples]:
     """The calibration samples of every task, loaded and chosen; empty where none are needed.
 
+    One sample of each task is decoded to make sure that the rest can be.
+
+    Args:
+        recipe: tasks and options.
+        family: the model's family.
+        folder: a model folder with preprocessor settings.
+
     Raises:
-        MismatchError: names every task whose data is missing or cannot be loaded.
+        MismatchError: names every task whose data is missing or cannot be used.
     """
     options = recipe.quantize
     if not isinstance(options, CalibratedOptions):
@@ -109,45 +123,24 @@ def calibration_samples(recipe: Recipe) -> dict[str, Samples]:
             )
             continue
         try:
-            samples[name] = load_samples(
-                name, task.calibration, limit=options.samples, seed=options.seed
+            chosen = load_samples(
+                name, task.calibration, family, limit=options.samples, seed=options.seed
             )
-        except RecipeError as error:
+            next(batches(chosen, family, folder, 1))
+        except EpmqError as error:
             problems.append(str(error))
+            continue
+        if len(chosen) < options.samples:
+            log.warning(
+                "task %r: %d calibration samples, %d were asked for (quantize.samples)",
+                name,
+                len(chosen),
+                options.samples,
+            )
+        samples[name] = chosen
     if problems:
         raise MismatchError("calibration data", problems)
     return samples
-
-
-def _batches(
-    samples: dict[str, Samples],
-    family: ModelFamily,
-    folder: Path,
-    recipe: Recipe,
-    progress: Progress,
-) -> dict[str, Callable[[], Iterator[tuple[Tensor, ...]]]]:
-    if not isinstance(recipe.quantize, CalibratedOptions):
-        return {}
-    size = recipe.quantize.batch_size
-    return {
-        name: partial(batches, chosen, family, folder, size) for name, chosen in samples.items()
-    }
-
-
-def _experts(recipe: Recipe, merged: Manifest, device: torch.device) -> ExpertBackbone | None:
-    """The experts, for guided targets, if they are still those that were merged."""
-    if not TARGETS[recipe.quantize.method].uses_experts:
-        return None
-    problems = []
-    for name, expert in open_experts(recipe).experts.items():
-        then = merged.inputs.get(f"expert:{name}")
-        if then is None:
-            problems.append(f"expert {name!r} is not part of the merged model")
-        elif then != files_sha256(weight_files(expert.folder)):
-            problems.append(f"expert {name!r} in {expert.folder} was changed since it was merged")
-    if problems:
-        raise MismatchError("the experts are not those that were merged", problems)
-    return ExpertBackbone(recipe, device)
 
 
 def _link_or_copy(source: str, target: str) -> Any:

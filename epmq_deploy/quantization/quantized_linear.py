@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_deploy.quantization.grid import Grid, expand_groups
+from epmq_deploy.quantization.grid import expand_groups
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,6 @@ class QuantizedLinear:
     def in_features(self) -> int:
         """``K``."""
         return self.codes.shape[1]
-
-    @property
-    def grid(self) -> Grid:
-        """Scales and zero points as a grid."""
-        return Grid(self.scales, self.zero_points, self.bits, self.group_size, self.symmetric)
 
     def dequantize(self) -> Tensor:
         """The weight the codes stand for, float32 ``[N, K]``."""

@@ -35,50 +35,95 @@ class Samples:
     source: DataSource
 
     def __len__(self) -> int:
+        """Number of samples chosen."""
         return len(self.indices)
 
     def inputs(self, start: int, stop: int) -> list[Any]:
-        """Raw inputs (images, texts) of samples ``start`` to ``stop``."""
-        chosen = self.rows.select(list(self.indices[start:stop]))
-        return list(chosen[self.source.input_column])
+        """Raw inputs (images, texts) of samples ``start`` to ``stop``.
+
+        Raises:
+            RecipeError: one cannot be decoded; names task and row.
+        """
+        chosen = list(self.indices[start:stop])
+        column = self.source.input_column
+        try:
+            return list(self.rows.select(chosen)[column])
+        except Exception:
+            # Decoders raise anything; find the row to name.
+            for row in chosen:
+                self._decode(row, column)
+            raise
+
+    def _decode(self, row: int, column: str) -> None:
+        try:
+            self.rows[row][column]
+        except Exception as error:
+            raise RecipeError(
+                f"task {self.task!r}: row {row} of {self.source.path} cannot be decoded "
+                f"({_first_line(error)})"
+            ) from error
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names the data gives its labels, where it does."""
+        feature = self.rows.features.get(self.source.label_column)
+        return list(feature.names) if hasattr(feature, "names") else None
 
     def labels(self) -> Tensor:
         """int64 ``[n]``.
 
         Raises:
-            RecipeError: no label column.
+            RecipeError: no such column, or values that are no integers.
         """
-        column = self.source.label_column
+        where, column = f"task {self.task!r}: {self.source.path}", self.source.label_column
         if column is None:
+            raise RecipeError(f"{where}: labels are needed, but label_column is not set")
+        if column not in self.rows.column_names:
             raise RecipeError(
-                f"task {self.task!r}: its data has no label_column, but labels are needed"
+                f"{where} has no column {column!r}; it has {', '.join(self.rows.column_names)}"
             )
-        return torch.tensor(list(self.rows.select(list(self.indices))[column]), dtype=torch.int64)
+        values = list(self.rows.select(list(self.indices)).select_columns([column])[column])
+        for row, value in zip(self.indices, values, strict=True):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise RecipeError(
+                    f"{where}: column {column!r} must hold integers (the class's place in "
+                    f"head.classes), row {row} holds {value!r}"
+                )
+        return torch.tensor(values, dtype=torch.int64)
 
 
 def load_samples(
-    task: str, source: DataSource, *, limit: int | None = None, seed: int | None = None
+    task: str,
+    source: DataSource,
+    family: ModelFamily,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> Samples:
     """Load a data source and choose samples.
 
     Args:
         task: name used in messages.
         source: what to load.
-        limit: take at most this many.
-        seed: choose at random with this seed; the first ones when absent.
+        family: says whether inputs are images or texts.
+        limit: take at most this many, chosen at random; all in order when absent.
+        seed: of that choice.
 
     Raises:
-        RecipeError: the data cannot be loaded or lacks a column.
+        RecipeError: the data cannot be loaded, holds nothing or lacks the input column.
     """
     rows = _load_rows(task, source)
-    for column in (source.input_column, source.label_column):
-        if column is not None and column not in rows.column_names:
-            raise RecipeError(
-                f"task {task!r}: {source.path} has no column {column!r}; "
-                f"it has {', '.join(rows.column_names)}"
-            )
+    where, column = f"task {task!r}: {source.path}", source.input_column
+    if column not in rows.column_names:
+        raise RecipeError(
+            f"{where} has no column {column!r}; it has {', '.join(rows.column_names)}"
+        )
+    if len(rows) == 0:
+        raise RecipeError(f"{where} holds no samples")
+    if family.modality == "image":
+        rows = _with_images(rows, source, where)
     indices = list(range(len(rows)))
-    if seed is not None:
+    if limit is not None:
         random.Random(seed).shuffle(indices)
     return Samples(task, rows, indices[:limit], source)
 
@@ -89,7 +134,7 @@ def batches(
     """Model inputs, batch by batch.
 
     Raises:
-        NumericsError: a sample gives NaN or infinite inputs; names task and sample.
+        NumericsError: a sample gives NaN or infinite inputs; names task and row.
     """
     for start in range(0, len(samples), batch_size):
         stop = min(start + batch_size, len(samples))
@@ -119,30 +164,49 @@ def check_finite(samples: Samples, start: int, values: Sequence[Tensor]) -> None
 def data_sha256(source: DataSource) -> str:
     """Identifies a data source: its options, and its files' contents where it is local."""
     path = Path(source.path)
-    content = ""
     if path.is_file():
         content = file_sha256(path)
     elif path.is_dir():
-        content = files_sha256(file for file in path.rglob("*") if file.is_file())
+        content = files_sha256(path, (file for file in path.rglob("*") if file.is_file()))
+    else:
+        content = source.path
     return fingerprint("data", source.model_dump(exclude={"path"}), {"content": content})
+
+
+def _with_images(rows: Any, source: DataSource, where: str) -> Any:
+    """Make the input column decode to images: stored images, encoded bytes or file paths."""
+    from datasets import Image
+
+    column = source.input_column
+    feature = rows.features[column]
+    if isinstance(feature, Image):
+        return rows
+    kind = getattr(feature, "dtype", None)
+    if kind in ("string", "large_string"):
+        # Relative paths are taken from the file that lists them.
+        folder = Path(source.path).parent
+        rows = rows.map(lambda row: {column: str(folder / row[column])})
+    elif kind not in ("binary", "large_binary", "dict"):
+        raise RecipeError(
+            f"{where}: column {column!r} holds {feature}, expected images, encoded bytes or paths"
+        )
+    return rows.cast_column(column, Image())
 
 
 def _load_rows(task: str, source: DataSource) -> Any:
     import datasets
 
     path = Path(source.path)
+    where = f"task {task!r}: {source.path}"
     if not path.exists() and not looks_like_hub_id(source.path):
-        raise RecipeError(f"task {task!r}: {source.path}: no such file or folder")
+        raise RecipeError(f"{where}: no such file or folder")
     datasets.disable_progress_bars()
     try:
         if path.is_file():
             builder = _BUILDERS.get(path.suffix)
             if builder is None:
-                raise RecipeError(
-                    f"task {task!r}: {source.path}: unknown kind of file; "
-                    f"known: {', '.join(_BUILDERS)}"
-                )
-            loaded = datasets.load_dataset(builder, source.subset, data_files=str(path))
+                raise RecipeError(f"{where}: unknown kind of file; known: {', '.join(_BUILDERS)}")
+            loaded = datasets.load_dataset(builder, data_files=str(path))
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
         else:
@@ -150,14 +214,18 @@ def _load_rows(task: str, source: DataSource) -> Any:
     except RecipeError:
         raise
     except Exception as error:  # datasets raises a different type for every loader
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(f"task {task!r}: {source.path} cannot be loaded ({reason})") from error
+        raise RecipeError(f"{where} cannot be loaded ({_first_line(error)})") from error
     if not isinstance(loaded, dict):
+        if source.split is not None:
+            raise RecipeError(f"{where} has no splits, but split {source.split!r} was asked for")
         return loaded
     split = source.split or (next(iter(loaded)) if len(loaded) == 1 else None)
     if split not in loaded:
         raise RecipeError(
-            f"task {task!r}: {source.path}: split {split!r} not found, name one of "
-            f"{', '.join(loaded)} as split"
+            f"{where}: split {split!r} not found, name one of {', '.join(loaded)} as split"
         )
     return loaded[split]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,14 +47,21 @@ def build_heads(
         except RecipeError as error:
             problems.append(f"task {name!r}: {error}")
             continue
-        if matrix.dim() != 2 or matrix.shape[1] != features:
-            problems.append(
-                f"task {name!r}: head of shape {list(matrix.shape)}, expected [classes, {features}]"
-            )
+        problems += [f"task {name!r}: {text}" for text in _problems(matrix, features)]
         heads[name] = matrix.to(torch.float32).contiguous()
     if problems:
         raise MismatchError("heads do not fit", problems)
     return heads
+
+
+def _problems(matrix: Tensor, features: int) -> list[str]:
+    if matrix.dim() != 2 or matrix.shape[1] != features:
+        return [f"head of shape {list(matrix.shape)}, expected [classes, {features}]"]
+    if not bool(torch.isfinite(matrix).all()):
+        return ["the head holds NaN or infinite values"]
+    if len(torch.unique(matrix, dim=0)) < len(matrix):
+        return ["two classes have the same row in the head and cannot be told apart"]
+    return []
 
 
 def _build(head: Head, family: ModelFamily, folder: Path, device: torch.device) -> Tensor:
@@ -68,8 +75,8 @@ def _build(head: Head, family: ModelFamily, folder: Path, device: torch.device) 
                 raise RecipeError(f"{head.matrix}: expected one tensor, found {len(keys)}")
             matrix: Tensor = handle.get_tensor(keys[0])
             return matrix
-    except OSError as error:
-        raise RecipeError(f"{head.matrix}: cannot be read ({error})") from error
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"{head.matrix}: not readable as safetensors ({error})") from error
 
 
 def save_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:

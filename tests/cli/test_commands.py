@@ -125,6 +125,13 @@ def test_guided_quantization_without_data_says_what_is_missing(
         ),
         ({"export": {"formats": ["gguf"]}}, 3, "matmulnbits"),
         ({"tasks__red__head": {"classes": ["a", "b"]}}, 3, "its head has 2 classes"),
+        (
+            {"tasks__red__head": {"classes": ["class 1", "class 0", "Class_2"]}},
+            3,
+            "numbers its classes class 0, class 1, class 2; put tasks.red.head.classes",
+        ),
+        ({"tasks__red__head": {"matrix": "heads/none.safetensors"}}, 3, "none.safetensors"),
+        ({"quantize__skip": ["*.fc9"]}, 3, "*.fc9 matches no layer"),
     ],
 )
 def test_wrong_recipes_stop_before_any_work(
@@ -217,3 +224,34 @@ def test_run_skips_what_is_done_and_redoes_what_changed(tiny: TinyZoo, tmp_path:
 def test_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(command, "--help") == 0
     assert f"epmq {command} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text", ["bits=3", "quantize.bits", "export.method=x", "quantize.method=[1]", "quantize.bits=["]
+)
+def test_malformed_assignments_are_usage_errors(
+    tiny: TinyZoo, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    assert run("run", tiny.recipe, "-o", tmp_path / "out", "--set", text) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_eval_checks_its_output_before_any_work(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for target in (tmp_path, tmp_path / "none" / "eval.json"):
+        assert run("eval", chain / "onnx", "-o", target) == 2
+        assert "expected a file in an existing folder" in capsys.readouterr().err
+
+
+def test_an_expert_changed_after_the_merge_is_noticed(
+    tiny: TinyZoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny.folder, tmp_path / "zoo")
+    run("merge", tmp_path / "zoo" / "recipe.yaml", "-o", tmp_path / "merged", "-q")
+    file = tmp_path / "zoo" / "experts" / "red" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert run("quantize", tmp_path / "merged", "-o", tmp_path / "q") == 3
+    assert "expert 'red' was changed since it was merged" in capsys.readouterr().err

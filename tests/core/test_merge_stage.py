@@ -13,6 +13,7 @@ from transformers import CLIPModel
 
 from epmq_deploy.checkpoints import Checkpoint, save_sharded
 from epmq_deploy.errors import MismatchError, NumericsError, RecipeError
+from epmq_deploy.experts import open_sources
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.recipe import Recipe, load_recipe, override
@@ -165,3 +166,39 @@ def test_every_missing_folder_is_named(tiny: TinyZoo, tmp_path: Path) -> None:
     with pytest.raises(MismatchError) as caught:
         merge(recipe.model_copy(update={"tasks": tasks}), tmp_path / "merged")
     assert len(caught.value.problems) == len(TASKS)
+
+
+def test_whole_models_and_image_towers_mix_and_the_text_side_is_the_base_s(
+    tiny: TinyZoo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+    whole = CLIPModel.from_pretrained(tiny.base)
+    for name, value in expert_tensors(tiny, "red").items():
+        whole.get_parameter(name).data = value
+    whole.text_projection.weight.data += 1
+    whole.save_pretrained(tmp_path / "zoo" / "experts" / "red")
+    merge(load_recipe(recipe_file), tmp_path / "mixed")
+    merge(load_recipe(tiny.recipe), tmp_path / "towers")
+    assert "expert 'red' differs from the base in text_projection.weight" in caplog.text
+    mixed, towers = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("mixed", "towers")
+    )
+    assert mixed.keys() == towers.keys()
+    assert all(torch.equal(mixed[name], towers[name]) for name in mixed)
+
+
+def test_another_architecture_of_the_same_shapes_is_refused(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+    config = tmp_path / "zoo" / "experts" / "red" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 4}))
+    with pytest.raises(MismatchError, match=r"num_attention_heads is 4 .* the base has 2"):
+        merge(load_recipe(recipe_file), tmp_path / "merged")
+
+
+def test_changed_settings_change_the_fingerprint(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+    before = open_sources(load_recipe(recipe_file)).sha256()
+    settings = tmp_path / "zoo" / "base" / "preprocessor_config.json"
+    settings.write_text(settings.read_text().replace("0.5, 0.5, 0.5", "0.4, 0.5, 0.5", 1))
+    after = open_sources(load_recipe(recipe_file)).sha256()
+    assert {role for role in before if before[role] != after[role]} == {"base"}

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from epmq_deploy.calibration.activations import advance, capture_block_inputs
 from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.calibration.targets import TARGETS
-from epmq_deploy.errors import MismatchError, NumericsError
+from epmq_deploy.errors import MismatchError, NumericsError, RecipeError
+from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.quantization.artifact import load_artifact
@@ -22,7 +23,6 @@ from epmq_deploy.quantization.quantize import calibration_samples, quantize
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.stage import read_manifest
 from epmq_deploy.tasks.data import batches
-from epmq_deploy.tasks.experts import ExpertBackbone
 
 
 @dataclass
@@ -56,7 +56,7 @@ def quantized(recipe: Recipe, folder: Path, **options: object) -> tuple[nn.Modul
     """Quantize in memory; the model with dequantized weights, and the result."""
     recipe = override(recipe, "quantize", options)
     family = family_of(folder)
-    samples = calibration_samples(recipe)
+    samples = calibration_samples(recipe, family, folder)
     model = family.load(folder)
     size = recipe.quantize.model_dump().get("batch_size", 1)
     result = quantize_model(
@@ -67,7 +67,7 @@ def quantized(recipe: Recipe, folder: Path, **options: object) -> tuple[nn.Modul
         batches={
             name: partial(batches, chosen, family, folder, size) for name, chosen in samples.items()
         },
-        experts=ExpertBackbone(recipe, torch.device("cpu")),
+        experts=ExpertBackbone(open_sources(recipe), torch.device("cpu")),
     )
     return model, result
 
@@ -75,7 +75,7 @@ def quantized(recipe: Recipe, folder: Path, **options: object) -> tuple[nn.Modul
 def features(folder: Path, model: nn.Module, recipe: Recipe) -> Tensor:
     """Embeddings of one task's calibration samples."""
     family = family_of(folder)
-    samples = calibration_samples(recipe)[TASKS[0]]
+    samples = calibration_samples(recipe, family, folder)[TASKS[0]]
     (inputs,) = batches(samples, family, folder, 100)
     with torch.inference_mode():
         return family.embed(model, *inputs)
@@ -141,7 +141,7 @@ def test_one_expert_almost_without_anchor_is_given_back(
                 parameter.data += 0.5 * noise * parameter.abs().mean().clamp(min=0.01)
     inputs = [
         batch
-        for chosen in calibration_samples(recipe).values()
+        for chosen in calibration_samples(recipe, family, merged).values()
         for batch in batches(chosen, family, merged, 24)
     ]
     quantize_model(
@@ -168,7 +168,7 @@ def test_later_layers_see_the_quantized_earlier_ones(tiny: TinyZoo, merged: Path
     hook = model.get_submodule(name).register_forward_pre_hook(
         lambda module, args: accumulator.add(args[0])
     )
-    for chosen in calibration_samples(recipe).values():
+    for chosen in calibration_samples(recipe, family, merged).values():
         for inputs in batches(chosen, family, merged, 8):
             with torch.inference_mode():
                 family.embed(model, *inputs)
@@ -211,7 +211,7 @@ def test_block_by_block_is_the_whole_model(tiny: TinyZoo, merged: Path) -> None:
     family = family_of(merged)
     model = family.load(merged)
     blocks = family.blocks(model)
-    (inputs,) = batches(calibration_samples(recipe)[TASKS[0]], family, merged, 100)
+    (inputs,) = batches(calibration_samples(recipe, family, merged)[TASKS[0]], family, merged, 100)
     captured = capture_block_inputs(
         model.get_submodule(blocks[0].name), lambda batch: family.embed(model, *batch), [inputs]
     )
@@ -266,7 +266,7 @@ def test_nan_in_the_model_names_layer_and_task(tiny: TinyZoo, merged: Path) -> N
     family = family_of(merged)
     model = family.load(merged)
     model.get_parameter("vision_model.encoder.layers.1.layer_norm1.weight").data[0] = float("nan")
-    (inputs,) = batches(calibration_samples(recipe)[TASKS[0]], family, merged, 100)
+    (inputs,) = batches(calibration_samples(recipe, family, merged)[TASKS[0]], family, merged, 100)
     with pytest.raises(NumericsError, match=r"layers\.1\.self_attn\.q_proj: task 'red'"):
         quantize_model(
             model,
@@ -275,3 +275,8 @@ def test_nan_in_the_model_names_layer_and_task(tiny: TinyZoo, merged: Path) -> N
             override(recipe, "quantize", {"method": "gptq"}).quantize,
             batches={"red": lambda: [inputs]},
         )
+
+
+def test_skip_patterns_must_match(tiny: TinyZoo, merged: Path) -> None:
+    with pytest.raises(RecipeError, match=r"\*\.fc9 matches no layer"):
+        quantized(load_recipe(tiny.recipe), merged, method="rtn", skip=("*.fc1", "*.fc9"))

@@ -13,6 +13,7 @@ from epmq_deploy.stage import (
     fingerprint,
     is_done,
     read_manifest,
+    refuse_existing,
     write_manifest,
 )
 
@@ -20,7 +21,8 @@ RECIPE = parse_recipe({"base": {"path": "b"}, "tasks": {"t": {"expert": "e"}}}, 
 
 
 def write(folder: Path, text: str, overwrite: bool = False) -> None:
-    with atomic_folder(folder, overwrite=overwrite) as temporary:
+    refuse_existing(folder, "merge", overwrite=overwrite)
+    with atomic_folder(folder) as temporary:
         (temporary / "data.txt").write_text(text)
         write_manifest(temporary, Manifest("merge", "mark", RECIPE, {"base": "x"}))
 
@@ -42,7 +44,7 @@ def test_failure_leaves_nothing_and_keeps_the_old_output(tmp_path: Path) -> None
     for target in (tmp_path / "out", tmp_path / "new"):
         with (
             pytest.raises(ZeroDivisionError),
-            atomic_folder(target, overwrite=True) as temporary,
+            atomic_folder(target) as temporary,
         ):
             (temporary / "data.txt").write_text("half")
             raise ZeroDivisionError
@@ -93,3 +95,28 @@ def test_fingerprint_depends_on_options_and_inputs_only() -> None:
     assert fingerprint("merge", {"a": 1, "b": 3}, {"x": "1", "y": "2"}) != reference
     assert fingerprint("merge", {"a": 1, "b": 2}, {"x": "1", "y": "3"}) != reference
     assert fingerprint("export", {"a": 1, "b": 2}, {"x": "1", "y": "2"}) != reference
+
+
+def test_only_this_stage_s_output_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "out", "codes")
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "manifest.json").write_text('{"name": "an app"}')
+    (tmp_path / "file").write_text("text")
+    for name, stage, message in (
+        ("out", "export", "not the output of `epmq export`"),
+        ("web", "merge", "not the output of `epmq merge`"),
+        ("file", "merge", "is no folder"),
+        ("file/below", "merge", "is no folder"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            refuse_existing(tmp_path / name, stage, overwrite=True)
+    refuse_existing(tmp_path / "out", "merge", overwrite=True)
+
+
+@pytest.mark.parametrize("inside", [".", "deeper/q", ".."])
+def test_output_and_input_must_not_contain_each_other(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "a" / "merged").mkdir(parents=True)
+    source = tmp_path / "a" / "merged"
+    with pytest.raises(RecipeError, match="must not contain each other"):
+        refuse_existing(source / inside, "quantize", overwrite=True, source=source)
+    refuse_existing(source.parent / "other", "quantize", overwrite=False, source=source)

@@ -60,7 +60,7 @@ def test_stated_objective_equals_the_solver_s_up_to_a_constant(
     inputs, own = [inputs_of(1), inputs_of(2, 50)], [inputs_of(8), inputs_of(9, 50)]
     experts, merged, base = [weight_of(3), weight_of(4)], weight_of(5), weight_of(10)
     sums = epmq_sums(inputs, experts, options, own)
-    problem = EPMQ.problem(LayerWeights("layer", merged, base), sums, options)
+    problem = EPMQ.problem(LayerWeights("layer", merged, base=base), sums, options)
 
     def stated(candidate: Tensor) -> float:
         anchor = rho * merged.double() + (1 - rho) * base.double()
@@ -142,3 +142,24 @@ def test_refitted_bias_undoes_the_mean_shift() -> None:
     refitted = (features @ done.linear.dequantize().T + done.bias).mean(dim=0)
     assert (shifted - wanted).abs().max() > 0.05
     assert torch.allclose(refitted, wanted, atol=1e-4)
+
+
+def test_undamped_dead_inputs_do_not_spoil_the_layer() -> None:
+    options = GptqOptions(damping=0, group_size=16)
+    features = inputs_of(1)
+    features[:, 5] = 0
+    sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
+    sums.add(statistics_of(features), 1.0, {}, {})
+    problem = GPTQ.problem(LayerWeights("layer", weight_of(2)), sums, options)
+    report = quantize_layer("layer", weight_of(2), None, problem, sums, options).report
+    assert report.status == "damping_raised"
+    assert report.error_after < report.error_before
+
+
+def test_a_task_without_any_activation_is_left_out() -> None:
+    options = EpmqOptions()
+    inputs = [inputs_of(1), torch.zeros(10, COLUMNS)]
+    both = epmq_sums(inputs, [weight_of(2), weight_of(3)], options)
+    alone = epmq_sums(inputs[:1], [weight_of(2)], options)
+    assert torch.equal(both.gram, alone.gram)
+    assert both.weight == alone.weight

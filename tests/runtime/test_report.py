@@ -41,6 +41,11 @@ def test_gate_names_what_missed_it_and_nothing_else() -> None:
     assert "fp32 lost" not in str(caught.value)
 
 
+def test_a_drop_of_exactly_the_allowed_size_passes() -> None:
+    rows = (Row("fp32", {"a": 0.1, "b": 0.2}), Row("low", {"a": -0.9, "b": -0.8}))
+    EvalReport(rows, {"a": 1, "b": 1}, "cpu", None, "mark").check_drop(1.0)
+
+
 def test_round_trip_through_json(tmp_path: Path) -> None:
     file = tmp_path / "eval.json"
     assert read_report(file) is None

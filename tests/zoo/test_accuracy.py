@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.calibration.targets import TARGETS
+from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.quantization.model import quantize_model
@@ -15,7 +16,6 @@ from epmq_deploy.quantization.quantize import calibration_samples
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.tasks.accuracy import torch_accuracy
 from epmq_deploy.tasks.data import batches, load_samples
-from epmq_deploy.tasks.experts import ExpertBackbone
 from epmq_deploy.tasks.heads import build_heads
 
 
@@ -29,12 +29,12 @@ class Zoo:
         self.family = family_of(self.folder)
         self.calibration = {
             task: list(batches(chosen, self.family, self.folder, 64))
-            for task, chosen in calibration_samples(self.recipe).items()
+            for task, chosen in calibration_samples(self.recipe, self.family, self.folder).items()
         }
         self.test: dict[str, tuple[list[tuple[Tensor, ...]], Tensor]] = {}
         for task, spec in self.recipe.tasks.items():
             assert spec.evaluation is not None
-            chosen = load_samples(task, spec.evaluation)
+            chosen = load_samples(task, spec.evaluation, self.family)
             inputs = list(batches(chosen, self.family, self.folder, 100))
             self.test[task] = inputs, chosen.labels()
         self.heads = build_heads(self.recipe.tasks, self.family, self.folder, 128)
@@ -56,7 +56,7 @@ class Zoo:
             TARGETS[recipe.quantize.method],
             recipe.quantize,
             batches={task: (lambda kept=kept: kept) for task, kept in self.calibration.items()},
-            experts=ExpertBackbone(recipe, torch.device("cpu")),
+            experts=ExpertBackbone(open_sources(recipe), torch.device("cpu")),
         )
         return self.average(model)
 
@@ -72,7 +72,7 @@ def merged_fp32(zoo: Zoo) -> float:
 
 
 def test_the_zoo_shows_the_problem(zoo: Zoo, merged_fp32: float) -> None:
-    expert = ExpertBackbone(zoo.recipe, torch.device("cpu"))
+    expert = ExpertBackbone(open_sources(zoo.recipe), torch.device("cpu"))
     experts = [zoo.accuracy(expert.become(task), task) for task in zoo.test]
     base = zoo.average(zoo.family.load(Path(zoo.recipe.base.path)))
     assert 40 <= base <= 75

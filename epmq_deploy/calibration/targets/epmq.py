@@ -106,7 +106,9 @@ class Epmq(CalibrationTarget[EpmqOptions]):
         """``1 / ||C_t||_F``, so that no task drowns the others by the size of its activations."""
         if options.normalization == "none":
             return 1.0
-        return 1.0 / max(float(statistics.gram.norm()), torch.finfo(torch.float64).tiny)
+        size = float(statistics.gram.norm())
+        # A task whose inputs are all zero says nothing about the layer.
+        return 1.0 / size if size > 0 else 0.0
 
     def expert_outputs(
         self, layer: str, expert: Tensor, statistics: TaskStatistics, options: EpmqOptions
@@ -126,16 +128,18 @@ class Epmq(CalibrationTarget[EpmqOptions]):
     def problem(self, layer: LayerWeights, sums: GroupSums, options: EpmqOptions) -> LayerProblem:
         """See base."""
         strength, rho = options.values.anchor, options.values.rho
-        anchor = layer.merged.to(torch.float64)
+        anchor, bias = layer.merged.to(torch.float64), layer.bias
         if rho != 1:
             assert layer.base is not None, "guided targets are given the base's weights"
             anchor = rho * anchor + (1 - rho) * layer.base.to(torch.float64)
+            if bias is not None and layer.base_bias is not None:
+                bias = rho * bias + (1 - rho) * layer.base_bias
         hessian = sums.gram.clone()
         hessian.diagonal().add_(strength)
         right = sums.cross[layer.name] + strength * anchor
         # H is symmetric, so W* = right H^-1 is the transpose of solving H x = right^T.
         target = torch.linalg.solve(hessian, right.T).T
-        return LayerProblem(target.contiguous(), hessian, bias_damping=strength)
+        return LayerProblem(target.contiguous(), hessian, bias, bias_damping=strength)
 
 
 TARGET = Epmq()

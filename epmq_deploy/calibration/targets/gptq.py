@@ -32,7 +32,7 @@ class Gptq(CalibrationTarget[GptqOptions]):
         """See base."""
         hessian = sums.gram.clone()
         hessian.diagonal().add_(options.damping * float(hessian.diagonal().mean()))
-        return LayerProblem(layer.merged.to(hessian.dtype), hessian, bias_damping=0.0)
+        return LayerProblem(layer.merged.to(hessian.dtype), hessian)
 
 
 TARGET = Gptq()

@@ -24,12 +24,11 @@ class Rtn(CalibrationTarget[RtnOptions]):
 
     options = RtnOptions
     summary = "round the merged weights to nearest; no calibration data"
-    uses_data = False
 
     def problem(self, layer: LayerWeights, sums: GroupSums, options: RtnOptions) -> LayerProblem:
         """See base."""
         identity = torch.eye(layer.merged.shape[1], dtype=torch.float64, device=layer.merged.device)
-        return LayerProblem(layer.merged.to(torch.float64), identity, bias_damping=0.0)
+        return LayerProblem(layer.merged.to(torch.float64), identity)
 
 
 TARGET = Rtn()
