@@ -82,17 +82,8 @@ def export_graphs(
     check_inputs(model, example_inputs, layers, replaced)
     packed = {name: pack_linear(name, layer) for name, layer in layers.items()}
 
-    def write(graph: ir.Model, name: str, file: str) -> ExportedGraph:
-        path = output / file
-        graph.metadata_props[FORMAT_KEY] = name
-        size = write_model(graph, path)
-        expected = {} if name == FP32_FORMAT else layers
-        if expected:
-            verify_codes(path, expected)
-        nodes = verify_runs_low_bit(path, expected, accuracy_level)
-        return ExportedGraph(name, path, size, opset, nodes)
-
-    written = [write(trace(export_copy(model), example_inputs, opset), FP32_FORMAT, FP32_FILE)]
+    fp32 = trace(export_copy(model), example_inputs, opset)
+    written = [_write(fp32, FP32_FORMAT, output / FP32_FILE, {}, opset, accuracy_level)]
     if not chosen:
         return tuple(written)
     twin = swapped_copy(model, packed, replaced, accuracy_level)
@@ -101,5 +92,23 @@ def export_graphs(
         # A copy shares the tensors, so that each format lowers the same codes.
         lowered = graph.clone()
         fmt.lower(lowered)
-        written.append(write(lowered, fmt.name, fmt.file_name))
+        file = output / fmt.file_name
+        written.append(_write(lowered, fmt.name, file, layers, opset, accuracy_level))
     return tuple(written)
+
+
+def _write(
+    graph: ir.Model,
+    name: str,
+    path: Path,
+    layers: Mapping[str, QuantizedLinear],
+    opset: int,
+    accuracy_level: int,
+) -> ExportedGraph:
+    """Write one file and verify what it holds and how it runs."""
+    graph.metadata_props[FORMAT_KEY] = name
+    size = write_model(graph, path)
+    if layers:
+        verify_codes(path, layers)
+    nodes = verify_runs_low_bit(path, layers, accuracy_level)
+    return ExportedGraph(name, path, size, opset, nodes)

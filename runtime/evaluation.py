@@ -16,7 +16,7 @@ from epmq_deploy.recipe import Recipe
 from epmq_deploy.runtime.latency import measure_latency
 from epmq_deploy.runtime.report import EXPERTS, EvalReport, Row
 from epmq_deploy.runtime.sessions import Graph
-from epmq_deploy.stage import check_outputs, fingerprint, read_manifest
+from epmq_deploy.stage import Manifest, check_outputs, fingerprint, read_manifest
 from epmq_deploy.tasks.accuracy import count_hits, embeddings
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
 from epmq_deploy.tasks.heads import load_heads
@@ -63,11 +63,7 @@ def evaluate(
         )
         for item in files
     }
-    experts = None
-    if recipe.eval.experts:
-        sources = open_sources(recipe)
-        check_unchanged(sources, made)
-        experts = ExpertBackbone(sources, device or torch.device("cpu"))
+    experts = _experts(recipe, made, device or torch.device("cpu"))
     scorer = _Scorer(family, exported, recipe.eval.batch_size, graphs, heads, experts)
     scores = {
         task: scorer.accuracies(task, chosen)
@@ -92,6 +88,14 @@ def evaluate(
         threads=recipe.eval.threads,
         fingerprint=eval_fingerprint(recipe, made.fingerprint),
     )
+
+
+def _experts(recipe: Recipe, made: Manifest, device: torch.device) -> ExpertBackbone | None:
+    if not recipe.eval.experts:
+        return None
+    sources = open_sources(recipe)
+    check_unchanged(sources, made)
+    return ExpertBackbone(sources, device)
 
 
 def evaluation_samples(

@@ -14,7 +14,7 @@ from epmq_deploy.errors import NumericsError
 from epmq_deploy.quantization.grid import Grid, fit_grid
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 from epmq_deploy.quantization.refine import refine
-from epmq_deploy.quantization.solver import Status, objective, round_to_nearest, solve
+from epmq_deploy.quantization.solver import Solution, Status, objective, round_to_nearest, solve
 
 
 @dataclass(frozen=True)
@@ -84,24 +84,7 @@ def quantize_layer(
         NumericsError: the layer could not be solved as asked and no fallback is allowed.
     """
     started = time.perf_counter()
-    calibrated = options if isinstance(options, CalibratedOptions) else None
-    grid = _grid(problem.weight, problem.hessian, options)
-    try:
-        solution = solve(
-            problem.weight,
-            problem.hessian,
-            grid,
-            act_order=calibrated is None or calibrated.act_order,
-            allow_fallback=calibrated is not None and calibrated.allow_fallback,
-        )
-    except NumericsError as error:
-        raise NumericsError(f"layer {name}: {error}") from error
-    codes = solution.codes
-    if calibrated is not None and calibrated.refine and solution.status != "fallback_rtn":
-        damped = problem.hessian.clone()
-        damped.diagonal().add_(solution.added_damping)
-        codes, grid = refine(problem.weight, damped, codes, grid, sweeps=calibrated.refine)
-    linear = _quantized(codes, grid, options)
+    linear, solution = _solved(name, problem, options)
     dequantized = linear.dequantize().to(torch.float64)
     before_grid = _grid(weight, problem.hessian, options)
     before = _quantized(round_to_nearest(weight, before_grid), before_grid, options)
@@ -121,11 +104,36 @@ def quantize_layer(
     )
     if not math.isfinite(report.error_after):
         raise NumericsError(f"layer {name}: its quantization error is not finite")
-    refit = bias is not None and calibrated is not None and calibrated.bias
-    new_bias = (
-        fit_bias(name, bias, dequantized, problem, sums) if bias is not None and refit else None
-    )
+    new_bias = None
+    if bias is not None and isinstance(options, CalibratedOptions) and options.bias:
+        new_bias = fit_bias(name, bias, dequantized, problem, sums)
     return QuantizedLayer(_on_cpu(linear), new_bias, report)
+
+
+def _solved(
+    name: str, problem: LayerProblem, options: QuantizeOptions
+) -> tuple[QuantizedLinear, Solution]:
+    """Codes and grid after solver and refinement, and what the solver said."""
+    grid = _grid(problem.weight, problem.hessian, options)
+    if not isinstance(options, CalibratedOptions):
+        solution = solve(problem.weight, problem.hessian, grid)
+        return _quantized(solution.codes, grid, options), solution
+    try:
+        solution = solve(
+            problem.weight,
+            problem.hessian,
+            grid,
+            act_order=options.act_order,
+            allow_fallback=options.allow_fallback,
+        )
+    except NumericsError as error:
+        raise NumericsError(f"layer {name}: {error}") from error
+    codes = solution.codes
+    if options.refine and solution.status != "fallback_rtn":
+        damped = problem.hessian.clone()
+        damped.diagonal().add_(solution.added_damping)
+        codes, grid = refine(problem.weight, damped, codes, grid, sweeps=options.refine)
+    return _quantized(codes, grid, options), solution
 
 
 def fit_bias(

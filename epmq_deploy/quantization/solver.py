@@ -74,7 +74,6 @@ def solve(
     """
     if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
         raise NumericsError("the target or the Hessian holds NaN or infinite values")
-    open_weight = weight.to(torch.float64, copy=True)
     full_hessian = hessian.to(torch.float64)
     full_hessian = (full_hessian + full_hessian.T) / 2
     columns = weight.shape[1]
@@ -92,23 +91,32 @@ def solve(
         return Solution(round_to_nearest(weight, grid), "fallback_rtn", 0.0)
     upper, added = factored
 
-    open_weight = open_weight[:, order]
+    # Indexing copies, so the caller's tensors stay as they are.
+    open_weight = weight.to(torch.float64)[:, order]
     scale, zero = (part[:, order] for part in _per_column(grid, columns))
+    codes = _quantize_columns(open_weight, upper, scale, zero, grid.bits, block_size)
+    result = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    result[:, order] = codes.to(torch.uint8)
+    return Solution(result, "damping_raised" if added else "solved", added)
+
+
+def _quantize_columns(
+    open_weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, bits: int, block_size: int
+) -> Tensor:
+    """Codes of all columns in turn, float64 ``[N, K]``; ``open_weight`` is used up."""
     codes = torch.empty_like(open_weight)
+    columns = codes.shape[1]
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         errors = torch.empty_like(open_weight[:, start:stop])
         for c in range(start, stop):
-            column_scale, column_zero = scale[:, c], zero[:, c]
-            codes[:, c] = quantize_to_codes(open_weight[:, c], column_scale, column_zero, grid.bits)
-            value = (codes[:, c] - column_zero) * column_scale
+            codes[:, c] = quantize_to_codes(open_weight[:, c], scale[:, c], zero[:, c], bits)
+            value = (codes[:, c] - zero[:, c]) * scale[:, c]
             error = (open_weight[:, c] - value) / upper[c, c]
             errors[:, c - start] = error
             open_weight[:, c + 1 : stop] -= error[:, None] * upper[c, c + 1 : stop]
         open_weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    result = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    result[:, order] = codes.to(torch.uint8)
-    return Solution(result, "damping_raised" if added else "solved", added)
+    return codes
 
 
 def _per_column(grid: Grid, columns: int) -> tuple[Tensor, Tensor]:
