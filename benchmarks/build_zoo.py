@@ -65,7 +65,7 @@ PLANS = {
     "emoji": Plan(share=14, tail=40),
     "clipart": Plan(share=12, tail=40),
     "icons": Plan(share=12, tail=40),
-    "letters": Plan(share=16, tail=100),
+    "letters": Plan(share=16, tail=50),
     "scripts": Plan(share=18, tail=40),
 }
 
@@ -172,7 +172,7 @@ def write_recipe(path: Path, tasks: list[Task]) -> None:
             for task in tasks
         },
         "merge": {"method": "task_arithmetic", "scaling": SCALING},
-        "quantize": {"method": "epmq", "preset": "paper", "bits": 4, "group_size": 32},
+        "quantize": {"method": "epmq", "bits": 4, "group_size": 64},
         "export": {"formats": ["matmulnbits", "qdq"]},
         "eval": {},
     }

@@ -38,10 +38,12 @@ RESULTS = Path(__file__).parent / "results"
 VARIANTS = (
     "rtn,bits=4",
     "gptq,bits=4",
-    "epmq,bits=4",
+    "epmq,preset=paper,bits=4",
+    "epmq,preset=features,bits=4",
     "rtn,bits=3",
     "gptq,bits=3",
-    "epmq,bits=3",
+    "epmq,preset=paper,bits=3",
+    "epmq,preset=features,bits=3",
 )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, PreTrainedTokenizerFast
 
 IMAGE_SIZE = 32
@@ -44,22 +44,26 @@ class Schedule:
 
 
 def build_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
-    """A small BPE tokenizer that frames every text as CLIP expects: start, words, end."""
-    core = Tokenizer(models.BPE(unk_token="<|unk|>", end_of_word_suffix="</w>"))
-    core.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    core.pre_tokenizer = pre_tokenizers.Sequence(
+    """A small tokenizer that frames every text as CLIP expects: start, words, end.
+
+    Words of ``sentences`` are one token each, any other word is spelled out. Nothing is
+    trained, since trained merges may differ from one run to the next.
+    """
+    normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    splitter = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()]
     )
-    letters = [chr(code) for code in range(33, 127)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=512,
-        special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=letters,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    # Every printable character also ends a word somewhere, so that no text is unknown.
-    core.train_from_iterator([*sentences, *(f"{c} a{c}" for c in letters)], trainer)
+    words = {
+        word
+        for sentence in sentences
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence))
+    }
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    tokens = [*letters, *(f"##{letter}" for letter in letters), *sorted(words - set(letters))]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *tokens])}
+    core = Tokenizer(models.WordPiece(vocabulary, unk_token="<|unk|>"))
+    core.normalizer, core.pre_tokenizer = normalizer, splitter
+    core.decoder = decoders.WordPiece(cleanup=False)
     start, end = SPECIAL_TOKENS[1], SPECIAL_TOKENS[3]
     core.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}",

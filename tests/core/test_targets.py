@@ -82,21 +82,21 @@ def test_stated_objective_equals_the_solver_s_up_to_a_constant(
 
 
 def test_presets_differ_and_single_options_win_over_them() -> None:
-    assert not EPMQ.uses_features(EpmqOptions())
+    assert not EPMQ.uses_features(EpmqOptions(preset="paper"))
     assert EPMQ.uses_features(EpmqOptions(preset="features"))
     options = EpmqOptions(preset="features", rho=1.5)
     assert (options.values.rho, options.values.alpha) == (1.5, 0.25)
 
 
 def test_one_expert_without_anchor_is_the_expert() -> None:
-    options = EpmqOptions(anchor=1e-12)
+    options = EpmqOptions(preset="paper", anchor=1e-12)
     sums = epmq_sums([inputs_of(1)], [weight_of(2)], options)
     problem = EPMQ.problem(LayerWeights("layer", weight_of(3)), sums, options)
     assert torch.allclose(problem.weight, weight_of(2).double(), atol=1e-4)
 
 
 def test_a_heavy_anchor_is_the_merged_model_rounded() -> None:
-    options = EpmqOptions(anchor=1e9, group_size=16, refine=0)
+    options = EpmqOptions(preset="paper", anchor=1e9, group_size=16, refine=0)
     merged = weight_of(3)
     sums = epmq_sums([inputs_of(1)], [weight_of(2)], options)
     problem = EPMQ.problem(LayerWeights("layer", merged), sums, options)
@@ -106,7 +106,7 @@ def test_a_heavy_anchor_is_the_merged_model_rounded() -> None:
 
 
 def test_dead_inputs_keep_the_anchor_s_value() -> None:
-    options = EpmqOptions()
+    options = EpmqOptions(preset="paper")
     features = inputs_of(1)
     features[:, 5] = 0
     sums = epmq_sums([features], [weight_of(2)], options)
@@ -157,7 +157,7 @@ def test_undamped_dead_inputs_do_not_spoil_the_layer() -> None:
 
 
 def test_a_task_without_any_activation_is_left_out() -> None:
-    options = EpmqOptions()
+    options = EpmqOptions(preset="paper")
     inputs = [inputs_of(1), torch.zeros(10, COLUMNS)]
     both = epmq_sums(inputs, [weight_of(2), weight_of(3)], options)
     alone = epmq_sums(inputs[:1], [weight_of(2)], options)

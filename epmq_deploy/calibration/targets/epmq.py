@@ -48,7 +48,7 @@ class EpmqOptions(CalibratedOptions):
 
     method: Literal["epmq"] = "epmq"
     preset: Literal["paper", "features"] = Field(
-        "paper",
+        "features",
         description="aim at the experts' weights on the student's inputs (paper) or mix in the "
         "experts' own features (features); sets anchor, alpha and rho unless given",
     )
