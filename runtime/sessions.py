@@ -44,6 +44,8 @@ class Graph:
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        # Several sessions live side by side here; idle ones must not keep cores busy.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         for key, value in (session_config or {}).items():
             options.add_session_config_entry(key, value)
         wanted = _wanted(provider)

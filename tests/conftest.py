@@ -1,5 +1,10 @@
 """Fixtures that all tests share."""
 
+import os
+
+# Read when torch is imported; see epmq_deploy.cli.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 from tiny_zoo import TinyZoo, build_tiny_zoo

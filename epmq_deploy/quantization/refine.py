@@ -20,7 +20,7 @@ def refine(
     *,
     sweeps: int,
     tolerance: float = 1e-3,
-    block_size: int = 128,
+    block_size: int = 32,
 ) -> tuple[Tensor, Grid]:
     """Alternate coordinate descent over codes and refits of scales.
 

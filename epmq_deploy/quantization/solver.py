@@ -51,7 +51,7 @@ def solve(
     grid: Grid,
     *,
     act_order: bool = True,
-    block_size: int = 128,
+    block_size: int = 32,
     allow_fallback: bool = False,
 ) -> Solution:
     """Quantize column by column, passing each column's error on to those still open.
