@@ -102,9 +102,15 @@ def preflight(recipe: Recipe) -> Sources:
     from epmq_deploy.quantization.model import check_skip
     from epmq_deploy.quantization.quantize import calibration_samples
     from epmq_deploy.runtime.evaluation import evaluation_samples
+    from epmq_deploy.tasks.data import missing_data
     from epmq_deploy.tasks.heads import build_heads
 
-    sources = open_sources(recipe)
+    try:
+        sources = open_sources(recipe)
+    except MismatchError as error:
+        # Without models data cannot be checked further, but paths can.
+        problems = [*error.problems, *missing_data(recipe.tasks)]
+        raise MismatchError("the recipe's inputs", problems) from error
     family, folder = sources.family, sources.base.folder
 
     def check_model() -> None:
@@ -123,16 +129,16 @@ def preflight(recipe: Recipe) -> Sources:
         lambda: evaluation_samples(recipe, family, folder),
         check_model,
     )
-    problems: list[str] = []
+    found: list[str] = []
     for check in checks:
         try:
             check()
         except MismatchError as error:
-            problems += error.problems
+            found += error.problems
         except EpmqError as error:
-            problems.append(str(error))
-    if problems:
-        raise MismatchError("the recipe's inputs", problems)
+            found.append(str(error))
+    if found:
+        raise MismatchError("the recipe's inputs", found)
     return sources
 
 

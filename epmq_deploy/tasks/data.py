@@ -1,7 +1,7 @@
 """Loading a task's samples with ``datasets``."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 from epmq_deploy.checkpoints import looks_like_hub_id
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.models import ModelFamily
-from epmq_deploy.recipe import DataSource
+from epmq_deploy.recipe import DataSource, Task
 from epmq_deploy.stage import file_sha256, files_sha256, fingerprint
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -159,6 +159,18 @@ def check_finite(samples: Samples, start: int, values: Sequence[Tensor]) -> None
                 f"task {samples.task!r}: row {row} of {samples.source.path} gives NaN or "
                 "infinite values"
             )
+
+
+def missing_data(tasks: Mapping[str, Task]) -> list[str]:
+    """One sentence for every local data source that is not there."""
+    return [
+        f"task {name!r}: {source.path}: no such file or folder"
+        for name, task in tasks.items()
+        for source in (task.calibration, task.evaluation)
+        if source is not None
+        and not Path(source.path).exists()
+        and not looks_like_hub_id(source.path)
+    ]
 
 
 def data_sha256(source: DataSource) -> str:

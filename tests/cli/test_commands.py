@@ -152,6 +152,21 @@ def test_wrong_recipes_stop_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+def test_wrong_models_and_wrong_data_come_in_one_message(
+    tiny: TinyZoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {
+        "tasks__red__expert": "experts/none",
+        "tasks__blue__calibration": {"path": "data/none.parquet"},
+    }
+    recipe = recipe_with(tiny, tmp_path, **changes)
+    assert run("run", recipe, "-o", tmp_path / "out") == 3
+    message = capsys.readouterr().err
+    assert "2 problem(s)" in message
+    assert "expert 'red'" in message
+    assert "task 'blue'" in message
+
+
 def test_existing_output_needs_overwrite(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command, source, target in (
         ("quantize", "merged", "quantized"),
