@@ -8,6 +8,11 @@ With ``--held-back`` each task's calibration samples are halved: one half calibr
 scored. Writes ``benchmarks/results/methods.json`` and prints the table as Markdown.
 """
 
+import os
+
+# Read when torch is imported; see epmq_deploy.cli.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import argparse
 import json
 import tempfile
