@@ -105,9 +105,7 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool) -> Suite:
         assert source is not None, f"task {task} has no evaluation data"
         test = load_samples(task, source, family)
         scored[task] = list(batches(test, family, folder, 64)), test.labels()
-    model = family.load(folder)
-    with torch.inference_mode():
-        features = family.embed(model, *next(iter(calibration.values()))[0]).shape[1]
+    features = family.embedding_width(family.load(folder), folder)
     heads = build_heads(recipe.tasks, family, folder, features)
     return Suite(recipe, folder, family, calibration, scored, heads)
 

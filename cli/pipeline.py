@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, show
 from epmq_deploy.device import DeviceName, pick_device
@@ -116,8 +114,7 @@ def preflight(recipe: Recipe) -> Sources:
     def check_model() -> None:
         model = family.load(folder)
         check_skip(family.blocks(model), recipe.quantize)
-        with torch.inference_mode():
-            features = family.embed(model, *family.example_inputs(folder, 1)).shape[1]
+        features = family.embedding_width(model, folder)
         # Class names are all encoded later; one of each task shows that they can be.
         brief = {name: _brief(task) for name, task in recipe.tasks.items()}
         build_heads(brief, family, folder, features)

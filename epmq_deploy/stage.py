@@ -27,7 +27,7 @@ class Manifest:
     """What made a stage's folder.
 
     Attributes:
-        stage: ``merge``, ``quantize``, ``export`` or ``eval``.
+        stage: ``merge``, ``quantize`` or ``export``.
         fingerprint: sha256 over stage, options and inputs; equal fingerprints mean equal outputs.
         recipe: the whole recipe, paths absolute, flags applied.
         inputs: sha256 by role, e.g. ``base``, ``expert:mnist``, ``merge``.
@@ -110,6 +110,17 @@ def check_outputs(folder: Path, manifest: Manifest) -> None:
         )
 
 
+def open_output(folder: Path, stage: str) -> Manifest:
+    """The manifest of a stage's folder whose files are all as it lists them.
+
+    Raises:
+        RecipeError: see ``read_manifest`` and ``check_outputs``.
+    """
+    manifest = read_manifest(folder, stage)
+    check_outputs(folder, manifest)
+    return manifest
+
+
 def model_inputs(manifest: Manifest) -> dict[str, str]:
     """Hashes of base and experts, which every stage hands on to the next."""
     return {
@@ -122,11 +133,9 @@ def model_inputs(manifest: Manifest) -> dict[str, str]:
 def is_done(folder: Path, stage: str, expected: str) -> bool:
     """Whether ``folder`` already holds this stage's output for this fingerprint, intact."""
     try:
-        manifest = read_manifest(folder, stage)
-        check_outputs(folder, manifest)
+        return open_output(folder, stage).fingerprint == expected
     except RecipeError:
         return False
-    return manifest.fingerprint == expected
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -16,11 +16,10 @@ from epmq_deploy.recipe import Recipe
 from epmq_deploy.stage import (
     Manifest,
     atomic_folder,
-    check_outputs,
     file_sha256,
     fingerprint,
     model_inputs,
-    read_manifest,
+    open_output,
     refuse_existing,
     write_manifest,
 )
@@ -61,16 +60,14 @@ def export(
     progress = progress or NoProgress()
     refuse_existing(output, "export", overwrite=overwrite, source=quantized)
     formats_of(recipe.export.formats)
-    made = read_manifest(quantized, "quantize")
-    check_outputs(quantized, made)
+    made = open_output(quantized, "quantize")
     mark, inputs = export_fingerprint(recipe, made.fingerprint)
     merged = quantized / MERGED_FOLDER
     layers, replaced = load_artifact(quantized)
     family = family_of(merged)
     backbone = family.load(merged)
     example = family.example_inputs(merged, 2)
-    with torch.inference_mode():
-        features = family.embed(backbone, *example).shape[1]
+    features = family.embedding_width(backbone, merged)
     heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
     with atomic_folder(output) as folder:
         graphs = export_graphs(

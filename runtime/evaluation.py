@@ -16,7 +16,7 @@ from epmq_deploy.recipe import Recipe
 from epmq_deploy.runtime.latency import measure_latency
 from epmq_deploy.runtime.report import EXPERTS, EvalReport, Row
 from epmq_deploy.runtime.sessions import Graph
-from epmq_deploy.stage import Manifest, check_outputs, fingerprint, read_manifest
+from epmq_deploy.stage import Manifest, fingerprint, open_output
 from epmq_deploy.tasks.accuracy import count_hits, embeddings
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
 from epmq_deploy.tasks.heads import load_heads
@@ -48,8 +48,7 @@ def evaluate(
         MismatchError: tasks without data or head, or labels beyond it; all at once.
     """
     progress = progress or NoProgress()
-    made = read_manifest(exported, "export")
-    check_outputs(exported, made)
+    made = open_output(exported, "export")
     heads = load_heads(exported)
     family = family_of(exported)
     samples = evaluation_samples(recipe, family, exported, heads)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints import Checkpoint, copy_settings, save_sharded
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.experts import Sources, open_sources
+from epmq_deploy.experts import open_sources
 from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
 from epmq_deploy.merging.method import MergeMethod, MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
@@ -23,17 +23,6 @@ from epmq_deploy.stage import (
     refuse_existing,
     write_manifest,
 )
-
-
-def check_models(recipe: Recipe) -> tuple[Sources, tuple[str, ...]]:
-    """Open base and experts and check that they fit; also the names of the tensors to merge.
-
-    Raises:
-        MismatchError: all problems at once.
-        RecipeError: the base's model type is not supported.
-    """
-    sources = open_sources(recipe)
-    return sources, check_experts(sources, mixed_dtypes=recipe.merge.mixed_dtypes)
 
 
 def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
@@ -60,8 +49,9 @@ def merge(
     """
     progress = progress or NoProgress()
     refuse_existing(output, "merge", overwrite=overwrite)
-    sources, names = check_models(recipe)
+    sources = open_sources(recipe)
     base, experts, options = sources.base, sources.experts, recipe.merge
+    names = check_experts(sources, mixed_dtypes=options.mixed_dtypes)
     inputs = sources.sha256()
     mark = merge_fingerprint(recipe, inputs)
     method = MERGE_METHODS[options.method]

@@ -97,6 +97,11 @@ class ModelFamily(ABC):
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
         """Inputs of the right shapes for tracing, as ``input_names``."""
 
+    def embedding_width(self, model: nn.Module, folder: Path) -> int:
+        """``D`` of what ``embed`` returns."""
+        with torch.inference_mode():
+            return self.embed(model, *self.example_inputs(folder, 1)).shape[1]
+
     @abstractmethod
     def zero_shot_head(
         self,

@@ -58,8 +58,8 @@ class QuantizedModel:
 
     Attributes:
         layers: codes and grids by layer name.
-        replaced: parameters given new values (re-fitted biases), by parameter name.
-        reports: one per linear layer, quantized or kept, in running order.
+        replaced: parameters given new values (re-fitted biases and norms), by parameter name.
+        reports: one per layer quantized or norm re-fitted, in running order, then those kept.
     """
 
     layers: dict[str, QuantizedLinear] = field(default_factory=dict)

@@ -23,10 +23,9 @@ from epmq_deploy.recipe import Recipe
 from epmq_deploy.stage import (
     Manifest,
     atomic_folder,
-    check_outputs,
     fingerprint,
     model_inputs,
-    read_manifest,
+    open_output,
     refuse_existing,
     write_manifest,
 )
@@ -65,8 +64,7 @@ def quantize(
         NumericsError: a layer could not be solved as asked.
     """
     refuse_existing(output, "quantize", overwrite=overwrite, source=merged)
-    made = read_manifest(merged, "merge")
-    check_outputs(merged, made)
+    made = open_output(merged, "merge")
     mark, inputs = quantize_fingerprint(recipe, made.fingerprint)
     family = family_of(merged)
     samples = calibration_samples(recipe, family, merged)
