@@ -85,11 +85,15 @@ def _parameter(name: str, field: FieldInfo, methods: list[str]) -> inspect.Param
 
 def _flag_type(annotation: Any) -> tuple[Any, list[str]]:
     """The type a flag is parsed as, and the values to list in its help."""
+    if get_origin(annotation) is Annotated:
+        return _flag_type(get_args(annotation)[0])
     arguments = [item for item in get_args(annotation) if item is not type(None)]
     if get_origin(annotation) is Literal:
         return type(arguments[0]), [str(item) for item in arguments]
-    if get_origin(annotation) is tuple:
+    if get_origin(annotation) in (tuple, dict):
         return list[str], []
+    if len(arguments) > 1:  # a value of one of several types, which the model tells apart
+        return str, []
     if arguments:  # an optional value
         return _flag_type(arguments[0])
     return annotation, []

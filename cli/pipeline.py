@@ -97,7 +97,7 @@ def preflight(recipe: Recipe) -> Sources:
     """
     from epmq_deploy.exporters import formats_of
     from epmq_deploy.merging.preflight import check_experts
-    from epmq_deploy.quantization.model import check_skip
+    from epmq_deploy.quantization.model import check_patterns
     from epmq_deploy.quantization.quantize import calibration_samples
     from epmq_deploy.runtime.evaluation import evaluation_samples
     from epmq_deploy.tasks.data import missing_data
@@ -113,7 +113,7 @@ def preflight(recipe: Recipe) -> Sources:
 
     def check_model() -> None:
         model = family.load(folder)
-        check_skip(family.blocks(model), recipe.quantize)
+        check_patterns(model, family.blocks(model), recipe.quantize)
         features = family.embedding_width(model, folder)
         # Class names are all encoded later; one of each task shows that they can be.
         brief = {name: _brief(task) for name, task in recipe.tasks.items()}

@@ -43,7 +43,7 @@ class DataSource(Options):
 
 
 class Head(Options):
-    """A task's classifier: class names through the text tower, or a ready matrix."""
+    """A task's classifier: class names through the text tower, a ready matrix, or the expert's."""
 
     classes: tuple[str, ...] | None = Field(None, description="class names in label order")
     templates: tuple[str, ...] = Field(
@@ -52,11 +52,14 @@ class Head(Options):
     matrix: str | None = Field(
         None, description="safetensors file with one [classes, features] tensor"
     )
+    from_expert: bool = Field(
+        False, description="the classifier in the expert's checkpoint; BERT's default"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Head":
-        if (self.classes is None) == (self.matrix is None):
-            raise ValueError("needs either classes (with templates) or matrix")
+        if (self.classes is not None) + (self.matrix is not None) + self.from_expert != 1:
+            raise ValueError("needs one of classes (with templates), matrix and from_expert: true")
         if not all("{}" in template for template in self.templates):
             raise ValueError("every template needs {} where the class name goes")
         if self.classes is not None and len(set(self.classes)) < len(self.classes):

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from epmq_deploy.checkpoints import copy_settings
+from epmq_deploy.experts import check_unchanged, open_sources
 from epmq_deploy.exporters.export import export_graphs
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.session import session_config
@@ -23,7 +24,7 @@ from epmq_deploy.stage import (
     refuse_existing,
     write_manifest,
 )
-from epmq_deploy.tasks.heads import build_heads, save_heads
+from epmq_deploy.tasks.heads import build_heads, leaves_head_to_expert, save_heads
 
 
 def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
@@ -53,7 +54,7 @@ def export(
     Raises:
         RecipeError: the output exists, the input is no quantized artifact, or a format cannot
             hold a layer.
-        MismatchError: a head does not fit the model.
+        MismatchError: a head does not fit the model, or is that of an expert that was changed.
         NumericsError: a written file does not hold the solver's codes or does not run them in a
             low-bit kernel.
     """
@@ -65,6 +66,8 @@ def export(
     merged = quantized / MERGED_FOLDER
     layers, replaced = load_artifact(quantized)
     family = family_of(merged)
+    if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
+        check_unchanged(open_sources(recipe), made)
     backbone = family.load(merged)
     example = family.example_inputs(merged, 2)
     features = family.embedding_width(backbone, merged)

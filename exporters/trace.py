@@ -18,13 +18,14 @@ from torch import Tensor
 
 import epmq_deploy
 from epmq_deploy.exporters.graph import name_layers
+from epmq_deploy.exporters.int8_rows import lower_rows
 from epmq_deploy.models.family import MultiTaskModel
 
 _LOGGER = logging.getLogger(__name__)
 
 
 def trace(model: MultiTaskModel, example_inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
-    """Export with a dynamic first dimension ``batch``.
+    """Export with the axes that the family leaves open.
 
     Args:
         model: as `swap.export_copy` or `swap.swapped_copy` returns it.
@@ -36,7 +37,9 @@ def trace(model: MultiTaskModel, example_inputs: tuple[Tensor, ...], opset: int)
         A model whose inputs are ``family.input_names`` and whose outputs are ``embedding`` and
         ``logits_<task>``.
     """
-    batch = torch.export.Dim("batch")
+    axes = model.family.dynamic_axes()
+    sizes = {name: torch.export.Dim(name) for names in axes for name in names.values()}
+    shapes = tuple({axis: sizes[name] for axis, name in names.items()} for names in axes)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,
@@ -45,12 +48,15 @@ def trace(model: MultiTaskModel, example_inputs: tuple[Tensor, ...], opset: int)
             opset_version=opset,
             input_names=model.family.input_names,
             output_names=["embedding", *(f"logits_{task}" for task in model.tasks)],
-            dynamic_shapes=(tuple({0: batch} for _ in example_inputs),),
+            dynamic_shapes=(shapes,),
             verbose=False,
         )
     assert program is not None  # only torch's legacy exporter returns nothing
     graph = program.model
+    # A model that only looks at a stand-in's weight leaves a node behind that would count as a run.
+    RemoveUnusedNodesPass()(graph)
     name_layers(graph.graph)
+    lower_rows(graph.graph)
     # Stack traces and module paths of the exporting machine do not belong into the file.
     ir.passes.Sequential(
         RemoveUnusedNodesPass(),
@@ -77,6 +83,8 @@ def _quiet() -> Iterator[None]:
             # These address torch's own developers.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", FutureWarning)
+            # Inputs share their axes on purpose.
+            warnings.filterwarnings("ignore", message="# The axis name: .* will not be used")
             yield
     finally:
         logger.setLevel(level)

@@ -10,7 +10,7 @@ from torch import Tensor
 from epmq_deploy.device import DeviceName
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
-from epmq_deploy.models import ModelFamily, family_of
+from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.runtime.latency import measure_latency
@@ -19,7 +19,7 @@ from epmq_deploy.runtime.sessions import Graph
 from epmq_deploy.stage import Manifest, fingerprint, open_output
 from epmq_deploy.tasks.accuracy import count_hits, embeddings
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
-from epmq_deploy.tasks.heads import load_heads
+from epmq_deploy.tasks.heads import head_of_expert, load_heads
 
 
 def eval_fingerprint(recipe: Recipe, exported: str) -> str:
@@ -98,7 +98,7 @@ def _experts(recipe: Recipe, made: Manifest, device: torch.device) -> ExpertBack
 
 
 def evaluation_samples(
-    recipe: Recipe, family: ModelFamily, folder: Path, heads: Mapping[str, Tensor] | None = None
+    recipe: Recipe, family: ModelFamily, folder: Path, heads: Mapping[str, TaskHead] | None = None
 ) -> dict[str, Samples]:
     """The evaluation samples of every task, loaded and checked; one of each is decoded.
 
@@ -116,13 +116,18 @@ def evaluation_samples(
         if task.evaluation is None:
             problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
             continue
-        if task.head is None or (heads is not None and name not in heads):
+        names = task.head.classes if task.head is not None else None
+        count = len(names) if names is not None else None
+        try:
+            head = head_of_expert(task, family) if heads is None else heads.get(name)
+        except EpmqError as error:
+            problems.append(f"task {name!r}: {error}")
+            continue
+        if head is None and (task.head is None or heads is not None):
             problems.append(f"task {name!r} has no head (tasks.{name}.head)")
             continue
-        names = task.head.classes
-        count = len(names) if names is not None else None
-        if heads is not None:
-            count = heads[name].shape[0]
+        if head is not None:
+            count = head.classes
         try:
             samples[name] = load_samples(
                 name, task.evaluation, family, limit=recipe.eval.max_samples
@@ -167,7 +172,7 @@ class _Scorer:
     folder: Path
     batch_size: int
     graphs: Mapping[str, Graph]
-    heads: Mapping[str, Tensor]
+    heads: Mapping[str, TaskHead]
     experts: ExpertBackbone | None
 
     def batches(self, samples: Samples, size: int) -> Iterator[tuple[Tensor, ...]]:
@@ -187,6 +192,6 @@ class _Scorer:
                 logits = torch.from_numpy(graph.run(batch, [output])[output])
                 hits[name] += count_hits(logits, truth)
             if self.experts is not None and expert is not None:
-                logits = embeddings(expert, self.family, batch) @ self.heads[task].T
+                logits = self.heads[task](embeddings(expert, self.family, batch))
                 hits[EXPERTS] += count_hits(logits, truth)
         return {name: 100.0 * count / len(labels) for name, count in hits.items()}

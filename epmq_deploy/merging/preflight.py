@@ -122,6 +122,7 @@ def _warn_about_what_is_not_merged(sources: Sources) -> None:
             for name in expert.tensors
             if name in sources.base.tensors
             and not sources.family.is_deployed(name)
+            and not sources.family.is_head(name)
             and not torch.equal(expert.load(name), sources.base.load(name))
         ]
         if changed:

@@ -7,8 +7,17 @@ from pkgutil import iter_modules
 
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.family import Block, Group, ModelFamily, MultiTaskModel
+from epmq_deploy.models.head import TaskHead
 
-__all__ = ["Block", "Group", "ModelFamily", "MultiTaskModel", "families", "family_of"]
+__all__ = [
+    "Block",
+    "Group",
+    "ModelFamily",
+    "MultiTaskModel",
+    "TaskHead",
+    "families",
+    "family_of",
+]
 
 
 def families() -> tuple[ModelFamily, ...]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_deploy.calibration.tokens import TokenWeights
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.family import Block, Group, ModelFamily
 from epmq_deploy.models.loading import fill
+from epmq_deploy.models.tokenizer import open_tokenizer
 
 _ARCHITECTURE = (
     "hidden_size",
@@ -83,8 +86,22 @@ class ClipFamily(ModelFamily):
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
         """See base."""
         count = len(model.get_submodule("vision_model.encoder.layers"))  # type: ignore[arg-type]
-        names = (f"vision_model.encoder.layers.{index}" for index in range(count))
-        return tuple(Block(name, tuple(group.inside(name) for group in _GROUPS)) for name in names)
+        blocks = []
+        for index in range(count):
+            name = f"vision_model.encoder.layers.{index}"
+            # Keys and values of the last block serve the class token too, and share their input
+            # with its query; all that follows is per token.
+            last = index == count - 1
+            groups = (
+                replace(group, pooled=last and position > 0)
+                for position, group in enumerate(_GROUPS)
+            )
+            blocks.append(Block(name, tuple(group.inside(name) for group in groups)))
+        return tuple(blocks)
+
+    def tokens(self, *inputs: Tensor) -> TokenWeights:
+        """Heads read the class token, the first."""
+        return TokenWeights(pooled=torch.zeros(inputs[0].shape[0], dtype=torch.int64))
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
         """Projected image features, unit length."""
@@ -120,7 +137,12 @@ class ClipFamily(ModelFamily):
         from transformers import CLIPConfig, CLIPModel
 
         config = CLIPConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = _tokenizer(folder, config.text_config.vocab_size)
+        tokenizer = open_tokenizer(
+            folder,
+            ("vocab.json", "merges.txt"),
+            config.text_config.vocab_size,
+            "heads from class names need",
+        )
         model = fill(CLIPModel(config), folder).to(device)
         rows = []
         with torch.inference_mode():
@@ -135,25 +157,6 @@ class ClipFamily(ModelFamily):
                 rows.append(mean / mean.norm())
             head: Tensor = (torch.stack(rows) * model.logit_scale.exp()).cpu()
         return head
-
-
-def _tokenizer(folder: Path, vocabulary: int) -> Any:
-    """The folder's tokenizer; transformers would make up an empty one where it is missing."""
-    from transformers import AutoTokenizer
-
-    whole = (folder / "tokenizer.json").is_file()
-    parts = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-    if not (whole or parts):
-        raise RecipeError(
-            f"{folder}: heads from class names need the base's tokenizer: tokenizer.json, or "
-            "vocab.json and merges.txt"
-        )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if len(tokenizer) > vocabulary:
-        raise RecipeError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the text tower {vocabulary}"
-        )
-    return tokenizer
 
 
 @lru_cache(maxsize=4)

@@ -1,13 +1,17 @@
 """What the rest of the library needs to know about a model family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+
+from epmq_deploy.calibration.tokens import TokenWeights
+from epmq_deploy.checkpoints import Checkpoint
+from epmq_deploy.models.head import TaskHead
 
 
 @dataclass(frozen=True)
@@ -16,16 +20,19 @@ class Group:
 
     Attributes:
         layers: dotted names.
-        norm: dotted name of the LayerNorm whose output that input is, where there is one.
+        norm: dotted name of the LayerNorm or RMSNorm whose output that input is, where there is
+            one.
+        pooled: only what these layers give for the pooled token reaches the heads.
     """
 
     layers: tuple[str, ...]
     norm: str | None = None
+    pooled: bool = False
 
     def inside(self, block: str) -> "Group":
         """The group with names relative to ``block`` made absolute."""
         norm = None if self.norm is None else f"{block}.{self.norm}"
-        return Group(tuple(f"{block}.{layer}" for layer in self.layers), norm)
+        return Group(tuple(f"{block}.{layer}" for layer in self.layers), norm, self.pooled)
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,12 @@ class Block:
     Attributes:
         name: dotted module name, e.g. ``vision_model.encoder.layers.0``.
         groups: its linear layers, in the order they run.
+        norm: dotted name of a norm that runs after all of them, where there is one.
     """
 
     name: str
     groups: tuple[Group, ...]
+    norm: str | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -56,6 +65,8 @@ class ModelFamily(ABC):
     name: ClassVar[str]
     input_names: ClassVar[tuple[str, ...]]
     modality: ClassVar[Literal["image", "text"]]
+    experts_carry_heads: ClassVar[bool] = False
+    """Whether a task without ``head`` in the recipe takes what ``expert_head`` finds."""
 
     @abstractmethod
     def recognises(self, config: dict[str, Any]) -> bool:
@@ -73,9 +84,13 @@ class ModelFamily(ABC):
     def is_optional(self, key: str) -> bool:
         """Whether an expert may leave out a deployed tensor because it is the base's."""
 
+    def is_head(self, key: str) -> bool:
+        """Whether a tensor belongs to a task's head: kept per expert, never merged."""
+        return False
+
     @abstractmethod
     def canonical_key(self, key: str) -> str:
-        """The base checkpoint's name for an expert's tensor."""
+        """The deployed model's name for a tensor of the base's or an expert's checkpoint."""
 
     @abstractmethod
     def load(self, folder: Path) -> nn.Module:
@@ -85,9 +100,13 @@ class ModelFamily(ABC):
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
         """The blocks in the order they run, with the linear layers to quantize."""
 
+    def tokens(self, *inputs: Tensor) -> TokenWeights:
+        """Which tokens of a batch of model inputs are real, and which one the heads read."""
+        return TokenWeights()
+
     @abstractmethod
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """Features ``[batch, D]`` that heads multiply, from ``inputs`` as ``input_names``."""
+        """Features ``[batch, D]`` that heads take, from ``inputs`` as ``input_names``."""
 
     @abstractmethod
     def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
@@ -97,10 +116,25 @@ class ModelFamily(ABC):
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
         """Inputs of the right shapes for tracing, as ``input_names``."""
 
+    def dynamic_axes(self) -> tuple[dict[int, str], ...]:
+        """Names of the axes that exported graphs leave open, per input as ``input_names``."""
+        return tuple({0: "batch"} for _ in self.input_names)
+
     def embedding_width(self, model: nn.Module, folder: Path) -> int:
         """``D`` of what ``embed`` returns."""
         with torch.inference_mode():
             return self.embed(model, *self.example_inputs(folder, 1)).shape[1]
+
+    def expert_head(self, expert: Checkpoint) -> TaskHead | None:
+        """The head an expert's checkpoint holds; None where it holds none.
+
+        Args:
+            expert: opened with ``canonical_key``.
+
+        Raises:
+            RecipeError: a part of it is missing.
+        """
+        return None
 
     @abstractmethod
     def zero_shot_head(
@@ -118,24 +152,24 @@ class ModelFamily(ABC):
 
 
 class MultiTaskModel(nn.Module):
-    """A backbone with one linear head per task: what gets exported and evaluated.
+    """A backbone with one head per task: what gets exported and evaluated.
 
     Args:
         family: the backbone's family.
         backbone: as ``family.load`` returns it.
-        heads: ``[C_t, D]`` per task.
+        heads: per task, from embeddings ``[batch, D]`` to logits ``[batch, C_t]``.
     """
 
-    def __init__(self, family: ModelFamily, backbone: nn.Module, heads: dict[str, Tensor]) -> None:
+    def __init__(
+        self, family: ModelFamily, backbone: nn.Module, heads: Mapping[str, TaskHead]
+    ) -> None:
         super().__init__()
         self.family = family
         self.backbone = backbone
         self.tasks = tuple(heads)
-        self.heads = nn.ParameterList(
-            [nn.Parameter(head.to(torch.float32), requires_grad=False) for head in heads.values()]
-        )
+        self.heads = nn.ModuleList(heads.values())
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The embedding ``[batch, D]``, then logits ``[batch, C_t]`` in the order of ``tasks``."""
         embedding = self.family.embed(self.backbone, *inputs)
-        return (embedding, *(embedding @ head.T for head in self.heads))
+        return (embedding, *(head(embedding) for head in self.heads))

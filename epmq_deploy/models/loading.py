@@ -1,5 +1,6 @@
 """Filling a module with a checkpoint's tensors."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,15 +13,20 @@ from epmq_deploy.errors import MismatchError
 M = TypeVar("M", bound=nn.Module)
 
 
-def fill(model: M, folder: Path) -> M:
+def fill(model: M, folder: Path, rename: Callable[[str], str] = lambda key: key) -> M:
     """Give every parameter the checkpoint's tensor of the same name, as float32, in eval mode.
 
     Tensors the module has no parameter for are left out: a folder may hold more (another tower).
 
+    Args:
+        model: with parameters of any value.
+        folder: a Hugging Face model folder.
+        rename: stored name to parameter name.
+
     Raises:
         MismatchError: names every parameter the checkpoint lacks or holds in another shape.
     """
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder, rename)
     problems = []
     for name, parameter in model.named_parameters():
         info = checkpoint.tensors.get(name)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.models import ModelFamily
+from epmq_deploy.models import ModelFamily, TaskHead
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> int:
@@ -16,7 +16,7 @@ def count_hits(logits: Tensor, labels: Tensor) -> int:
 def torch_accuracy(
     model: nn.Module,
     family: ModelFamily,
-    head: Tensor,
+    head: TaskHead,
     batches: Iterable[tuple[Tensor, ...]],
     labels: Tensor,
 ) -> float:
@@ -25,7 +25,7 @@ def torch_accuracy(
     Args:
         model: a backbone of ``family``.
         family: embeds the inputs.
-        head: ``[C, D]``.
+        head: the task's.
         batches: model inputs, in the order of ``labels``.
         labels: int64 ``[n]``.
     """
@@ -33,7 +33,7 @@ def torch_accuracy(
     for inputs in batches:
         features = embeddings(model, family, inputs)
         stop = start + len(features)
-        hits += count_hits(features @ head.T, labels[start:stop])
+        hits += count_hits(head(features), labels[start:stop])
         start = stop
     return 100.0 * hits / len(labels)
 

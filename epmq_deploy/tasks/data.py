@@ -122,6 +122,8 @@ def load_samples(
         raise RecipeError(f"{where} holds no samples")
     if family.modality == "image":
         rows = _with_images(rows, source, where)
+    else:
+        _check_texts(rows, source, where)
     indices = list(range(len(rows)))
     if limit is not None:
         random.Random(seed).shuffle(indices)
@@ -203,6 +205,18 @@ def _with_images(rows: Any, source: DataSource, where: str) -> Any:
             f"{where}: column {column!r} holds {feature}, expected images, encoded bytes or paths"
         )
     return rows.cast_column(column, Image())
+
+
+def _check_texts(rows: Any, source: DataSource, where: str) -> None:
+    """Make sure that the input column holds a text in every row."""
+    column = source.input_column
+    feature = rows.features[column]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise RecipeError(f"{where}: column {column!r} holds {feature}, expected texts")
+    values = rows.select_columns([column]).with_format("arrow")[:][column]
+    if values.null_count:
+        row = values.is_null().index(True).as_py()
+        raise RecipeError(f"{where}: row {row} holds no text in column {column!r}")
 
 
 def _load_rows(task: str, source: DataSource) -> Any:

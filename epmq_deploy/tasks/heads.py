@@ -1,4 +1,4 @@
-"""Building each task's head, a matrix that turns embeddings into logits."""
+"""Building each task's head, which turns embeddings into logits."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +8,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from epmq_deploy.errors import MismatchError, RecipeError
-from epmq_deploy.models import ModelFamily
+from epmq_deploy.checkpoints import Checkpoint, fetch_model
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
+from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.recipe import Head, Task
+from epmq_deploy.recipe import Task
 
 HEADS_FILE = "heads.safetensors"
 
@@ -24,8 +25,10 @@ def build_heads(
     *,
     device: torch.device | None = None,
     progress: Progress | None = None,
-) -> dict[str, Tensor]:
-    """Heads of all tasks that have one: float32 ``[C_t, features]``.
+) -> dict[str, TaskHead]:
+    """Heads of all tasks that have one, float32, from embeddings ``[n, features]``.
+
+    A task whose recipe names no head has its expert's, where experts of this family carry one.
 
     Args:
         tasks: the recipe's tasks.
@@ -40,51 +43,82 @@ def build_heads(
     """
     progress = progress or NoProgress()
     heads, problems = {}, []
-    specified = [(name, task.head) for name, task in tasks.items() if task.head is not None]
-    for name, head in progress.track(specified, "building heads"):
+    for name, task in progress.track(list(tasks.items()), "building heads"):
         try:
-            matrix = _build(head, family, folder, device or torch.device("cpu"))
-        except RecipeError as error:
+            head = _build(task, family, folder, device or torch.device("cpu"))
+        except EpmqError as error:
             problems.append(f"task {name!r}: {error}")
             continue
-        problems += [f"task {name!r}: {text}" for text in _problems(matrix, features)]
-        heads[name] = matrix.to(torch.float32).contiguous()
+        if head is not None:
+            problems += [f"task {name!r}: {text}" for text in head.problems(features)]
+            heads[name] = head
     if problems:
         raise MismatchError("heads do not fit", problems)
     return heads
 
 
-def _problems(matrix: Tensor, features: int) -> list[str]:
-    if matrix.dim() != 2 or matrix.shape[1] != features:
-        return [f"head of shape {list(matrix.shape)}, expected [classes, {features}]"]
-    if not bool(torch.isfinite(matrix).all()):
-        return ["the head holds NaN or infinite values"]
-    if len(torch.unique(matrix, dim=0)) < len(matrix):
-        return ["two classes have the same row in the head and cannot be told apart"]
-    return []
+def leaves_head_to_expert(task: Task, family: ModelFamily) -> bool:
+    """Whether a task's head is looked for in its expert's checkpoint."""
+    return family.experts_carry_heads if task.head is None else task.head.from_expert
 
 
-def _build(head: Head, family: ModelFamily, folder: Path, device: torch.device) -> Tensor:
-    if head.classes is not None:
-        return family.zero_shot_head(folder, head.classes, head.templates, device)
-    assert head.matrix is not None, "the recipe checks that one of the two is given"
+def head_of_expert(task: Task, family: ModelFamily) -> TaskHead | None:
+    """The head in the expert's checkpoint; None where the recipe does not leave it to the expert.
+
+    Also None where the recipe says nothing and the checkpoint holds none.
+
+    Raises:
+        RecipeError: the checkpoint cannot be opened, or holds no head although it was asked for.
+    """
+    if not leaves_head_to_expert(task, family):
+        return None
+    folder = fetch_model(task.expert)
+    head = family.expert_head(Checkpoint.open(folder, family.canonical_key))
+    if head is None and task.head is not None:
+        raise RecipeError(
+            f"{folder} holds no head of the {family.name} family that head.from_expert could take; "
+            "give classes or matrix"
+        )
+    return head
+
+
+def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
+    if task.head is None or task.head.from_expert:
+        return head_of_expert(task, family)
+    if task.head.classes is not None:
+        return TaskHead(
+            family.zero_shot_head(folder, task.head.classes, task.head.templates, device)
+        )
+    assert task.head.matrix is not None, "the recipe checks that one kind is given"
+    return TaskHead(_read_matrix(task.head.matrix))
+
+
+def _read_matrix(file: str) -> Tensor:
     try:
-        with safe_open(head.matrix, framework="pt") as handle:
+        with safe_open(file, framework="pt") as handle:
             keys = list(handle.keys())
             if len(keys) != 1:
-                raise RecipeError(f"{head.matrix}: expected one tensor, found {len(keys)}")
+                raise RecipeError(f"{file}: expected one tensor, found {len(keys)}")
             matrix: Tensor = handle.get_tensor(keys[0])
             return matrix
     except (OSError, SafetensorError) as error:
-        raise RecipeError(f"{head.matrix}: not readable as safetensors ({error})") from error
+        raise RecipeError(f"{file}: not readable as safetensors ({error})") from error
 
 
-def save_heads(folder: Path, heads: Mapping[str, Tensor]) -> None:
-    """Write heads into a stage's folder."""
-    save_file(dict(heads), folder / HEADS_FILE)
+def save_heads(folder: Path, heads: Mapping[str, TaskHead]) -> None:
+    """Write heads into a stage's folder, tensors named ``<task>.<part>``."""
+    tensors = {
+        f"{task}.{part}": tensor
+        for task, head in heads.items()
+        for part, tensor in head.state_dict().items()
+    }
+    save_file(tensors, folder / HEADS_FILE)
 
 
-def load_heads(folder: Path) -> dict[str, Tensor]:
+def load_heads(folder: Path) -> dict[str, TaskHead]:
     """Read the heads of a stage's folder, by task."""
-    heads: dict[str, Tensor] = load_file(folder / HEADS_FILE)
-    return heads
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in load_file(folder / HEADS_FILE).items():
+        task, _, part = name.partition(".")
+        parts.setdefault(task, {})[part] = tensor
+    return {task: TaskHead.of_tensors(tensors) for task, tensors in parts.items()}

@@ -6,18 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from tiny_zoo import FEATURES, TASKS, TinyZoo
 
 from epmq_deploy.errors import MismatchError
-from epmq_deploy.models import family_of
+from epmq_deploy.models import TaskHead, family_of
 from epmq_deploy.recipe import Head, load_recipe
 from epmq_deploy.tasks.heads import build_heads
 
 ZOO = Path(str(files("epmq_deploy") / "zoo"))
 
 
-def heads_with(tiny: TinyZoo, head: Head) -> dict[str, torch.Tensor]:
+def heads_with(tiny: TinyZoo, head: Head) -> dict[str, TaskHead]:
     """Heads of the tiny tasks, the first one's replaced."""
     tasks = load_recipe(tiny.recipe).tasks
     first = tasks[TASKS[0]].model_copy(update={"head": head})
@@ -49,6 +50,16 @@ def test_garbage_files_are_refused(tiny: TinyZoo, tmp_path: Path) -> None:
 def test_class_names_need_the_base_s_tokenizer(tiny: TinyZoo) -> None:
     with pytest.raises(MismatchError, match=r"tokenizer\.json"):
         heads_with(tiny, Head(classes=("a", "b")))
+
+
+def test_experts_without_heads_cannot_give_one(tiny: TinyZoo) -> None:
+    with pytest.raises(MismatchError, match="holds no head of the clip family"):
+        heads_with(tiny, Head(from_expert=True))
+
+
+def test_heads_come_from_one_place(tiny: TinyZoo) -> None:
+    with pytest.raises(ValidationError, match="one of classes"):
+        Head(classes=("a", "b"), from_expert=True)
 
 
 def test_zero_shot_rows_are_means_of_unit_prompts_times_the_logit_scale() -> None:

@@ -153,7 +153,7 @@ def test_unknown_model_type_is_named(tiny: TinyZoo, tmp_path: Path) -> None:
     recipe_file = copied(tiny, tmp_path / "zoo")
     config = tmp_path / "zoo" / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "other"}))
-    with pytest.raises(RecipeError, match="'other' is not supported; known: clip"):
+    with pytest.raises(RecipeError, match="'other' is not supported; known: bert, clip"):
         merge(load_recipe(recipe_file), tmp_path / "merged")
 
 

@@ -12,16 +12,22 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from epmq_deploy.exporters import ExportedGraph, export_graphs, format_names, session_config
-from epmq_deploy.models import MultiTaskModel
+from epmq_deploy.models import MultiTaskModel, TaskHead
 from epmq_deploy.models.clip import FAMILY
 from epmq_deploy.quantization.grid import expand_groups, fit_grid, quantize_to_codes
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 HIDDEN, MLP, PROJECTION = 64, 112, 32
+# Layers outside the blocks: a linear one without bias, a convolution, a table.
+OUTSIDE = (
+    "visual_projection",
+    "vision_model.embeddings.patch_embedding",
+    "vision_model.embeddings.position_embedding",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,16 @@ class Case:
     images: Tensor
     layers: dict[str, QuantizedLinear]
     replaced: dict[str, Tensor]
+
+    @property
+    def linear(self) -> dict[str, QuantizedLinear]:
+        """The layers that multiply: not the convolution, not the table."""
+        backbone = self.model.backbone
+        return {
+            name: layer
+            for name, layer in self.layers.items()
+            if isinstance(backbone.get_submodule(name), nn.Linear)
+        }
 
 
 def tiny_model() -> MultiTaskModel:
@@ -49,7 +65,10 @@ def tiny_model() -> MultiTaskModel:
     backbone = CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
     for parameter in backbone.parameters():
         parameter.add_(torch.randn_like(parameter) * 0.05)
-    heads = {"cars": torch.randn(7, PROJECTION), "svhn": torch.randn(4, PROJECTION)}
+    heads = {
+        "cars": TaskHead(torch.randn(7, PROJECTION)),
+        "svhn": TaskHead(torch.randn(4, PROJECTION)),
+    }
     return MultiTaskModel(FAMILY, backbone, heads).eval()
 
 
@@ -65,19 +84,32 @@ def quantize(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> Qua
     return QuantizedLinear(codes, grid.scales, grid.zero_points, bits, group_size, symmetric)
 
 
+def quantize_rows(weight: Tensor) -> QuantizedLinear:
+    """8 bits, one group per row of the flattened weight."""
+    flat = weight.flatten(1)
+    return quantize(flat, 8, flat.shape[1], True)
+
+
 def layer_names(model: MultiTaskModel) -> list[str]:
-    """All layers the family wants quantized."""
+    """All layers inside the blocks."""
     blocks = FAMILY.blocks(model.backbone)
     return [name for block in blocks for name in block.layers]
 
 
-def make_case(choose: Callable[[str, Tensor], tuple[int, int, bool]]) -> Case:
-    """Quantize each layer with the bits, group size and symmetry chosen for it."""
+def make_case(
+    choose: Callable[[str, Tensor], tuple[int, int, bool]], outside: Sequence[str] = ()
+) -> Case:
+    """Quantize each layer with the bits, group size and symmetry chosen for it.
+
+    ``outside`` names layers outside the blocks to store with 8 bits.
+    """
     model = tiny_model()
     layers = {}
     for name in layer_names(model):
         weight = model.backbone.get_submodule(name).weight
         layers[name] = quantize(weight, *choose(name, weight))
+    for name in outside:
+        layers[name] = quantize_rows(model.backbone.get_submodule(name).weight)
     bias = "vision_model.encoder.layers.1.mlp.fc1.bias"
     norm = "vision_model.encoder.layers.0.layer_norm1.weight"
     replaced = {name: torch.randn(size) for name, size in ((bias, MLP), (norm, HIDDEN))}
@@ -89,7 +121,8 @@ def dequantized_model(case: Case) -> MultiTaskModel:
     model = tiny_model()
     parameters = dict(model.backbone.named_parameters())
     for name, layer in case.layers.items():
-        parameters[f"{name}.weight"].copy_(layer.dequantize())
+        weight = parameters[f"{name}.weight"]
+        weight.copy_(layer.dequantize().reshape(weight.shape))
     for name, tensor in case.replaced.items():
         parameters[name].copy_(tensor)
     return model
@@ -126,6 +159,7 @@ CHOICES = {
     "symmetric": lambda name, weight: (4, 32, True),
     "asymmetric": lambda name, weight: (4, 32, False),
     "mixed": _mixed,
+    "outside": _mixed,
 }
 
 
@@ -141,7 +175,7 @@ class Exported:
 @pytest.fixture(scope="session", params=CHOICES)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Each quantization of the tiny model, exported once in every format."""
-    case = make_case(CHOICES[request.param])
+    case = make_case(CHOICES[request.param], OUTSIDE if request.param == "outside" else ())
     folder = tmp_path_factory.mktemp(request.param)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         graphs = export(case, format_names(), folder)
@@ -163,6 +197,8 @@ def tools() -> types.SimpleNamespace:
         export=export,
         layer_names=layer_names,
         make_case=make_case,
+        outside=OUTSIDE,
         quantize=quantize,
+        quantize_rows=quantize_rows,
         run=run,
     )

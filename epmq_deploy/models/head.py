@@ -1,0 +1,83 @@
+"""A task's head: from the deployed backbone's embedding to logits."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class TaskHead(nn.Module):
+    """Maps embeddings ``[B, D]`` to logits ``[B, C]``, float32.
+
+    A linear classifier, after a pooler (linear layer and tanh) where the model was fine-tuned with
+    one, as BERT is (Devlin et al., arXiv 1810.04805).
+
+    Args:
+        weight: ``[C, D]``, or ``[C, P]`` after a pooler of width ``P``.
+        bias: ``[C]``.
+        pooler_weight: ``[P, D]``.
+        pooler_bias: ``[P]``, with ``pooler_weight``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        pooler_weight: Tensor | None = None,
+        pooler_bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = _frozen(weight)
+        self.bias = None if bias is None else _frozen(bias)
+        self.pooler_weight = None if pooler_weight is None else _frozen(pooler_weight)
+        self.pooler_bias = None if pooler_bias is None else _frozen(pooler_bias)
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "TaskHead":
+        """The head whose ``state_dict`` is ``tensors``."""
+        return cls(**tensors)
+
+    @property
+    def classes(self) -> int:
+        """``C``."""
+        return self.weight.shape[0]
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of embeddings ``[B, D]``."""
+        if self.pooler_weight is not None:
+            embedding = embedding @ self.pooler_weight.T
+            if self.pooler_bias is not None:
+                embedding = embedding + self.pooler_bias
+            embedding = torch.tanh(embedding)
+        logits = embedding @ self.weight.T
+        return logits if self.bias is None else logits + self.bias
+
+    def problems(self, features: int) -> list[str]:
+        """Why this is no usable head for embeddings of width ``features``; empty where it is."""
+        found = []
+        width = features
+        if self.pooler_weight is not None:
+            shape = self.pooler_weight.shape
+            if len(shape) != 2 or shape[1] != features:
+                return [f"pooler of shape {list(shape)}, expected [width, {features}]"]
+            width = shape[0]
+            if self.pooler_bias is not None and self.pooler_bias.shape != (width,):
+                found.append(f"pooler bias of shape {list(self.pooler_bias.shape)}")
+        if self.weight.dim() != 2 or self.weight.shape[1] != width:
+            return [f"head of shape {list(self.weight.shape)}, expected [classes, {width}]"]
+        if self.bias is not None and self.bias.shape != (self.classes,):
+            found.append(f"head bias of shape {list(self.bias.shape)}, expected [{self.classes}]")
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.parameters()):
+            found.append("the head holds NaN or infinite values")
+        if found:
+            return found
+        rows: Tensor = self.weight
+        if self.bias is not None:
+            rows = torch.cat([rows, self.bias[:, None]], dim=1)
+        if len(torch.unique(rows, dim=0)) < len(rows):
+            found.append("two classes have the same row in the head and cannot be told apart")
+        return found
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach().to(torch.float32).contiguous(), requires_grad=False)

@@ -1,0 +1,34 @@
+"""Opening a model folder's tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+from epmq_deploy.errors import RecipeError
+
+
+def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpose: str) -> Any:
+    """The folder's tokenizer; transformers would make up an empty one where it is missing.
+
+    Args:
+        folder: a Hugging Face model folder.
+        files: what makes up the tokenizer where there is no ``tokenizer.json``.
+        vocabulary: rows of the model's token embedding.
+        purpose: what needs it, for the message.
+
+    Raises:
+        RecipeError: files are missing, or it has tokens the model has no embedding for.
+    """
+    from transformers import AutoTokenizer
+
+    whole = (folder / "tokenizer.json").is_file()
+    parts = all((folder / name).is_file() for name in files)
+    if not (whole or parts):
+        raise RecipeError(
+            f"{folder}: {purpose} the base's tokenizer: tokenizer.json, or {' and '.join(files)}"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(tokenizer) > vocabulary:
+        raise RecipeError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
+        )
+    return tokenizer
