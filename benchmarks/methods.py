@@ -17,7 +17,7 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.cli.run import assign
 from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
-from epmq_deploy.models import ModelFamily, family_of
+from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.quantization.model import quantize_model
+from epmq_deploy.quantization.planning import Workplace, plan_anchor
 from epmq_deploy.quantization.quantize import calibration_samples
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.tasks.accuracy import torch_accuracy
@@ -70,7 +71,7 @@ class Suite:
     family: ModelFamily
     calibration: dict[str, list[tuple[Tensor, ...]]]
     scored: dict[str, tuple[list[tuple[Tensor, ...]], Tensor]]
-    heads: dict[str, Tensor]
+    heads: dict[str, TaskHead]
 
     def accuracy(self, model: nn.Module, task: str) -> float:
         """Percent correct on a task's scored samples."""
@@ -80,6 +81,15 @@ class Suite:
     def average(self, model: nn.Module) -> float:
         """Percent correct, averaged over tasks."""
         return sum(self.accuracy(model, task) for task in self.scored) / len(self.scored)
+
+    def with_calibration(self, recipe: Recipe) -> "Suite":
+        """The suite with the calibration samples another recipe asks for."""
+        chosen = calibration_samples(recipe, self.family, self.folder)
+        loaded = {
+            task: list(batches(samples, self.family, self.folder, 32))
+            for task, samples in chosen.items()
+        }
+        return replace(self, recipe=recipe, calibration=loaded)
 
     def experts_average(self) -> float:
         """Each expert on its own task, averaged."""
@@ -111,26 +121,42 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool) -> Suite:
 
 
 def measure(suite: Suite, variant: str) -> dict[str, Any]:
-    """Quantize one variant (``method,option=value,...``) and score it."""
+    """Quantize one variant (``method,option=value,...``) and score it.
+
+    ``rounding=false`` scores the target's own weights, unrounded.
+    """
     method, *assignments = variant.split(",")
     flags = {key: yaml.safe_load(value) for key, value in (a.split("=") for a in assignments)}
+    rounding = flags.pop("rounding", True)
     recipe = override(suite.recipe, "quantize", {"method": method, **flags})
-    target = TARGETS[recipe.quantize.method]
+    options = recipe.quantize
+    experts = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
+    if flags.get("anchor") == "auto":
+        place = Workplace(
+            suite.family,
+            suite.folder,
+            calibration_samples(recipe, suite.family, suite.folder),
+            experts,
+            torch.device("cpu"),
+        )
+        found = plan_anchor(options, place, suite.heads)["anchor"]
+        options = options.model_copy(update={"anchor": found})
     model = suite.family.load(suite.folder)
     started = time.perf_counter()
     quantize_model(
         model,
         suite.family,
-        target,
-        recipe.quantize,
+        TARGETS[options.method],
+        options,
         batches={
             task: (lambda inputs=inputs: inputs) for task, inputs in suite.calibration.items()
         },
-        experts=ExpertBackbone(open_sources(recipe), torch.device("cpu")),
+        experts=experts,
+        rounding=rounding,
     )
     return {
         "variant": variant,
-        "options": recipe.quantize.model_dump(),
+        "options": options.model_dump(),
         "average": suite.average(model),
         "seconds": time.perf_counter() - started,
     }

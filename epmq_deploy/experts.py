@@ -104,6 +104,11 @@ class ExpertBackbone:
         self.device = device
         self._model = sources.family.load(sources.base.folder).to(device)
 
+    @property
+    def tasks(self) -> Collection[str]:
+        """Names of the experts."""
+        return tuple(self._sources.experts)
+
     def base_tensor(self, name: str) -> Tensor:
         """One of the base's tensors, float32, on the device."""
         return self._sources.base.load(name).to(self.device, torch.float32)

@@ -1,14 +1,20 @@
-"""Running the deployed model block by block over calibration samples."""
+"""Running one block over calibration batches, stopping and resuming between its layers.
+
+Layers of a block are quantized in the order they run, and each is to see what the quantized earlier
+ones give. Rather than running the block from its start for every layer, a batch remembers what the
+layers that will not change any more have answered: each linear layer runs once per batch.
+"""
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.statistics import Accumulator, TaskStatistics
+from epmq_deploy.calibration.cache import ActivationCache, Kept
+from epmq_deploy.calibration.norms import pre_affine
 from epmq_deploy.errors import NumericsError
 
 
@@ -17,97 +23,94 @@ class _Reached(Exception):  # noqa: N818 - control flow, not an error
 
 
 @dataclass
-class BlockInput:
-    """What a block was called with for one batch: hidden states first, the rest unchanged."""
+class BlockBatch:
+    """One batch on its way through the blocks of one model.
 
-    hidden: Tensor
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    Attributes:
+        hidden: hidden states the current block receives.
+        args: what else it receives by position.
+        kwargs: what else it receives by name.
+        answers: outputs of layers of the current block that will not change any more.
+    """
+
+    hidden: Kept
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    answers: dict[str, Kept] = field(default_factory=dict)
 
     def run(self, block: nn.Module) -> Tensor:
         """The block's hidden states for this batch."""
-        output = block(self.hidden, *self.args, **self.kwargs)
+        output = block(self.hidden.value(), *self.args, **self.kwargs)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
         return hidden
 
 
-def capture_block_inputs(
+def capture_block_batch(
     block: nn.Module,
-    run_model: Callable[[tuple[Tensor, ...]], object],
-    batches: Iterable[tuple[Tensor, ...]],
-) -> list[BlockInput]:
-    """What the first block receives for each batch; the model stops there."""
-    captured: list[BlockInput] = []
+    run_model: Callable[[], object],
+    cache: ActivationCache,
+    dtype: torch.dtype | None = None,
+) -> BlockBatch:
+    """What the first block receives while ``run_model`` runs; the model stops there.
+
+    Args:
+        block: the first block.
+        run_model: runs the model on one batch.
+        cache: keeps the hidden states.
+        dtype: to keep them in; their own when absent.
+
+    Raises:
+        NumericsError: the block does not run.
+    """
+    captured: list[BlockBatch] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args:
-            captured.append(BlockInput(args[0], args[1:], kwargs))
-        else:
-            rest = dict(kwargs)
-            captured.append(BlockInput(rest.pop("hidden_states"), (), rest))
+        rest = dict(kwargs)
+        hidden = args[0] if args else rest.pop("hidden_states")
+        captured.append(BlockBatch(cache.keep(hidden, dtype), args[1:], rest))
         raise _Reached
 
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with torch.inference_mode():
-            for batch in batches:
-                try:
-                    run_model(batch)
-                except _Reached:
-                    continue
+        with torch.inference_mode(), contextlib.suppress(_Reached):
+            run_model()
     finally:
         handle.remove()
-    return captured
+    if not captured:
+        raise NumericsError("the first block listed by the model family does not run")
+    return captured[0]
 
 
-def input_statistics(
-    block: nn.Module, layer: nn.Module, inputs: Sequence[BlockInput]
-) -> TaskStatistics:
-    """Statistics of ``layer``'s inputs while ``block`` runs; stops as soon as it is reached."""
-    accumulator = Accumulator()
-    for item in inputs:
-        accumulator.add(input_of(block, layer, item))
-    return accumulator.statistics()
-
-
-def paired_statistics(
+def input_of(
     block: nn.Module,
-    layer: nn.Module,
-    inputs: Sequence[BlockInput],
-    expert_block: nn.Module,
-    expert_layers: Mapping[str, nn.Linear],
-    expert_inputs: Sequence[BlockInput],
-) -> TaskStatistics:
-    """As ``input_statistics``, with the expert's outputs on the same batches.
+    inner: nn.Module,
+    batch: BlockBatch,
+    done: Mapping[str, nn.Module],
+    cache: ActivationCache,
+) -> Tensor:
+    """What a module inside ``block`` receives for one batch; the block stops there.
 
     Args:
-        block: the student's block.
-        layer: the student's layer (the first of those that share an input).
-        inputs: what the student's block receives, batch by batch.
-        expert_block: the expert's block.
-        expert_layers: the expert's layers of the group, by name.
-        expert_inputs: what the expert's block receives, batch by batch.
+        block: the block to run.
+        inner: the module.
+        batch: on its way through the block.
+        done: layers whose outputs will not change any more; their answers are remembered.
+        cache: keeps answers.
+
+    Raises:
+        NumericsError: the module does not run in the block.
     """
-    accumulator = Accumulator()
-    for item, expert_item in zip(inputs, expert_inputs, strict=True):
-        features = input_of(expert_block, next(iter(expert_layers.values())), expert_item)
-        outputs = {name: features @ linear.weight.T for name, linear in expert_layers.items()}
-        accumulator.add(input_of(block, layer, item), outputs)
-    return accumulator.statistics()
-
-
-def input_of(block: nn.Module, inner: nn.Module, item: BlockInput) -> Tensor:
-    """What a module inside ``block`` receives for one batch; the block stops there."""
     seen: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else next(iter(kwargs.values())))
         raise _Reached
 
-    handle = inner.register_forward_pre_hook(keep)
+    handle = inner.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        with torch.inference_mode(), contextlib.suppress(_Reached):
-            item.run(block)
+        remembering = _remembering(batch, done, cache)
+        with torch.inference_mode(), remembering, contextlib.suppress(_Reached):
+            batch.run(block)
     finally:
         handle.remove()
     if not seen:
@@ -115,8 +118,106 @@ def input_of(block: nn.Module, inner: nn.Module, item: BlockInput) -> Tensor:
     return seen[0]
 
 
-def advance(block: nn.Module, inputs: Sequence[BlockInput]) -> None:
-    """Replace each batch's hidden states by the block's output."""
+def advance(
+    block: nn.Module,
+    batch: BlockBatch,
+    cache: ActivationCache,
+    *,
+    dtype: torch.dtype | None = None,
+    done: Mapping[str, nn.Module] | None = None,
+) -> None:
+    """Take a batch to the next block; its answers are forgotten.
+
+    Args:
+        block: the block to run, all of whose layers are done.
+        batch: its hidden states are replaced by the block's output.
+        cache: keeps them.
+        dtype: to keep them in; their own when absent.
+        done: layers that may be asked for remembered answers.
+    """
+    with torch.inference_mode(), _remembering(batch, done or {}, None):
+        output = batch.run(block)
+    batch.answers.clear()
+    batch.hidden = cache.keep(output, dtype)
+
+
+def record(
+    block: nn.Module,
+    batch: BlockBatch,
+    layers: Mapping[str, nn.Linear],
+    norms: Mapping[str, nn.Module],
+    cache: ActivationCache,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Kept]:
+    """Run an expert's block on one batch, take the batch to the next block, and keep what is seen.
+
+    Args:
+        block: the expert's block.
+        batch: on its way through the expert.
+        layers: linear layers by name; their outputs without bias ``[..., N]`` are kept.
+        norms: norms by name; their outputs before gain and bias ``[..., K]`` are kept.
+        cache: keeps them.
+        dtype: to keep them in; their own when absent.
+
+    Returns:
+        What was seen, by layer and norm.
+    """
+    seen: dict[str, Kept] = {}
+    entered: dict[str, Tensor] = {}
+
+    def answer(name: str) -> Callable[..., None]:
+        def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
+            seen[name] = cache.keep(output if module.bias is None else output - module.bias, dtype)
+
+        return hook
+
+    def entry(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            entered[name] = args[0]
+
+        return hook
+
+    handles = [layer.register_forward_hook(answer(name)) for name, layer in layers.items()]
+    handles += [norm.register_forward_pre_hook(entry(name)) for name, norm in norms.items()]
+    try:
+        advance(block, batch, cache, dtype=dtype)
+    finally:
+        for handle in handles:
+            handle.remove()
     with torch.inference_mode():
-        for item in inputs:
-            item.hidden = item.run(block)
+        for name, inputs in entered.items():
+            seen[name] = cache.keep(pre_affine(norms[name], inputs), dtype)
+    return seen
+
+
+@contextlib.contextmanager
+def _remembering(
+    batch: BlockBatch, done: Mapping[str, nn.Module], cache: ActivationCache | None
+) -> Iterator[None]:
+    """Let layers that are done answer from memory; what they compute meanwhile is kept."""
+    handles = []
+    patched = []
+
+    def answered(kept: Kept) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: kept.value()
+
+    def keeping(name: str, target: ActivationCache) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            batch.answers[name] = target.keep(output)
+
+        return hook
+
+    try:
+        for name, layer in done.items():
+            if name in batch.answers:
+                # An attribute of the instance hides the method of the class.
+                layer.forward = answered(batch.answers[name])
+                patched.append(layer)
+            elif cache is not None:
+                handles.append(layer.register_forward_hook(keeping(name, cache)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in patched:
+            del layer.forward

@@ -1,4 +1,4 @@
-"""Calibrating LayerNorm gains and biases: a ridge fit per channel (FeatCal, arXiv 2605.13030)."""
+"""Calibrating gains and biases of norms: a ridge fit per channel (FeatCal, arXiv 2605.13030)."""
 
 from dataclasses import dataclass
 
@@ -34,44 +34,60 @@ class NormSums:
         parts = (torch.zeros(channels, dtype=torch.float64, device=device) for _ in range(5))
         return cls(0.0, *parts)
 
-    def add(self, activations: Tensor, wanted: Tensor, weight: float) -> None:
-        """Add tokens ``[..., K]``, each with ``weight``."""
-        n = activations.reshape(-1, activations.shape[-1]).to(torch.float64)
-        y = wanted.reshape(n.shape).to(torch.float64)
-        self.weight += weight * n.shape[0]
-        for total, term in (
-            (self.n, n),
-            (self.y, y),
-            (self.nn, n * n),
-            (self.ny, n * y),
-            (self.yy, y * y),
-        ):
-            total += weight * term.sum(dim=0)
+    def add(self, activations: Tensor, wanted: Tensor, weights: Tensor) -> None:
+        """Add tokens.
 
-    def error(self, gain: Tensor, bias: Tensor) -> float:
+        Args:
+            activations: ``n``, ``[tokens, K]``.
+            wanted: ``y``, likewise.
+            weights: of each token, ``[tokens]``.
+        """
+        w, n, y = weights.to(activations.dtype), activations, wanted
+        self.weight += float(w.sum())
+        self.n += w @ n
+        self.y += w @ y
+        self.nn += w @ (n * n)
+        self.ny += w @ (n * y)
+        self.yy += w @ (y * y)
+
+    def add_mean(self, task: "NormSums") -> None:
+        """Add a task's sums, scaled to a weight of 1: tasks count alike, whatever their size."""
+        for mine, theirs in zip(self._parts(), task._parts(), strict=True):
+            mine.add_(theirs, alpha=1 / task.weight)
+        self.weight += 1.0
+
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.n, self.y, self.nn, self.ny, self.yy
+
+    def error(self, gain: Tensor, bias: Tensor | None) -> float:
         """``sum (gain n + bias - y)^2`` over channels, relative to ``sum y^2``."""
-        g, b = gain.to(torch.float64), bias.to(torch.float64)
+        g = gain.to(torch.float64)
+        b = torch.zeros_like(g) if bias is None else bias.to(torch.float64)
         squares = g * g * self.nn + b * b * self.weight + self.yy
         crossed = g * b * self.n - g * self.ny - b * self.y
         return float((squares + 2 * crossed).sum() / self.yy.sum())
 
 
-def fit_affine(sums: NormSums, gain: Tensor, bias: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def fit_affine(
+    sums: NormSums, gain: Tensor, bias: Tensor | None, damping: float
+) -> tuple[Tensor, Tensor | None]:
     """Gain and bias, float32 ``[K]``, that bring ``gain n + bias`` closest to ``y``.
 
     Minimises, per channel, ``mean (g n + b - y)^2 + damping ((g - gain)^2 + (b - bias)^2)``: a 2x2
-    linear system.
+    linear system, or one equation where the norm has no bias (RMSNorm).
 
     Args:
         sums: over calibration tokens.
         gain: anchor ``[K]``.
-        bias: anchor ``[K]``.
+        bias: anchor ``[K]``; None for a norm without one.
         damping: pull towards the anchor, positive.
     """
     a = sums.nn / sums.weight + damping
+    right_gain = sums.ny / sums.weight + damping * gain.to(torch.float64)
+    if bias is None:
+        return (right_gain / a).to(torch.float32), None
     b = sums.n / sums.weight
     d = 1.0 + damping
-    right_gain = sums.ny / sums.weight + damping * gain.to(torch.float64)
     right_bias = sums.y / sums.weight + damping * bias.to(torch.float64)
     determinant = a * d - b * b
     new_gain = (d * right_gain - b * right_bias) / determinant
@@ -79,6 +95,9 @@ def fit_affine(sums: NormSums, gain: Tensor, bias: Tensor, damping: float) -> tu
     return new_gain.to(torch.float32), new_bias.to(torch.float32)
 
 
-def pre_affine(norm: nn.LayerNorm, inputs: Tensor) -> Tensor:
-    """What a LayerNorm multiplies with its gain, ``[..., K]``."""
-    return nn.functional.layer_norm(inputs, norm.normalized_shape, eps=norm.eps)
+def pre_affine(norm: nn.Module, inputs: Tensor) -> Tensor:
+    """What a LayerNorm or RMSNorm multiplies with its gain, ``[..., K]``."""
+    plain = {name: torch.zeros_like(value) for name, value in norm.named_parameters()}
+    plain["weight"] = torch.ones_like(plain["weight"])
+    output: Tensor = torch.func.functional_call(norm, plain, (inputs,))
+    return output

@@ -1,4 +1,8 @@
-"""Sufficient statistics of a linear layer's inputs, per task and summed over tasks."""
+"""Sufficient statistics of linear layers that share an input, per task and summed over tasks.
+
+With rows ``x`` of the student's inputs, ``y`` of what an expert wants and token weights ``w``
+(``sum w = 1`` per task): ``C = sum w x x^T``, ``G = sum w y x^T``, ``mu = sum w x``.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,91 +10,141 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from epmq_deploy.calibration.tokens import weigh
 from epmq_deploy.errors import NumericsError
 
-
-@dataclass(frozen=True)
-class ExpertOutputs:
-    """One layer's outputs in the expert, on the samples the student's inputs are for.
-
-    Attributes:
-        cross: float64 ``[N, K]``, mean over tokens of ``y x^T``: expert's output without bias,
-            student's input.
-        mean: float64 ``[N]``, mean over tokens of ``y``.
-    """
-
-    cross: Tensor
-    mean: Tensor
+# Columns of a Gram matrix computed at a time; blocks below the diagonal are mirrored.
+_TILE = 768
 
 
 @dataclass(frozen=True)
 class TaskStatistics:
-    """Inputs of one layer on one task's calibration samples.
+    """One task's statistics for layers that share an input.
 
     Attributes:
-        gram: float64 ``[K, K]``, mean over tokens of ``x x^T``.
-        mean: float64 ``[K]``, mean over tokens of ``x``.
-        tokens: number of tokens seen.
-        experts: by layer, where the target asks for the experts' own features.
+        gram: float32 ``[K, K]``, symmetric, weighted mean over tokens of ``x x^T``.
+        mean: float64 ``[K]``, of ``x``.
+        tokens: number of tokens with a positive weight.
+        cross: per layer float32 ``[N, K]``, of ``y x^T``, where experts guide the target.
+        output_mean: per layer float64 ``[N]``, of ``y``, without bias.
     """
 
     gram: Tensor
     mean: Tensor
     tokens: int
-    experts: Mapping[str, ExpertOutputs] = field(default_factory=dict)
+    cross: Mapping[str, Tensor] = field(default_factory=dict)
+    output_mean: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Accumulator:
-    """Sums over tokens, so that a short batch weighs no more.
+    """Sums one task's batches, token by token, so that a short batch weighs no more.
 
-    Products are float32 (exact enough, and the fast path of every device), their sum over
-    batches float64.
+    Args:
+        products: dtype in which products of activations are computed: float32, or bfloat16 where
+            the processor has matrix units for it (each product is rounded to 8 bits; sums over
+            batches stay float32).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, products: torch.dtype = torch.float32) -> None:
+        self._dtype = products
         self._gram: Tensor | None = None
         self._sum: Tensor | None = None
+        self._weight = 0.0
         self._tokens = 0
         self._cross: dict[str, Tensor] = {}
         self._output_sum: dict[str, Tensor] = {}
 
-    def add(self, inputs: Tensor, outputs: Mapping[str, Tensor] | None = None) -> None:
+    def add(
+        self,
+        inputs: Tensor,
+        weights: Tensor | None = None,
+        guides: Mapping[str, Tensor] | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        mix: float = 0.0,
+    ) -> None:
         """Add a batch.
 
+        The expert's wanted output is ``y = (1 - mix) x W^T + mix f``.
+
         Args:
-            inputs: the student's layer inputs ``[..., K]``.
-            outputs: per layer, the expert's outputs without bias ``[..., N]`` for the same tokens.
+            inputs: the student's ``x``, ``[B, T, K]`` or ``[B, K]``.
+            weights: token weights ``[B, T]``; None when all weigh 1.
+            guides: per layer the expert's weight ``W [N, K]``.
+            features: per layer the expert's own output ``f [B, T, N]`` without bias.
+            mix: share of the expert's own output.
         """
-        flat = inputs.reshape(-1, inputs.shape[-1]).to(torch.float32)
-        self._gram = _plus(self._gram, flat.T @ flat)
-        self._sum = _plus(self._sum, flat.sum(dim=0, dtype=torch.float64))
-        self._tokens += flat.shape[0]
-        for layer, output in (outputs or {}).items():
-            rows = output.reshape(-1, output.shape[-1]).to(torch.float32)
-            self._cross[layer] = _plus(self._cross.get(layer), rows.T @ flat)
-            total = rows.sum(dim=0, dtype=torch.float64)
-            self._output_sum[layer] = _plus(self._output_sum.get(layer), total)
+        rows, roots = weigh(inputs.to(torch.float32), weights)
+        if self._gram is None or self._sum is None:
+            self._gram = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self._sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+        low = rows.to(self._dtype)
+        _add_gram(self._gram, low)
+        self._sum = self._sum + _total(rows, roots)
+        self._tokens += rows.shape[0]
+        self._weight += float(roots.square().sum())
+        for layer, weight in (guides or {}).items():
+            wanted = None
+            if mix < 1:
+                wanted = low @ weight.to(self._dtype).T
+                if mix > 0:
+                    wanted *= 1 - mix
+            if mix > 0:
+                own, _ = weigh((features or {})[layer].to(torch.float32), weights)
+                own = own.to(self._dtype)
+                wanted = own if wanted is None else wanted.add_(own, alpha=mix)
+            assert wanted is not None
+            self._add_wanted(layer, low, wanted, roots)
+
+    def _add_wanted(self, layer: str, rows: Tensor, wanted: Tensor, roots: Tensor) -> None:
+        if layer not in self._cross:
+            shape = wanted.shape[1], rows.shape[1]
+            self._cross[layer] = torch.zeros(shape, device=rows.device)
+            self._output_sum[layer] = torch.zeros((), dtype=torch.float64, device=rows.device)
+        _add_product(self._cross[layer], wanted, rows)
+        self._output_sum[layer] = self._output_sum[layer] + _total(wanted, roots)
 
     def statistics(self) -> TaskStatistics:
-        """Means over all tokens added.
+        """Weighted means over all tokens added.
 
         Raises:
-            NumericsError: nothing was added.
+            NumericsError: no token with a positive weight was added, or sums are not finite.
         """
-        if self._gram is None or self._sum is None:
+        if self._gram is None or self._sum is None or self._weight == 0:
             raise NumericsError("no calibration tokens reached the layer")
-        # float32 products need not be symmetric to the last bit, which an ill-conditioned solve
-        # would amplify.
-        gram = (self._gram + self._gram.T) / (2 * self._tokens)
-        experts = {
-            layer: ExpertOutputs(cross / self._tokens, self._output_sum[layer] / self._tokens)
-            for layer, cross in self._cross.items()
-        }
-        return TaskStatistics(gram, self._sum / self._tokens, self._tokens, experts)
+        # What lies below the diagonal was not computed; a Gram matrix that is not symmetric to the
+        # last bit would be amplified by an ill-conditioned solve.
+        gram = self._gram.triu() / self._weight
+        gram = gram + gram.triu(1).T
+        if not bool(torch.isfinite(gram).all()):
+            raise NumericsError("activations are NaN or infinite")
+        return TaskStatistics(
+            gram,
+            self._sum / self._weight,
+            self._tokens,
+            {layer: cross / self._weight for layer, cross in self._cross.items()},
+            {layer: total / self._weight for layer, total in self._output_sum.items()},
+        )
 
 
-def _plus(total: Tensor | None, term: Tensor) -> Tensor:
-    return term.to(torch.float64) if total is None else total.add_(term)
+def _add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add ``rows^T rows`` to the blocks of ``total`` on and above the diagonal."""
+    columns = rows.shape[1]
+    for start in range(0, columns, _TILE):
+        stop = min(start + _TILE, columns)
+        _add_product(total[start:stop, start:], rows[:, start:stop], rows[:, start:])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left^T right`` to a float32 matrix."""
+    if left.dtype == torch.float32:
+        total.addmm_(left.T, right)
+    else:
+        total.add_(left.T @ right)
+
+
+def _total(rows: Tensor, roots: Tensor) -> Tensor:
+    """Weighted sum of tokens, float64, from rows that carry the square roots of their weights."""
+    return (roots @ rows.to(torch.float32)).to(torch.float64)
 
 
 @dataclass
@@ -106,6 +160,7 @@ class GroupSums:
         tokens: tokens of all tasks together.
         cross: per layer ``sum s_t G_t``, float64 ``[N, K]``, for expert-guided targets.
         output_mean: per layer ``sum s_t mean(y_t)`` with biases, float64 ``[N]``, likewise.
+        biases: per layer and task ``s_t b_t`` and ``mu_t``, for targets that fit biases jointly.
     """
 
     gram: Tensor
@@ -114,6 +169,7 @@ class GroupSums:
     tokens: int = 0
     cross: dict[str, Tensor] = field(default_factory=dict)
     output_mean: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     @classmethod
     def zeros(cls, features: int, device: torch.device) -> "GroupSums":
@@ -127,14 +183,32 @@ class GroupSums:
         self,
         statistics: TaskStatistics,
         weight: float,
-        cross: Mapping[str, Tensor],
-        output_mean: Mapping[str, Tensor],
+        biases: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Add one task with weight ``s_t``; ``cross`` and ``output_mean`` per layer, unweighted."""
-        self.gram += weight * statistics.gram
-        self.mean += weight * statistics.mean
+        """Add one task.
+
+        Args:
+            statistics: of the task.
+            weight: ``s_t``.
+            biases: per layer what is added to its wanted outputs, ``[N]``.
+        """
+        self.gram.add_(statistics.gram, alpha=weight)
+        self.mean.add_(statistics.mean, alpha=weight)
         self.weight += weight
         self.tokens += statistics.tokens
-        for sums, terms in ((self.cross, cross), (self.output_mean, output_mean)):
-            for layer, term in terms.items():
-                sums[layer] = sums[layer] + weight * term if layer in sums else weight * term
+        for layer, cross in statistics.cross.items():
+            if layer not in self.cross:
+                self.cross[layer] = torch.zeros_like(cross, dtype=torch.float64)
+                self.output_mean[layer] = torch.zeros_like(statistics.output_mean[layer])
+            self.cross[layer].add_(cross, alpha=weight)
+            self.output_mean[layer].add_(statistics.output_mean[layer], alpha=weight)
+            if biases is not None and layer in biases:
+                bias = biases[layer].to(torch.float64)
+                self.output_mean[layer].add_(bias, alpha=weight)
+                self.biases.setdefault(layer, []).append((weight * bias, statistics.mean))
+
+    def bias_cross(self, layer: str) -> Tensor:
+        """What biases add to ``cross``: ``sum s_t b_t mu_t^T``, float64 ``[N, K]``."""
+        pairs = self.biases[layer]
+        scaled, means = (torch.stack(part) for part in zip(*pairs, strict=True))
+        return scaled.T @ means

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from epmq_deploy.quantization.model import QuantizedModel
+from epmq_deploy.quantization.layer import LayerReport
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.walk import QuantizedModel
 
 CODES_FILE = "quantized.safetensors"
 REPLACED_FILE = "replaced.safetensors"
@@ -31,6 +32,11 @@ def save_artifact(folder: Path, quantized: QuantizedModel) -> None:
     save_file(quantized.replaced, folder / REPLACED_FILE)
     reports = [asdict(report) for report in quantized.reports]
     (folder / REPORT_FILE).write_text(json.dumps(reports, indent=2) + "\n")
+
+
+def load_reports(folder: Path) -> list[LayerReport]:
+    """How each layer fared, in running order."""
+    return [LayerReport(**report) for report in json.loads((folder / REPORT_FILE).read_text())]
 
 
 def load_artifact(folder: Path) -> tuple[dict[str, QuantizedLinear], Mapping[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -14,7 +14,13 @@ from epmq_deploy.errors import NumericsError
 from epmq_deploy.quantization.grid import Grid, fit_grid
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 from epmq_deploy.quantization.refine import refine
-from epmq_deploy.quantization.solver import Solution, Status, objective, round_to_nearest, solve
+from epmq_deploy.quantization.solver import (
+    Solution,
+    Status,
+    round_to_nearest,
+    rounding_error,
+    solve,
+)
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,9 @@ class LayerReport:
         reason: why it was kept or not solved as asked; empty otherwise.
         bits: bits per weight, 0 when kept.
         group_size: columns per scale, 0 when kept.
-        error_before: error of the merged weights rounded to nearest, under the layer's own
-            objective, relative to ``tr(W* H W*^T)``.
-        error_after: the same of the codes chosen.
+        error_before: ``tr((Q - W*) H (Q - W*)^T)`` of ``W*`` rounded to nearest on the first grid,
+            relative to ``tr(W* H W*^T)``.
+        error_after: the same of the codes and grid chosen, with the damping added.
         added_damping: what the solver added to the Hessian's diagonal.
         tokens: calibration tokens used.
         seconds: time spent on the layer, without gathering statistics.
@@ -64,7 +70,6 @@ class QuantizedLayer:
 
 def quantize_layer(
     name: str,
-    weight: Tensor,
     bias: Tensor | None,
     problem: LayerProblem,
     sums: GroupSums,
@@ -74,9 +79,8 @@ def quantize_layer(
 
     Args:
         name: dotted name, for the report.
-        weight: the merged weight, ``[N, K]``; left unmodified.
         bias: the merged bias, ``[N]``.
-        problem: target and Hessian.
+        problem: target and Hessian; left unmodified.
         sums: statistics of the layer's inputs.
         options: bits, grid and solver options.
 
@@ -84,56 +88,79 @@ def quantize_layer(
         NumericsError: the layer could not be solved as asked and no fallback is allowed.
     """
     started = time.perf_counter()
-    linear, solution = _solved(name, problem, options)
-    dequantized = linear.dequantize().to(torch.float64)
-    before_grid = _grid(weight, problem.hessian, options)
-    before = _quantized(round_to_nearest(weight, before_grid), before_grid, options)
-    scale = objective(torch.zeros_like(problem.weight), problem.weight, problem.hessian)
-    scale = max(scale, torch.finfo(torch.float64).tiny)
+    grid = fit_grid(
+        problem.weight,
+        bits=options.bits,
+        group_size=_group_size(problem.weight, options),
+        symmetric=options.symmetric,
+        importance=problem.hessian.matrix.diagonal(),
+        clip_search=options.clip_search,
+    )
+    # A figure for the report only, so float32 will do.
+    before = problem.hessian.quadratic(rounding_error(problem.weight, grid))
+    if isinstance(options, CalibratedOptions):
+        solution, grid = _solved(name, problem, grid, options)
+    else:
+        solution = Solution(round_to_nearest(problem.weight, grid), "solved", 0.0, before)
+    linear = QuantizedLinear(
+        solution.codes, grid.scales, grid.zero_points, grid.bits, grid.group_size, grid.symmetric
+    )
+    size = max(problem.size, torch.finfo(torch.float64).tiny)
+    if not math.isfinite(solution.objective):
+        raise NumericsError(f"layer {name}: its quantization error is not finite")
+    new_bias = refit_bias(name, bias, linear.dequantize(), problem, sums, options)
     report = LayerReport(
         layer=name,
         status=solution.status,
         reason=_reason(solution.status),
         bits=options.bits,
         group_size=linear.group_size,
-        error_before=objective(problem.weight, before.dequantize(), problem.hessian) / scale,
-        error_after=objective(problem.weight, dequantized, problem.hessian) / scale,
+        error_before=before / size,
+        error_after=solution.objective / size,
         added_damping=solution.added_damping,
         tokens=sums.tokens,
         seconds=time.perf_counter() - started,
     )
-    if not math.isfinite(report.error_after):
-        raise NumericsError(f"layer {name}: its quantization error is not finite")
-    new_bias = None
-    if bias is not None and isinstance(options, CalibratedOptions) and options.bias:
-        new_bias = fit_bias(name, bias, dequantized, problem, sums)
     return QuantizedLayer(_on_cpu(linear), new_bias, report)
 
 
 def _solved(
-    name: str, problem: LayerProblem, options: QuantizeOptions
-) -> tuple[QuantizedLinear, Solution]:
-    """Codes and grid after solver and refinement, and what the solver said."""
-    grid = _grid(problem.weight, problem.hessian, options)
-    if not isinstance(options, CalibratedOptions):
-        solution = solve(problem.weight, problem.hessian, grid)
-        return _quantized(solution.codes, grid, options), solution
+    name: str, problem: LayerProblem, grid: Grid, options: CalibratedOptions
+) -> tuple[Solution, Grid]:
+    """Codes and grid after solver and refinement."""
     try:
         solution = solve(
-            problem.weight,
-            problem.hessian,
-            grid,
-            act_order=options.act_order,
-            allow_fallback=options.allow_fallback,
+            problem.weight, problem.hessian, grid, allow_fallback=options.allow_fallback
         )
     except NumericsError as error:
         raise NumericsError(f"layer {name}: {error}") from error
-    codes = solution.codes
-    if options.refine and solution.status != "fallback_rtn":
-        damped = problem.hessian.clone()
-        damped.diagonal().add_(solution.added_damping)
-        codes, grid = refine(problem.weight, damped, codes, grid, sweeps=options.refine)
-    return _quantized(codes, grid, options), solution
+    if not options.refine or solution.status == "fallback_rtn":
+        return solution, grid
+    refined = refine(
+        problem.weight,
+        problem.hessian.damped,
+        solution.codes,
+        grid,
+        objective=solution.objective,
+        sweeps=options.refine,
+    )
+    solution = replace(solution, codes=refined.codes, objective=refined.objective)
+    return solution, refined.grid
+
+
+def refit_bias(
+    name: str,
+    bias: Tensor | None,
+    weight: Tensor,
+    problem: LayerProblem,
+    sums: GroupSums,
+    options: QuantizeOptions,
+) -> Tensor | None:
+    """``fit_bias`` where the options ask for it and there are activations to fit it on."""
+    asked = isinstance(options, CalibratedOptions) and options.bias != "keep"
+    if bias is None or not asked or not sums.tokens:
+        return None
+    return fit_bias(name, bias, weight, problem, sums)
 
 
 def fit_bias(
@@ -147,7 +174,7 @@ def fit_bias(
     Args:
         name: layer whose sums are used.
         bias: merged bias ``[N]``.
-        dequantized: float64 ``[N, K]``.
+        dequantized: float ``[N, K]``.
         problem: the layer's target and damping.
         sums: statistics of the layer's inputs.
     """
@@ -155,26 +182,13 @@ def fit_bias(
     if target is None:
         target = problem.weight @ sums.mean + sums.weight * bias.to(torch.float64)
     anchor = (bias if problem.bias_anchor is None else problem.bias_anchor).to(torch.float64)
-    missing = target - dequantized @ sums.mean + problem.bias_damping * anchor
+    missing = target - dequantized.to(torch.float64) @ sums.mean + problem.bias_damping * anchor
     return (missing / (sums.weight + problem.bias_damping)).to(torch.float32)
 
 
-def _grid(weight: Tensor, hessian: Tensor, options: QuantizeOptions) -> Grid:
+def _group_size(weight: Tensor, options: QuantizeOptions) -> int:
     columns = weight.shape[1]
-    return fit_grid(
-        weight,
-        bits=options.bits,
-        group_size=columns if options.group_size == -1 else min(options.group_size, columns),
-        symmetric=options.symmetric,
-        importance=hessian.diagonal(),
-        clip_search=options.clip_search,
-    )
-
-
-def _quantized(codes: Tensor, grid: Grid, options: QuantizeOptions) -> QuantizedLinear:
-    return QuantizedLinear(
-        codes, grid.scales, grid.zero_points, options.bits, grid.group_size, options.symmetric
-    )
+    return columns if options.group_size == -1 else min(options.group_size, columns)
 
 
 def _on_cpu(linear: QuantizedLinear) -> QuantizedLinear:

@@ -7,18 +7,21 @@ from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
-from epmq_deploy.calibration.target import CalibratedOptions
+from epmq_deploy.calibration.target import CalibratedOptions, QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
+from epmq_deploy.calibration.targets.epmq import EpmqOptions
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.artifact import save_artifact
-from epmq_deploy.quantization.model import QuantizedModel, quantize_model
+from epmq_deploy.quantization.planning import Workplace, plan_anchor, plan_bits, with_bits
+from epmq_deploy.quantization.resume import FinishedWork
+from epmq_deploy.quantization.walk import QuantizedModel
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.stage import (
     Manifest,
@@ -30,6 +33,7 @@ from epmq_deploy.stage import (
     write_manifest,
 )
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
+from epmq_deploy.tasks.heads import build_heads
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +41,16 @@ log = logging.getLogger(__name__)
 MERGED_FOLDER = "merged"
 
 
+def uses_data(options: QuantizeOptions) -> TypeGuard[CalibratedOptions]:
+    """Whether calibration samples are needed."""
+    calibrated = isinstance(options, CalibratedOptions)
+    return calibrated and not TARGETS[options.method].is_data_free(options)
+
+
 def quantize_fingerprint(recipe: Recipe, merged: str) -> tuple[str, dict[str, str]]:
     """What decides the codes, after a merge of fingerprint ``merged``; also input hashes."""
     inputs = {"merge": merged}
-    if isinstance(recipe.quantize, CalibratedOptions):
+    if uses_data(recipe.quantize):
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
                 inputs[f"calibration:{name}"] = data_sha256(task.calibration)
@@ -58,6 +68,9 @@ def quantize(
 ) -> Manifest:
     """Quantize the merged model in ``merged`` as the recipe says.
 
+    Finished blocks are kept beside ``output`` until it is written: when interrupted, the same call
+    goes on after the last of them and yields the same codes.
+
     Raises:
         RecipeError: the output exists, or an input folder is not a merged model.
         MismatchError: calibration data or experts are missing or do not fit; all at once.
@@ -69,31 +82,46 @@ def quantize(
     family = family_of(merged)
     samples = calibration_samples(recipe, family, merged)
     device = device or torch.device("cpu")
-    target = TARGETS[recipe.quantize.method]
     experts = None
-    if target.uses_experts:
+    if TARGETS[recipe.quantize.method].uses_experts:
         sources = open_sources(recipe)
         check_unchanged(sources, made)
         experts = ExpertBackbone(sources, device)
-    size = getattr(recipe.quantize, "batch_size", 1)
-    quantized = quantize_model(
-        family.load(merged).to(device),
-        family,
-        target,
-        recipe.quantize,
-        batches={
-            name: partial(batches, chosen, family, merged, size) for name, chosen in samples.items()
-        },
-        experts=experts,
-        progress=progress,
-    )
+    place = Workplace(family, merged, samples, experts, device, progress)
+    finished = FinishedWork(output, f"{mark} {device.type}")
+    if finished.blocks:
+        log.info("going on after %d finished blocks of an interrupted run", finished.blocks)
+    options, plans = _planned(recipe, place, finished)
+    _, quantized = place.calibrate(options, finished=finished)
     with atomic_folder(output) as folder:
         shutil.copytree(merged, folder / MERGED_FOLDER, copy_function=_link_or_copy)
         save_artifact(folder, quantized)
         inputs |= model_inputs(made)
-        return write_manifest(
-            folder, Manifest("quantize", mark, recipe, inputs, details=_summary(quantized))
+        details = _summary(quantized) | plans
+        manifest = write_manifest(
+            folder, Manifest("quantize", mark, recipe, inputs, details=details)
         )
+    finished.remove()
+    return manifest
+
+
+def _planned(
+    recipe: Recipe, place: Workplace, finished: FinishedWork
+) -> tuple[QuantizeOptions, dict[str, Any]]:
+    """The options with everything settled that depends on the model, and how it was settled."""
+    options: QuantizeOptions = recipe.quantize
+    plans = {}
+    if isinstance(options, EpmqOptions) and options.anchor == "auto":
+        features = place.family.embedding_width(place.family.load(place.folder), place.folder)
+        heads = build_heads(recipe.tasks, place.family, place.folder, features, device=place.device)
+        found = finished.once("anchor", partial(plan_anchor, options, place, heads))
+        log.info("anchor auto: %g", found["anchor"])
+        options, plans["anchor"] = options.model_copy(update={"anchor": found["anchor"]}), found
+    if options.target_bits is not None or options.target_size is not None:
+        found = finished.once("bits", partial(plan_bits, options, place))
+        log.info("bits per layer: %.3f on average", found["mean_bits"])
+        options, plans["bits"] = with_bits(options, found["layers"]), found
+    return options, plans
 
 
 def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> dict[str, Samples]:
@@ -110,14 +138,14 @@ def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> di
         MismatchError: names every task whose data is missing or cannot be used.
     """
     options = recipe.quantize
-    if not isinstance(options, CalibratedOptions):
+    if not uses_data(options):
         return {}
     samples, problems = {}, []
     for name, task in recipe.tasks.items():
         if task.calibration is None:
             problems.append(
                 f"task {name!r} has no calibration data: add tasks.{name}.calibration to the "
-                "recipe and pass it with --recipe, or use --method rtn"
+                "recipe and pass it with --recipe, or use --preset weights, which needs none"
             )
             continue
         try:

@@ -5,11 +5,28 @@ known exactly, and both the codes (scales fixed) and the scales (codes fixed) ca
 a time: each is a one-dimensional quadratic with a closed-form minimum.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from epmq_deploy.quantization.grid import Grid, expand_groups, quantize_to_codes
-from epmq_deploy.quantization.solver import objective
+from epmq_deploy.quantization.grid import Grid
+from epmq_deploy.quantization.solver import PANEL, ROUND
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Codes and grid after refinement.
+
+    Attributes:
+        codes: uint8 ``[N, K]``.
+        grid: with new scales.
+        objective: ``tr((Q - W) H (Q - W)^T)`` of the two.
+    """
+
+    codes: Tensor
+    grid: Grid
+    objective: float
 
 
 def refine(
@@ -18,109 +35,144 @@ def refine(
     codes: Tensor,
     grid: Grid,
     *,
+    objective: float,
     sweeps: int,
     tolerance: float = 1e-3,
     block_size: int = 32,
-) -> tuple[Tensor, Grid]:
-    """Alternate coordinate descent over codes and refits of scales.
+) -> Refinement:
+    """Alternate refits of scales and coordinate descent over codes, group by group.
 
     Args:
-        weight: the target ``W*``, ``[N, K]``.
-        hessian: ``[K, K]``, symmetric positive definite.
+        weight: the target ``W*``, float ``[N, K]``; left unmodified.
+        hessian: float64 ``[K, K]``, symmetric positive definite.
         codes: uint8 ``[N, K]`` to start from; left unmodified.
         grid: the grid they are on; left unmodified.
+        objective: of these codes; only decides when to stop.
         sweeps: most rounds over all columns and groups.
         tolerance: stop when a round lowers the objective by less than this share.
-        block_size: columns per lazy update; does not change the result.
+        block_size: columns per matrix product; does not change the result.
 
     Returns:
         Codes and grid whose objective is at most that of the inputs.
     """
-    full = hessian.to(torch.float64)
-    target = weight.to(torch.float64)
-    columns = weight.shape[1]
-    zero = expand_groups(grid.zero_points.to(torch.float64), grid.group_size, columns)
-    steps = codes.to(torch.float64) - zero
-    scales = grid.scales.to(torch.float64)
-    error = steps * expand_groups(scales, grid.group_size, columns) - target
-    before = objective(torch.zeros_like(error), error, full)
+    state = _State(weight, hessian, codes, grid, block_size)
     for _ in range(sweeps):
-        gradient = error @ full
-        step_size = expand_groups(scales, grid.group_size, columns)
-        _descend_codes(steps, error, gradient, full, step_size, zero, grid.bits, block_size)
-        scales = _refit_scales(steps, error, gradient, full, scales, grid.group_size)
-        # Recomputed so that rounding in the running updates cannot add up.
-        error = steps * expand_groups(scales, grid.group_size, columns) - target
-        after = objective(torch.zeros_like(error), error, full)
-        if after > before * (1 - tolerance):
+        gain = state.sweep()
+        objective -= gain
+        if gain <= tolerance * objective:
             break
-        before = after
     refined = Grid(
-        scales.to(torch.float32), grid.zero_points, grid.bits, grid.group_size, grid.symmetric
+        state.scales.T.contiguous().to(torch.float32),
+        grid.zero_points,
+        grid.bits,
+        grid.group_size,
+        grid.symmetric,
     )
-    return (steps + zero).to(torch.uint8), refined
+    return Refinement(state.codes(), refined, objective)
 
 
-def _descend_codes(
-    steps: Tensor,
-    error: Tensor,
-    gradient: Tensor,
-    hessian: Tensor,
-    step_size: Tensor,
-    zero: Tensor,
-    bits: int,
-    block_size: int,
-) -> None:
-    """Give every code in turn the value that is best with all others fixed; in place.
+class _State:
+    """Codes, scales and errors with one row per column of the weight, so that rows are contiguous.
 
-    ``steps`` (codes minus zero points), ``error = Q - W`` and ``gradient = error H`` are ``[N, K]``
-    and kept up to date.
+    Attributes:
+        scales: float64 ``[G, N]``, float32 values.
+        zeros: float64 ``[G, N]``.
+        steps: codes minus zero points, float64 ``[K, N]``.
+        errors: ``Q - W``, float64 ``[K, N]``.
     """
-    columns = steps.shape[1]
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        moves = torch.zeros_like(steps[:, start:stop])
-        local = gradient[:, start:stop].clone()
-        for c in range(start, stop):
-            scale, offset = step_size[:, c], zero[:, c]
-            wanted = steps[:, c] * scale - local[:, c - start] / hessian[c, c]
-            new = quantize_to_codes(wanted, scale, offset, bits) - offset
-            move = (new - steps[:, c]) * scale
-            steps[:, c] = new
-            moves[:, c - start] = move
-            local += move[:, None] * hessian[c, start:stop]
-        error[:, start:stop] += moves
-        gradient += moves @ hessian[start:stop]
 
+    def __init__(
+        self, weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, block_size: int
+    ) -> None:
+        self.hessian, self.block_size = hessian.to(torch.float64), block_size
+        self.scales = grid.scales.to(torch.float64).T.contiguous()
+        self.zeros = grid.zero_points.to(torch.float64).T.contiguous()
+        self.least, self.most = -self.zeros, 2**grid.bits - 1 - self.zeros
+        self.curvatures = self.hessian.diagonal().tolist()
+        columns = len(self.curvatures)
+        starts = range(0, columns, grid.group_size)
+        self.groups = [slice(start, min(start + grid.group_size, columns)) for start in starts]
+        self.steps = codes.T.to(torch.float64, memory_format=torch.contiguous_format)
+        self.errors = torch.empty_like(self.steps)
+        for group, part in enumerate(self.groups):
+            self.steps[part] -= self.zeros[group]
+            self.errors[part] = self.steps[part] * self.scales[group]
+        self.errors -= weight.T
 
-def _refit_scales(
-    steps: Tensor,
-    error: Tensor,
-    gradient: Tensor,
-    hessian: Tensor,
-    scales: Tensor,
-    group_size: int,
-) -> Tensor:
-    """Give every group in turn its best scale with all else fixed; new scales ``[N, G]``.
+    def sweep(self) -> float:
+        """Improve every scale and every code once; how much the objective fell."""
+        gain = torch.zeros((), dtype=torch.float64, device=self.errors.device)
+        per_panel = max(1, PANEL // (self.groups[0].stop - self.groups[0].start))
+        for first in range(0, len(self.groups), per_panel):
+            groups = self.groups[first : first + per_panel]
+            panel = slice(groups[0].start, groups[-1].stop)
+            # Computed afresh, so that rounding in running updates cannot add up.
+            gradients = self.hessian[panel] @ self.errors
+            old = self.errors[panel].clone()
+            for group, part in enumerate(groups, first):
+                done = slice(panel.start, part.start)
+                changed = self.errors[done] - old[: part.start - panel.start]
+                gradient = gradients[part.start - panel.start : part.stop - panel.start]
+                gradient += self.hessian[part, done] @ changed
+                gain += self._refit_scales(group, part, gradient)
+                gain += self._descend_codes(group, part, gradient)
+        return float(gain)
 
-    A scale only changes to a positive float32 value that lowers the objective. ``error`` and
-    ``gradient`` are kept up to date in place.
-    """
-    refitted = scales.clone()
-    columns = steps.shape[1]
-    for group, start in enumerate(range(0, columns, group_size)):
-        stop = min(start + group_size, columns)
-        part = steps[:, start:stop]
-        slope = (part * gradient[:, start:stop]).sum(dim=1)
-        curvature = ((part @ hessian[start:stop, start:stop]) * part).sum(dim=1)
-        old = refitted[:, group]
+    def _refit_scales(self, group: int, part: slice, gradient: Tensor) -> Tensor:
+        """Give one group of every row its best scale with all else fixed.
+
+        A scale only changes to a positive float32 value that lowers the objective. ``gradient``,
+        ``[group_size, N]``, is kept up to date.
+        """
+        steps, old = self.steps[part], self.scales[group]
+        pull = self.hessian[part, part] @ steps
+        slope = (steps * gradient).sum(dim=0)
+        curvature = (steps * pull).sum(dim=0)
         best = old - slope / curvature.clamp(min=torch.finfo(torch.float64).tiny)
         new = best.to(torch.float32).to(torch.float64)
         change = new - old
-        better = (new > 0) & (2 * change * slope + change.square() * curvature < 0)
-        change = torch.where(better, change, torch.zeros_like(change))
-        refitted[:, group] = old + change
-        move = part * change[:, None]
-        error[:, start:stop] += move
-        gradient += move @ hessian[start:stop]
-    return refitted
+        gain = -change * (2 * slope + change * curvature)
+        better = (new > 0) & (gain > 0)
+        change = torch.where(better, change, 0.0)
+        self.scales[group] = old + change
+        gradient.addcmul_(pull, change)
+        self.errors[part].addcmul_(steps, change)
+        return torch.where(better, gain, 0.0).sum()
+
+    def _descend_codes(self, group: int, part: slice, gradient: Tensor) -> Tensor:
+        """Give every code of a group in turn the value that is best with all others fixed.
+
+        ``gradient`` is used up: each row ends as it was when its code was chosen.
+        """
+        hessian = self.hessian[part, part]
+        curvatures = self.curvatures[part]
+        scale, inverse = self.scales[group], 1 / self.scales[group]
+        least, most = ROUND + self.least[group], ROUND + self.most[group]
+        # Steps are held with ROUND added, where every sum comes out rounded to whole steps.
+        steps = self.steps[part] + ROUND
+        new, moves = torch.empty_like(steps), torch.empty_like(steps)
+        # Indexing tensors row by row would take as long as the arithmetic.
+        rows = list(
+            zip(gradient.unbind(), steps.unbind(), new.unbind(), moves.unbind(), strict=True)
+        )
+        for start in range(0, len(curvatures), self.block_size):
+            stop = min(start + self.block_size, len(curvatures))
+            gradient[start:stop] += hessian[start:stop, :start] @ moves[:start]
+            weights = hessian[start:stop, start:stop].contiguous().unbind()
+            for c in range(start, stop):
+                slope, step, best, move = rows[c]
+                if c > start:
+                    slope.addmv_(moves[start:c].T, weights[c - start][: c - start])
+                torch.addcmul(step, slope, inverse, value=-1 / curvatures[c], out=best)
+                torch.clamp(best, least, most, out=best)
+                torch.sub(best, step, out=move).mul_(scale)
+        self.errors[part] += moves
+        torch.sub(new, ROUND, out=self.steps[part])
+        diagonal = self.hessian.diagonal()[part, None]
+        return -(moves * (2 * gradient + diagonal * moves)).sum()
+
+    def codes(self) -> Tensor:
+        """Codes, uint8 ``[N, K]``."""
+        for group, part in enumerate(self.groups):
+            self.steps[part] += self.zeros[group]
+        return self.steps.T.to(torch.uint8, memory_format=torch.contiguous_format)

@@ -10,8 +10,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from epmq_deploy.calibration.hessian import Factor, Hessian
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.quantization.grid import Grid, expand_groups, quantize_to_codes
+
+# Adding it rounds float64 below 2**51 to whole numbers, ties to even. torch.round does so too, but
+# wakes threads for 2048 values, which takes longer than the work.
+ROUND = 1.5 * 2**52
+# Columns per matrix product outside of blocks: fewer leave the processor waiting for memory.
+PANEL = 256
 
 Status = Literal["solved", "damping_raised", "fallback_rtn"]
 
@@ -26,17 +33,13 @@ class Solution:
             ``fallback_rtn`` when it could not be factored and rounding was allowed instead.
         added_damping: what was added to the Hessian's diagonal to factor it, in the Hessian's
             units; 0 when solved as asked.
+        objective: ``tr((Q - W) H (Q - W)^T)`` with that damping.
     """
 
     codes: Tensor
     status: Status
     added_damping: float
-
-
-def objective(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """``tr((Q - W) H (Q - W)^T)`` in float64; ``weight, quantized [N, K]``, ``hessian [K, K]``."""
-    error = quantized.to(torch.float64) - weight.to(torch.float64)
-    return float(((error @ hessian.to(torch.float64)) * error).sum())
+    objective: float
 
 
 def round_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
@@ -45,100 +48,143 @@ def round_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
     return quantize_to_codes(weight.to(torch.float64), scale, zero, grid.bits).to(torch.uint8)
 
 
+def rounding_error(weight: Tensor, grid: Grid) -> Tensor:
+    """What rounding to nearest adds to a weight, float32 ``[N, K]``."""
+    values = weight.T.to(torch.float32, memory_format=torch.contiguous_format)
+    error = torch.empty_like(values)
+    scales = grid.scales.T.contiguous()
+    zeros = grid.zero_points.T.to(torch.float32)
+    for group, start in enumerate(range(0, len(values), grid.group_size)):
+        part, scale, zero = slice(start, start + grid.group_size), scales[group], zeros[group]
+        codes = quantize_to_codes(values[part], scale, zero, grid.bits)
+        error[part] = codes.sub_(zero).mul_(scale).sub_(values[part])
+    return error.T
+
+
 def solve(
     weight: Tensor,
-    hessian: Tensor,
+    hessian: Hessian,
     grid: Grid,
     *,
-    act_order: bool = True,
     block_size: int = 32,
     allow_fallback: bool = False,
 ) -> Solution:
-    """Quantize column by column, passing each column's error on to those still open.
+    """Quantize column by column, each at what is best given the errors of those before it.
 
-    With ``U`` the upper Cholesky factor of ``H^-1``, column ``c`` leaves
-    ``e = (w_c - q_c) / U_cc`` and the open columns become ``w - e U[c]``. The result does not
-    depend on ``block_size``, which only sets how much is updated lazily.
+    With ``H = L L^T`` the objective is ``sum_c (sum_{j >= c} e_j L_jc)^2`` for the errors
+    ``e = q - w``. Column ``c``, taken from the last to the first, is rounded from
+    ``w_c - sum_{j > c} e_j L_jc / L_cc``. That is GPTQ in reverse order without inverting ``H``
+    (Babai's nearest plane; Chen et al., arXiv 2507.18553). The result does not depend on
+    ``block_size``, which only sets how many columns share one matrix product.
 
     Args:
         weight: float ``[N, K]``, the target ``W``; left unmodified.
-        hessian: ``[K, K]``, symmetric positive definite; left unmodified.
+        hessian: symmetric positive definite, with the order of columns; left unmodified.
         grid: static groups in original column order.
-        act_order: process columns by decreasing diagonal of ``H``.
-        block_size: columns per lazy update.
+        block_size: columns per matrix product within panels of columns.
         allow_fallback: round to nearest instead of failing when ``H`` cannot be factored.
 
     Raises:
         NumericsError: ``W`` or ``H`` not finite, or ``H`` not positive definite even with a
             damping of its mean diagonal.
     """
-    if not (torch.isfinite(weight).all() and torch.isfinite(hessian).all()):
+    if not (hessian.finite and bool(torch.isfinite(weight).all())):
         raise NumericsError("the target or the Hessian holds NaN or infinite values")
-    full_hessian = hessian.to(torch.float64)
-    full_hessian = (full_hessian + full_hessian.T) / 2
-    columns = weight.shape[1]
-    if act_order:
-        order = torch.argsort(full_hessian.diagonal(), descending=True, stable=True)
-    else:
-        order = torch.arange(columns, device=weight.device)
-    factored = _inverse_cholesky(full_hessian[order][:, order])
-    if factored is None:
+    factor = hessian.factor
+    if factor is None:
         if not allow_fallback:
             raise NumericsError(
                 "the Hessian is not positive definite even after adding its mean diagonal; "
                 "use more calibration samples or a larger damping/anchor"
             )
-        return Solution(round_to_nearest(weight, grid), "fallback_rtn", 0.0)
-    upper, added = factored
-
-    # Indexing copies, so the caller's tensors stay as they are.
-    open_weight = weight.to(torch.float64)[:, order]
-    scale, zero = (part[:, order] for part in _per_column(grid, columns))
-    codes = _quantize_columns(open_weight, upper, scale, zero, grid.bits, block_size)
-    result = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    result[:, order] = codes.to(torch.uint8)
-    return Solution(result, "damping_raised" if added else "solved", added)
+        codes = round_to_nearest(weight, grid)
+        error = dequantize(codes, grid) - weight
+        return Solution(codes, "fallback_rtn", 0.0, hessian.quadratic(error))
+    codes, objective = _quantize_columns(weight, factor, grid, block_size)
+    status: Status = "damping_raised" if factor.added else "solved"
+    return Solution(codes, status, factor.added, objective)
 
 
 def _quantize_columns(
-    open_weight: Tensor, upper: Tensor, scale: Tensor, zero: Tensor, bits: int, block_size: int
-) -> Tensor:
-    """Codes of all columns in turn, float64 ``[N, K]``; ``open_weight`` is used up."""
-    codes = torch.empty_like(open_weight)
-    columns = codes.shape[1]
-    for start in range(0, columns, block_size):
-        stop = min(start + block_size, columns)
-        errors = torch.empty_like(open_weight[:, start:stop])
-        for c in range(start, stop):
-            codes[:, c] = quantize_to_codes(open_weight[:, c], scale[:, c], zero[:, c], bits)
-            value = (codes[:, c] - zero[:, c]) * scale[:, c]
-            error = (open_weight[:, c] - value) / upper[c, c]
-            errors[:, c - start] = error
-            open_weight[:, c + 1 : stop] -= error[:, None] * upper[c, c + 1 : stop]
-        open_weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes
+    weight: Tensor, factor: Factor, grid: Grid, block_size: int
+) -> tuple[Tensor, float]:
+    """Codes of all columns in turn, uint8 ``[N, K]``, and their objective."""
+    lower, order = factor.lower, factor.order
+    # One row per column, so that every column is contiguous.
+    wanted = weight.to(torch.float64).T[order]
+    work = _Columns(wanted, lower, order, grid)
+    objective = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for stop in range(len(order), 0, -PANEL):
+        start = max(stop - PANEL, 0)
+        pivots = lower.diagonal()[start:stop, None]
+        centres = lower[stop:, start:stop].T @ work.errors[stop:]
+        centres = wanted[start:stop] - centres / pivots
+        for last in range(stop, start, -block_size):
+            first = max(last - block_size, start)
+            inner = lower[last:stop, first:last].T @ work.errors[last:stop]
+            block = centres[first - start : last - start]
+            block -= inner / lower.diagonal()[first:last, None]
+            work.quantize(block, first, last)
+        missed = work.errors[start:stop] + wanted[start:stop] - centres
+        objective += (missed * pivots).square().sum()
+    codes = torch.empty(wanted.shape, dtype=torch.uint8, device=weight.device)
+    zeros = grid.zero_points.T.to(torch.float64)
+    codes[order] = work.steps.add_(zeros[order // grid.group_size]).to(torch.uint8)
+    return codes.T.contiguous(), float(objective)
+
+
+class _Columns:
+    """Columns being quantized, one per row, in the factor's order.
+
+    Attributes:
+        steps: codes minus zero points, float64 ``[K, N]``.
+        errors: quantized minus wanted, likewise.
+    """
+
+    def __init__(self, wanted: Tensor, lower: Tensor, order: Tensor, grid: Grid) -> None:
+        self.steps, self.errors = torch.empty_like(wanted), torch.empty_like(wanted)
+        scales = grid.scales.T.contiguous().to(torch.float64)
+        zeros = grid.zero_points.T.contiguous().to(torch.float64)
+        # Indexing tensors row by row would take as long as the arithmetic.
+        self._rows = [part.unbind() for part in (self.steps, self.errors, wanted)]
+        bounds = (ROUND - zeros, ROUND + 2**grid.bits - 1 - zeros)
+        self._grid = [part.unbind() for part in (scales, 1 / scales, *bounds)]
+        self._groups = (order // grid.group_size).tolist()
+        self._pivots = lower.diagonal().tolist()
+        self._lower = lower
+        self._zero = torch.full_like(wanted[0], ROUND)
+
+    def quantize(self, centres: Tensor, first: int, last: int) -> None:
+        """Quantize columns ``first`` to ``last``, from the last one on.
+
+        ``centres`` are what they are rounded from once errors within the block are counted; in
+        place.
+        """
+        all_steps, all_errors, all_wanted = self._rows
+        scales, inverses, least, most = self._grid
+        # Contiguous columns of the factor's block.
+        factors = self._lower[first:last, first:last].T.contiguous().unbind()
+        errors = self.errors[first:last]
+        centre_rows = centres.unbind()
+        for c in range(last - 1, first - 1, -1):
+            index, group = c - first, self._groups[c]
+            centre = centre_rows[index]
+            if c + 1 < last:
+                column = factors[index][index + 1 :]
+                centre.addmv_(errors[index + 1 :].T, column, alpha=-1 / self._pivots[c])
+            step, error = all_steps[c], all_errors[c]
+            torch.addcmul(self._zero, centre, inverses[group], out=step)
+            torch.clamp(step, least[group], most[group], out=step).sub_(ROUND)
+            torch.mul(step, scales[group], out=error).sub_(all_wanted[c])
+
+
+def dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    """``(code - zero_point) * scale``, float64 ``[N, K]``, not rounded to float32."""
+    scale, zero = _per_column(grid, codes.shape[1])
+    return (codes.to(torch.float64) - zero) * scale
 
 
 def _per_column(grid: Grid, columns: int) -> tuple[Tensor, Tensor]:
     scale = expand_groups(grid.scales.to(torch.float64), grid.group_size, columns)
     zero = expand_groups(grid.zero_points.to(torch.float64), grid.group_size, columns)
     return scale, zero
-
-
-def _inverse_cholesky(hessian: Tensor) -> tuple[Tensor, float] | None:
-    """Upper Cholesky factor of ``H^-1`` and the damping it took, or None."""
-    mean = float(hessian.diagonal().mean())
-    if mean <= 0:
-        return None
-    for relative in (0.0, 1e-8, 1e-6, 1e-4, 1e-2, 1.0):
-        added = relative * mean
-        damped = hessian.clone()
-        damped.diagonal().add_(added)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed):
-            continue
-        inverse = torch.cholesky_inverse(lower)
-        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not int(failed) and bool(torch.isfinite(upper).all()):
-            return upper, added
-    return None

@@ -20,8 +20,8 @@ def test_equals_ridge_regression_channel_by_channel(damping: float) -> None:
     wanted_first, wanted_second = tokens(3), tokens(4)
     gain, bias = tokens(5, 1)[0], tokens(6, 1)[0]
     sums = NormSums.zeros(CHANNELS, torch.device("cpu"))
-    sums.add(first, wanted_first, 1.0)
-    sums.add(second, wanted_second, 3.0)
+    sums.add(first, wanted_first, torch.ones(40))
+    sums.add(second, wanted_second, torch.full((40,), 3.0))
     found = fit_affine(sums, gain, bias, damping)
     for channel in range(CHANNELS):
         # Ridge as ordinary least squares with two more rows that pull towards the anchor.
@@ -42,7 +42,7 @@ def test_a_reachable_target_is_reached_and_the_error_is_the_stated_one() -> None
     gain, bias = tokens(5, 1)[0], tokens(6, 1)[0]
     activations = tokens(1)
     sums = NormSums.zeros(CHANNELS, torch.device("cpu"))
-    sums.add(activations, gain * activations + bias, 1.0)
+    sums.add(activations, gain * activations + bias, torch.ones(40))
     start = torch.ones(CHANNELS), torch.zeros(CHANNELS)
     found = fit_affine(sums, *start, damping=1e-12)
     assert torch.allclose(found[0].double(), gain, atol=1e-6)
@@ -56,7 +56,7 @@ def test_a_reachable_target_is_reached_and_the_error_is_the_stated_one() -> None
 def test_heavy_damping_keeps_the_anchor() -> None:
     gain, bias = tokens(5, 1)[0], tokens(6, 1)[0]
     sums = NormSums.zeros(CHANNELS, torch.device("cpu"))
-    sums.add(tokens(1), tokens(2), 1.0)
+    sums.add(tokens(1), tokens(2), torch.ones(40))
     found = fit_affine(sums, gain, bias, damping=1e9)
     assert torch.allclose(found[0].double(), gain, atol=1e-6)
     assert torch.allclose(found[1].double(), bias, atol=1e-6)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from epmq_deploy.calibration.hessian import Hessian
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.quantization.grid import Grid, expand_groups, fit_grid, quantize_to_codes
-from epmq_deploy.quantization.solver import objective, round_to_nearest, solve
+from epmq_deploy.quantization.solver import dequantize, round_to_nearest, solve
 
 
 def correlated_hessian(columns: int, seed: int = 0) -> Tensor:
@@ -27,10 +28,9 @@ def grid_of(weight: Tensor, group_size: int = 16, bits: int = 4, symmetric: bool
     return fit_grid(weight, bits=bits, group_size=group_size, symmetric=symmetric)
 
 
-def dequantized(codes: Tensor, grid: Grid) -> Tensor:
-    columns = codes.shape[1]
-    zero = expand_groups(grid.zero_points.double(), grid.group_size, columns)
-    return (codes.double() - zero) * expand_groups(grid.scales.double(), grid.group_size, columns)
+def objective(weight: Tensor, codes: Tensor, hessian: Tensor, grid: Grid) -> float:
+    error = dequantize(codes, grid) - weight
+    return float(torch.trace(error @ hessian @ error.T))
 
 
 def brute_force(weight: Tensor, hessian: Tensor, grid: Grid, order: list[int]) -> Tensor:
@@ -57,7 +57,7 @@ def test_equals_a_brute_force_sequential_reference(act_order: bool, group_size: 
     weight, hessian = random_weight(6, 40), correlated_hessian(40)
     grid = grid_of(weight, group_size)
     order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(40))
-    solution = solve(weight, hessian, grid, act_order=act_order)
+    solution = solve(weight, Hessian(hessian, act_order=act_order), grid)
     assert solution.status == "solved"
     assert torch.equal(solution.codes, brute_force(weight, hessian, grid, order))
 
@@ -66,9 +66,11 @@ def test_equals_a_brute_force_sequential_reference(act_order: bool, group_size: 
 def test_does_not_depend_on_the_block_size(bits: int) -> None:
     weight, hessian = random_weight(8, 96), correlated_hessian(96)
     grid = grid_of(weight, bits=bits)
-    reference = solve(weight, hessian, grid, block_size=96).codes
+    reference = solve(weight, Hessian(hessian), grid, block_size=96).codes
     for block_size in (1, 7, 32, 1000):
-        assert torch.equal(solve(weight, hessian, grid, block_size=block_size).codes, reference)
+        assert torch.equal(
+            solve(weight, Hessian(hessian), grid, block_size=block_size).codes, reference
+        )
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -76,15 +78,17 @@ def test_does_not_depend_on_the_block_size(bits: int) -> None:
 def test_beats_rounding_to_nearest(bits: int, symmetric: bool) -> None:
     weight, hessian = random_weight(32, 64), correlated_hessian(64)
     grid = grid_of(weight, bits=bits, symmetric=symmetric)
-    solved = objective(weight, dequantized(solve(weight, hessian, grid).codes, grid), hessian)
-    rounded = objective(weight, dequantized(round_to_nearest(weight, grid), grid), hessian)
+    solution = solve(weight, Hessian(hessian), grid)
+    solved = objective(weight, solution.codes, hessian, grid)
+    assert solution.objective == pytest.approx(solved, rel=1e-9)
+    rounded = objective(weight, round_to_nearest(weight, grid), hessian, grid)
     assert solved < 0.7 * rounded
 
 
 def test_identity_hessian_is_rounding_to_nearest() -> None:
     weight = random_weight(5, 48)
     grid = grid_of(weight)
-    codes = solve(weight, torch.eye(48), grid).codes
+    codes = solve(weight, Hessian(torch.eye(48)), grid).codes
     assert torch.equal(codes, round_to_nearest(weight, grid))
 
 
@@ -93,18 +97,26 @@ def test_leaves_its_inputs_alone() -> None:
     kept = weight.clone(), hessian.clone()
     grid = grid_of(weight)
     scales = grid.scales.clone()
-    solve(weight, hessian, grid)
+    solve(weight, Hessian(hessian), grid)
     assert torch.equal(weight, kept[0])
     assert torch.equal(hessian, kept[1])
     assert torch.equal(grid.scales, scales)
 
 
-def test_rank_deficient_hessian_is_damped_and_says_so() -> None:
+@pytest.mark.parametrize("kind", ["duplicate", "constant", "rank deficient"])
+def test_singular_hessians_are_damped_and_say_so(kind: str) -> None:
     weight = random_weight(4, 32)
-    few = random_weight(3, 32, seed=5)
-    solution = solve(weight, few.T @ few, grid_of(weight))
+    inputs = random_weight(3 if kind == "rank deficient" else 200, 32, seed=5)
+    if kind == "duplicate":
+        inputs[:, 3] = inputs[:, 20]
+    if kind == "constant":
+        inputs[:] = 2.0
+    hessian, grid = inputs.T @ inputs, grid_of(weight)
+    solution = solve(weight, Hessian(hessian), grid)
     assert solution.status == "damping_raised"
     assert solution.added_damping > 0
+    solved = objective(weight, solution.codes, hessian, grid)
+    assert solved < objective(weight, round_to_nearest(weight, grid), hessian, grid)
 
 
 def test_indefinite_hessian_is_an_error_unless_fallback_is_allowed() -> None:
@@ -112,8 +124,8 @@ def test_indefinite_hessian_is_an_error_unless_fallback_is_allowed() -> None:
     hessian = -torch.eye(32, dtype=torch.float64)
     grid = grid_of(weight)
     with pytest.raises(NumericsError, match="not positive definite"):
-        solve(weight, hessian, grid)
-    solution = solve(weight, hessian, grid, allow_fallback=True)
+        solve(weight, Hessian(hessian), grid)
+    solution = solve(weight, Hessian(hessian), grid, allow_fallback=True)
     assert solution.status == "fallback_rtn"
     assert torch.equal(solution.codes, round_to_nearest(weight, grid))
 
@@ -124,4 +136,4 @@ def test_nan_is_an_error_even_where_fallback_is_allowed(where: str) -> None:
     grid = grid_of(weight)
     (weight if where == "weight" else hessian)[1, 2] = float("nan")
     with pytest.raises(NumericsError, match="NaN"):
-        solve(weight, hessian, grid, allow_fallback=True)
+        solve(weight, Hessian(hessian), grid, allow_fallback=True)

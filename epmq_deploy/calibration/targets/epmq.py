@@ -1,22 +1,27 @@
 """E-PMQ: aim each layer at its experts' outputs, anchored.
 
 Preset ``paper`` is arXiv 2605.16882; preset ``features`` takes its target from feature calibration
-(FeatCal, arXiv 2605.13030).
+(FeatCal, arXiv 2605.13030); preset ``outputs``, the default, goes all the way to the experts' own
+outputs, held by a weaker anchor that lies further beyond the merged weights; preset ``weights``
+needs no calibration data (``epmq_deploy.calibration.data_free``).
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
 
-from epmq_deploy.calibration.statistics import ExpertOutputs, GroupSums, TaskStatistics
+from epmq_deploy.calibration.anchored import anchored_problem
+from epmq_deploy.calibration.hessian import GroupHessian, Hessian
+from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
 from epmq_deploy.calibration.target import (
     CalibratedOptions,
     CalibrationTarget,
+    Guide,
     LayerProblem,
     LayerWeights,
+    fits_jointly,
 )
 
 
@@ -28,18 +33,24 @@ class Preset:
         anchor: lambda.
         alpha: share of the experts' own features in the target.
         rho: anchor between base (0), merged (1) and beyond.
-        norms: re-fit LayerNorms.
+        norms: re-fit norms.
+        unpooled: weight, in the last block, of tokens that no head reads.
+        data_free: take statistics from task vectors instead of calibration data.
     """
 
     anchor: float
     alpha: float
     rho: float
     norms: bool
+    unpooled: float = 1.0
+    data_free: bool = False
 
 
 PRESETS = {
     "paper": Preset(anchor=0.05, alpha=0.0, rho=1.0, norms=False),
     "features": Preset(anchor=0.05, alpha=0.25, rho=2.2, norms=True),
+    "outputs": Preset(anchor=0.02, alpha=1.0, rho=3.0, norms=True, unpooled=0.01),
+    "weights": Preset(anchor=0.005, alpha=0.0, rho=1.0, norms=False, data_free=True),
 }
 
 
@@ -47,13 +58,17 @@ class EpmqOptions(CalibratedOptions):
     """E-PMQ."""
 
     method: Literal["epmq"] = "epmq"
-    preset: Literal["paper", "features"] = Field(
-        "features",
-        description="aim at the experts' weights on the student's inputs (paper) or mix in the "
-        "experts' own features (features); sets anchor, alpha and rho unless given",
+    preset: Literal["paper", "features", "outputs", "weights"] = Field(
+        "outputs",
+        description="aim at the experts' weights on the student's inputs (paper), mix in the "
+        "experts' own outputs (features), aim at those alone (outputs), or take statistics from "
+        "task vectors where there is no calibration data (weights); sets anchor, alpha, rho, norms "
+        "and unpooled_weight unless given",
     )
-    anchor: float | None = Field(
-        None, gt=0, description="lambda, the pull towards the anchor weights; also the damping"
+    anchor: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        None,
+        description="lambda, the pull towards the anchor weights, also the damping; auto chooses "
+        "it on held-back calibration samples",
     )
     alpha: float | None = Field(
         None, ge=0, le=1, description="share of the experts' own features in the target"
@@ -73,11 +88,19 @@ class EpmqOptions(CalibratedOptions):
         """Options as given, else the preset's."""
         preset = PRESETS[self.preset]
         return Preset(
-            anchor=preset.anchor if self.anchor is None else self.anchor,
+            anchor=self.anchor if isinstance(self.anchor, float) else preset.anchor,
             alpha=preset.alpha if self.alpha is None else self.alpha,
             rho=preset.rho if self.rho is None else self.rho,
             norms=preset.norms if self.norms is None else self.norms,
+            unpooled=preset.unpooled if self.unpooled_weight is None else self.unpooled_weight,
+            data_free=preset.data_free,
         )
+
+    @model_validator(mode="after")
+    def _data_free_means_no_activations(self) -> "EpmqOptions":
+        if self.preset == "weights" and (self.alpha or self.norms):
+            raise ValueError("preset weights has no activations: leave out alpha and norms")
+        return self
 
 
 class Epmq(CalibrationTarget[EpmqOptions]):
@@ -88,11 +111,19 @@ class Epmq(CalibrationTarget[EpmqOptions]):
 
     options = EpmqOptions
     summary = "aim at the experts' outputs, anchored at the merged weights (arXiv 2605.16882)"
-    uses_experts = True
+    guide = Guide.EXPERTS
 
-    def uses_features(self, options: EpmqOptions) -> bool:
-        """Only a target without ``Z_t`` does without."""
-        return options.values.alpha > 0
+    def is_data_free(self, options: EpmqOptions) -> bool:
+        """Preset ``weights``."""
+        return options.values.data_free
+
+    def unpooled_weight(self, options: EpmqOptions) -> float:
+        """As given, else the preset's."""
+        return options.values.unpooled
+
+    def mix(self, options: EpmqOptions) -> float:
+        """Alpha."""
+        return options.values.alpha
 
     def norm_mix(self, options: EpmqOptions) -> float | None:
         """Norms aim at the same mix as linear layers."""
@@ -110,22 +141,17 @@ class Epmq(CalibrationTarget[EpmqOptions]):
         # A task whose inputs are all zero says nothing about the layer.
         return 1.0 / size if size > 0 else 0.0
 
-    def expert_outputs(
-        self, layer: str, expert: Tensor, statistics: TaskStatistics, options: EpmqOptions
-    ) -> ExpertOutputs:
-        """The expert's weight on a mix of the student's inputs and its own.
+    def hessian(self, sums: GroupSums, options: EpmqOptions) -> GroupHessian:
+        """See base."""
+        strength = options.values.anchor
+        matrix = sums.gram.clone()
+        matrix.diagonal().add_(strength)
+        plain = Hessian(matrix, act_order=options.act_order)
+        return GroupHessian(plain, sums.mean, sums.weight + strength)
 
-        ``Z_t W_t^T`` is the expert's own output, so no Gram matrix of ``Z_t`` is needed.
-        """
-        weight, alpha = expert.to(torch.float64), options.values.alpha
-        cross, mean = weight @ statistics.gram, weight @ statistics.mean
-        if alpha > 0:
-            own = statistics.experts[layer]
-            cross = (1 - alpha) * cross + alpha * own.cross
-            mean = (1 - alpha) * mean + alpha * own.mean
-        return ExpertOutputs(cross, mean)
-
-    def problem(self, layer: LayerWeights, sums: GroupSums, options: EpmqOptions) -> LayerProblem:
+    def problem(
+        self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: EpmqOptions
+    ) -> LayerProblem:
         """See base."""
         strength, rho = options.values.anchor, options.values.rho
         anchor, bias = layer.merged.to(torch.float64), layer.bias
@@ -133,13 +159,18 @@ class Epmq(CalibrationTarget[EpmqOptions]):
             assert layer.base is not None, "guided targets are given the base's weights"
             anchor = rho * anchor + (1 - rho) * layer.base.to(torch.float64)
             if bias is not None and layer.base_bias is not None:
-                bias = rho * bias + (1 - rho) * layer.base_bias
-        hessian = sums.gram.clone()
-        hessian.diagonal().add_(strength)
-        right = sums.cross[layer.name] + strength * anchor
-        # H is symmetric, so W* = right H^-1 is the transpose of solving H x = right^T.
-        target = torch.linalg.solve(hessian, right.T).T
-        return LayerProblem(target.contiguous(), hessian, bias, bias_damping=strength)
+                base_bias = layer.base_bias.to(torch.float64)
+                bias = rho * bias.to(torch.float64) + (1 - rho) * base_bias
+        return anchored_problem(
+            layer,
+            sums,
+            hessian,
+            anchor,
+            bias,
+            strength=strength,
+            bias_strength=strength,
+            joint=fits_jointly(layer, options),
+        )
 
 
 TARGET = Epmq()

@@ -2,14 +2,17 @@
 
 from typing import Literal
 
+import torch
 from pydantic import Field
 
+from epmq_deploy.calibration.hessian import GroupHessian, Hessian
 from epmq_deploy.calibration.statistics import GroupSums
 from epmq_deploy.calibration.target import (
     CalibratedOptions,
     CalibrationTarget,
     LayerProblem,
     LayerWeights,
+    fits_jointly,
 )
 
 
@@ -28,11 +31,20 @@ class Gptq(CalibrationTarget[GptqOptions]):
     options = GptqOptions
     summary = "reproduce the merged layer's outputs (arXiv 2210.17323)"
 
-    def problem(self, layer: LayerWeights, sums: GroupSums, options: GptqOptions) -> LayerProblem:
+    def hessian(self, sums: GroupSums, options: GptqOptions) -> GroupHessian:
         """See base."""
-        hessian = sums.gram.clone()
-        hessian.diagonal().add_(options.damping * float(hessian.diagonal().mean()))
-        return LayerProblem(layer.merged.to(hessian.dtype), hessian)
+        matrix = sums.gram.clone()
+        matrix.diagonal().add_(options.damping * float(matrix.diagonal().mean()))
+        plain = Hessian(matrix, act_order=options.act_order)
+        return GroupHessian(plain, sums.mean, sums.weight)
+
+    def problem(
+        self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: GptqOptions
+    ) -> LayerProblem:
+        """See base; the merged weights stay the target whether or not the bias is free."""
+        chosen = hessian.centred if fits_jointly(layer, options) else hessian.plain
+        weight = layer.merged.to(torch.float64)
+        return LayerProblem(weight, chosen, chosen.quadratic(weight))
 
 
 TARGET = Gptq()

@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 
+from epmq_deploy.calibration.hessian import GroupHessian, Identity
 from epmq_deploy.calibration.statistics import GroupSums
 from epmq_deploy.calibration.target import (
     CalibrationTarget,
@@ -25,10 +26,17 @@ class Rtn(CalibrationTarget[RtnOptions]):
     options = RtnOptions
     summary = "round the merged weights to nearest; no calibration data"
 
-    def problem(self, layer: LayerWeights, sums: GroupSums, options: RtnOptions) -> LayerProblem:
+    def hessian(self, sums: GroupSums, options: RtnOptions) -> GroupHessian:
         """See base."""
-        identity = torch.eye(layer.merged.shape[1], dtype=torch.float64, device=layer.merged.device)
-        return LayerProblem(layer.merged.to(torch.float64), identity)
+        identity = Identity(len(sums.mean), sums.mean.device)
+        return GroupHessian(identity, sums.mean, sums.weight)
+
+    def problem(
+        self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: RtnOptions
+    ) -> LayerProblem:
+        """See base."""
+        weight = layer.merged.to(torch.float64)
+        return LayerProblem(weight, hessian.plain, hessian.plain.quadratic(weight))
 
 
 TARGET = Rtn()

@@ -1,0 +1,83 @@
+"""Activations kept between the steps of calibration: in memory up to a limit, on disk above it."""
+
+import itertools
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# The same width as integers, which NumPy reads and writes whatever the float type.
+_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+class Kept:
+    """One tensor in an ``ActivationCache``; what holds it is freed together with this object."""
+
+    def __init__(self, load: Callable[[], Tensor], dtype: torch.dtype) -> None:
+        self._load = load
+        self._dtype = dtype
+
+    def value(self) -> Tensor:
+        """The tensor, in the dtype and on the device it came in; the caller may change it."""
+        return self._load().to(self._dtype)
+
+
+class ActivationCache:
+    """Keeps tensors until they are no longer wanted.
+
+    Args:
+        limit: bytes to hold in memory; tensors beyond it are written to files. None for no limit.
+        folder: where those files go; the system's temporary folder when absent. They are deleted
+            with the tensors.
+    """
+
+    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
+        self._limit = limit
+        self._parent = folder
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._numbers = itertools.count()
+        self.in_memory = 0
+        self.on_disk = 0
+
+    def keep(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Kept:
+        """Keep a floating-point tensor, stored as ``dtype`` (its own when absent)."""
+        stored = tensor.detach().to(dtype or tensor.dtype)
+        size = stored.numel() * stored.element_size()
+        if self._limit is None or self.in_memory + size <= self._limit:
+            if stored.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+                # The caller may change it, and a view would hold on to all of what it views.
+                stored = stored.clone()
+            kept = Kept(stored.clone, tensor.dtype)
+            self.in_memory += size
+            weakref.finalize(kept, self._forget, size)
+            return kept
+        file = self._write(stored)
+        shape, device, width = stored.shape, stored.device, stored.dtype
+
+        def load() -> Tensor:
+            content = bytearray(file.read_bytes())
+            flat = torch.frombuffer(content, dtype=width)
+            return flat.reshape(shape).to(device)
+
+        kept = Kept(load, tensor.dtype)
+        self.on_disk += size
+        weakref.finalize(kept, self._delete, file, size)
+        return kept
+
+    def _write(self, stored: Tensor) -> Path:
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="epmq-", dir=self._parent)
+        file = Path(self._folder.name) / str(next(self._numbers))
+        flat = stored.cpu().contiguous().reshape(-1)
+        flat.view(_BITS[stored.dtype]).numpy().tofile(file)
+        return file
+
+    def _forget(self, size: int) -> None:
+        self.in_memory -= size
+
+    def _delete(self, file: Path, size: int) -> None:
+        self.on_disk -= size
+        file.unlink(missing_ok=True)

@@ -1,0 +1,104 @@
+"""Embeddings and projections outside the blocks: rounded to nearest at 8 bits, where it pays.
+
+They are a small part of a transformer's weights but, left in float32 beside 4-bit blocks, a large
+part of its file. At 8 bits rounding needs no calibration.
+"""
+
+from torch import Tensor, nn
+
+from epmq_deploy.calibration.target import QuantizeOptions
+from epmq_deploy.quantization.grid import fit_grid
+from epmq_deploy.quantization.layer import LayerReport
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.solver import round_to_nearest
+
+_BITS = 8
+# Of all weights; a smaller layer is not worth the operators that unpack it.
+_WORTH = 0.002
+
+
+def quantize_outer(
+    model: nn.Module, inside: set[str], options: QuantizeOptions
+) -> tuple[dict[str, QuantizedLinear], list[LayerReport]]:
+    """Quantize what lies outside the blocks, in place.
+
+    Linear layers get groups as those in the blocks do; convolutions one scale per output channel
+    and embedding tables one per row, symmetric, because that is what standard operators unpack.
+
+    Args:
+        model: its weights become the dequantized ones.
+        inside: dotted names of the blocks' linear layers, left alone.
+        options: of the method.
+
+    Returns:
+        Codes and grids by dotted name (a convolution's weight as ``[N, C * kh * kw]``), and one
+        report for every layer outside the blocks, kept ones too.
+    """
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layers, reports = {}, []
+    for name, module in model.named_modules():
+        if name in inside or not is_quantizable(module):
+            continue
+        reason = _why_kept(name, module, options, total)
+        if reason:
+            reports.append(LayerReport(name, "kept", reason))
+            continue
+        parameter = module.get_parameter("weight")
+        weight = parameter.detach().flatten(1)
+        linear = _rounded(weight, options, per_row=not isinstance(module, nn.Linear))
+        parameter.data = linear.dequantize().reshape(parameter.shape).to(parameter.device)
+        layers[name] = linear
+        reports.append(_report(name, weight, linear))
+    return layers, reports
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether a module's weight can be stored as codes."""
+    return isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+
+
+def _why_kept(name: str, module: nn.Module, options: QuantizeOptions, total: int) -> str:
+    weight = module.get_parameter("weight")
+    if not options.outer:
+        return "outside the blocks"
+    if options.skips(name):
+        return "skipped by option"
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return "outside the blocks, a grouped convolution"
+    if weight.numel() < _WORTH * total:
+        return f"outside the blocks, {weight.numel() / total:.1%} of the weights"
+    return ""
+
+
+def _rounded(weight: Tensor, options: QuantizeOptions, *, per_row: bool) -> QuantizedLinear:
+    columns = weight.shape[1]
+    whole = per_row or options.group_size == -1
+    grid = fit_grid(
+        weight,
+        bits=_BITS,
+        group_size=columns if whole else min(options.group_size, columns),
+        symmetric=per_row or options.symmetric,
+        clip_search=False,
+    )
+    codes = round_to_nearest(weight, grid)
+    return QuantizedLinear(
+        codes.cpu(),
+        grid.scales.cpu(),
+        grid.zero_points.cpu(),
+        _BITS,
+        grid.group_size,
+        grid.symmetric,
+    )
+
+
+def _report(name: str, weight: Tensor, linear: QuantizedLinear) -> LayerReport:
+    restored = linear.dequantize().to(weight.device)
+    error = float((restored - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+    return LayerReport(
+        name,
+        "solved",
+        bits=linear.bits,
+        group_size=linear.group_size,
+        error_before=error,
+        error_after=error,
+    )

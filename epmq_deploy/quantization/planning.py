@@ -1,0 +1,174 @@
+"""Settling options that depend on the model: the anchor's strength and bits per layer."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from epmq_deploy.calibration.target import LayerOptions, QuantizeOptions
+from epmq_deploy.calibration.targets import TARGETS
+from epmq_deploy.calibration.targets.epmq import EpmqOptions
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.experts import ExpertBackbone
+from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.progress import Progress
+from epmq_deploy.quantization.allocation import Choice, allocate, stored_bits
+from epmq_deploy.quantization.anchor_search import Scores, divergence, search_anchor
+from epmq_deploy.quantization.model import quantize_model
+from epmq_deploy.quantization.walk import QuantizedModel
+from epmq_deploy.tasks.accuracy import embeddings
+from epmq_deploy.tasks.data import Samples, batches
+
+log = logging.getLogger(__name__)
+
+# Of every four samples of a task, three calibrate and one scores while the anchor is searched for.
+_HELD_BACK = 4
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a calibration runs on.
+
+    Attributes:
+        family: the models' family.
+        folder: the merged model.
+        samples: calibration samples by task.
+        experts: base and experts, where the method needs them.
+        device: where to run.
+        progress: shows long work.
+    """
+
+    family: ModelFamily
+    folder: Path
+    samples: Mapping[str, Samples]
+    experts: ExpertBackbone | None
+    device: torch.device
+    progress: Progress | None = None
+
+    def calibrate(self, options: QuantizeOptions, **how: Any) -> tuple[nn.Module, QuantizedModel]:
+        """The merged model after ``quantize_model`` with these options, and its result."""
+        model = self.family.load(self.folder).to(self.device)
+        size = getattr(options, "batch_size", 1)
+        result = quantize_model(
+            model,
+            self.family,
+            TARGETS[options.method],
+            options,
+            batches={
+                task: partial(batches, chosen, self.family, self.folder, size)
+                for task, chosen in self.samples.items()
+            },
+            experts=self.experts,
+            progress=self.progress,
+            **how,
+        )
+        return model, result
+
+
+def plan_anchor(
+    options: EpmqOptions, place: Workplace, heads: Mapping[str, TaskHead]
+) -> dict[str, Any]:
+    """Search the anchor's strength; plain data with ``anchor`` and how it was found.
+
+    Raises:
+        RecipeError: there is nothing to search on.
+    """
+    if any(len(chosen) < 2 * _HELD_BACK for chosen in place.samples.values()) or not heads:
+        raise RecipeError(
+            f"quantize.anchor: auto needs a head and at least {2 * _HELD_BACK} calibration samples "
+            "for every task; give a number instead"
+        )
+    held, fitted = {}, {}
+    for task, chosen in place.samples.items():
+        count = len(chosen) // _HELD_BACK
+        held[task] = replace(chosen, indices=chosen.indices[:count])
+        fitted[task] = replace(chosen, indices=chosen.indices[count:])
+    part = replace(place, samples=fitted)
+    experts = place.experts
+    assert experts is not None, "guided targets are given experts"
+    wanted = {task: _logits(place, experts.become(task), held, task, heads) for task in held}
+
+    def score(strength: float) -> Scores:
+        trial = options.model_copy(update={"anchor": strength})
+        model, _ = part.calibrate(trial, rounding=False)
+        found = {
+            task: divergence(_logits(place, model, held, task, heads), wanted[task])
+            for task in held
+        }
+        mean = sum(float(values.mean()) for values in found.values()) / len(found)
+        log.info("anchor %g: divergence from the experts %.4f", strength, mean)
+        return found
+
+    search = search_anchor(score, options.values.anchor)
+    return {
+        "anchor": search.anchor,
+        "curve": [[strength, mean] for strength, mean in search.curve.items()],
+        "standard_error": search.standard_error,
+    }
+
+
+def _logits(
+    place: Workplace,
+    model: nn.Module,
+    samples: Mapping[str, Samples],
+    task: str,
+    heads: Mapping[str, TaskHead],
+) -> torch.Tensor:
+    chosen = batches(samples[task], place.family, place.folder, 64)
+    found = [heads[task](embeddings(model, place.family, inputs)) for inputs in chosen]
+    return torch.cat(found)
+
+
+def plan_bits(options: QuantizeOptions, place: Workplace) -> dict[str, Any]:
+    """Choose bits per layer for ``target_bits`` or ``target_size``; plain data with ``layers``.
+
+    Raises:
+        RecipeError: the target cannot be met.
+    """
+    # Below 4 bits ONNX stores codes in 4-bit containers, so narrower codes save nothing there;
+    # they are only chosen where the target asks for less than 4 bits.
+    narrow = options.target_bits is not None and options.target_bits < 4
+    widths: tuple[int, ...] = (2, 3, 4, 8) if narrow else (4, 8)
+    _, result = place.calibrate(options, rounding=False, probe=widths)
+    model = place.family.load(place.folder)
+    choices = {}
+    weights = 0
+    for name, errors in result.errors.items():
+        rows, columns = model.get_parameter(f"{name}.weight").shape
+        weights += rows * columns
+        group_size = options.for_layer(name).group_size
+        sizes = {
+            bits: float(rows * columns * bits)
+            if options.target_bits is not None
+            else stored_bits(rows, columns, bits, group_size)
+            for bits in widths
+        }
+        choices[name] = Choice(errors, sizes)
+    if options.target_bits is not None:
+        budget = options.target_bits * weights
+    else:
+        assert options.target_size is not None, "called with one of the two targets"
+        budget = options.target_size * 8e6
+    try:
+        chosen = allocate(choices, budget)
+    except ValueError as error:
+        option = "target_bits" if options.target_bits is not None else "target_size"
+        raise RecipeError(f"quantize.{option} cannot be met: {error}") from error
+    return {
+        "layers": chosen,
+        "mean_bits": sum(
+            bits * model.get_parameter(f"{name}.weight").numel() for name, bits in chosen.items()
+        )
+        / weights,
+    }
+
+
+def with_bits(options: QuantizeOptions, bits: Mapping[str, int]) -> QuantizeOptions:
+    """Options in which each layer has the bits given."""
+    chosen = {name: LayerOptions.model_validate({"bits": width}) for name, width in bits.items()}
+    return options.model_copy(update={"layers": {**options.layers, **chosen}})

@@ -1,0 +1,420 @@
+"""One pass through a model: what each block receives, and what its layers become."""
+
+import copy
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from epmq_deploy.calibration.activations import (
+    BlockBatch,
+    advance,
+    capture_block_batch,
+    input_of,
+    record,
+)
+from epmq_deploy.calibration.cache import ActivationCache, Kept
+from epmq_deploy.calibration.data_free import weight_statistics
+from epmq_deploy.calibration.norms import NormSums, fit_affine, pre_affine
+from epmq_deploy.calibration.statistics import Accumulator, GroupSums, TaskStatistics
+from epmq_deploy.calibration.target import (
+    CalibratedOptions,
+    CalibrationTarget,
+    Guide,
+    LayerWeights,
+    QuantizeOptions,
+)
+from epmq_deploy.calibration.tokens import TokenWeights, counted
+from epmq_deploy.errors import NumericsError
+from epmq_deploy.models import Block, Group, ModelFamily
+from epmq_deploy.quantization.layer import LayerReport, quantize_layer, refit_bias
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+log = logging.getLogger(__name__)
+
+# Per task, a function that yields batches of model inputs.
+TaskBatches = Mapping[str, Callable[[], Iterable[tuple[Tensor, ...]]]]
+
+
+class Experts(Protocol):
+    """Where guided targets get base and experts from, a piece at a time."""
+
+    @property
+    def tasks(self) -> Collection[str]:
+        """Names of the experts."""
+        ...
+
+    def base_tensor(self, name: str) -> Tensor:
+        """One of the base's tensors, float32, on the model's device."""
+        ...
+
+    def tensor(self, task: str, name: str) -> Tensor:
+        """One of an expert's tensors, float32, on the model's device."""
+        ...
+
+    def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
+        """A model with an expert's weights, but for the modules ``without``."""
+        ...
+
+    def module(self, task: str, name: str) -> nn.Module:
+        """One module with an expert's weights."""
+        ...
+
+
+class MergedAsExpert:
+    """The unquantized merged model in the place of every expert, for targets that aim at it.
+
+    Args:
+        model: the merged model; not modified.
+    """
+
+    tasks: Collection[str] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def base_tensor(self, name: str) -> Tensor:
+        """One of the merged model's tensors."""
+        return self._model.get_parameter(name)
+
+    def tensor(self, task: str, name: str) -> Tensor:
+        """One of the merged model's tensors."""
+        return self._model.get_parameter(name)
+
+    def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
+        """The merged model."""
+        return self._model
+
+    def module(self, task: str, name: str) -> nn.Module:
+        """One of the merged model's modules."""
+        return self._model.get_submodule(name)
+
+
+@dataclass
+class QuantizedModel:
+    """What quantizing a model, or some of its blocks, yields.
+
+    Attributes:
+        layers: codes and grids by layer name.
+        replaced: parameters given new values (re-fitted biases and norms), by parameter name.
+        reports: one per layer quantized or norm re-fitted, in running order, then those kept.
+        errors: per layer its error by width, where widths were probed.
+    """
+
+    layers: dict[str, QuantizedLinear] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+    errors: dict[str, dict[int, float]] = field(default_factory=dict)
+
+    def extend(self, other: "QuantizedModel") -> None:
+        """Add the results of further blocks."""
+        self.layers |= other.layers
+        self.replaced |= other.replaced
+        self.reports += other.reports
+        self.errors |= other.errors
+
+
+@dataclass
+class _Task:
+    """One task's batches on their way through student and expert."""
+
+    name: str
+    tokens: list[TokenWeights] = field(default_factory=list)
+    student: list[BlockBatch] = field(default_factory=list)
+    expert: list[BlockBatch] = field(default_factory=list)
+    # What the expert's current block showed, batch by batch.
+    seen: list[dict[str, Kept]] = field(default_factory=list)
+
+
+class Walk:
+    """Takes calibration batches through a model block by block, quantizing on the way.
+
+    Args:
+        model: quantized in place.
+        family: its family.
+        target: the method.
+        options: the method's options.
+        experts: required by guided targets.
+        rounding: quantize; otherwise layers get the target's weights in float32.
+        probe: widths at which each layer's error is measured besides.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: ModelFamily,
+        target: CalibrationTarget[Any],
+        options: QuantizeOptions,
+        experts: Experts | None,
+        *,
+        rounding: bool = True,
+        probe: Collection[int] = (),
+    ) -> None:
+        self._model = model
+        self._family = family
+        self._target = target
+        self._options = options
+        self._guides = self._pick_guides(experts)
+        self._rounding = rounding
+        self._probe = probe
+        self._tasks: list[_Task] = []
+        self._result = QuantizedModel()
+        self._device = next(model.parameters()).device
+        calibrated = options if isinstance(options, CalibratedOptions) else None
+        self._cache = ActivationCache(calibrated.cache_bytes if calibrated else None)
+        self._cache_dtype = getattr(torch, calibrated.cache_dtype if calibrated else "float32")
+        self._products = getattr(torch, calibrated.products if calibrated else "float32")
+        self._others = target.unpooled_weight(options)
+        self._mix = target.mix(options)
+        self._norm_mix = target.norm_mix(options)
+        self._data_free = target.is_data_free(options)
+
+    def _pick_guides(self, experts: Experts | None) -> Experts | None:
+        if self._target.guide is Guide.MERGED:
+            return MergedAsExpert(copy.deepcopy(self._model))
+        return experts if self._target.guide is Guide.EXPERTS else None
+
+    @property
+    def _guide(self) -> Experts:
+        assert self._guides is not None, f"{self._target.name} needs experts"
+        return self._guides
+
+    def start(self, blocks: tuple[Block, ...], batches: TaskBatches) -> None:
+        """Run everything before the first block."""
+        if self._data_free:
+            self._tasks = [_Task(name) for name in self._guide.tasks]
+            return
+        for name, make in batches.items():
+            task = _Task(name)
+            for inputs in make():
+                task.tokens.append(self._family.tokens(*inputs))
+                task.student.append(self._enter(self._model, blocks[0], inputs))
+            if self._mix:
+                expert = self._guide.become(name, without=[block.name for block in blocks])
+                task.expert = [self._enter(expert, blocks[0], inputs) for inputs in make()]
+            self._tasks.append(task)
+
+    def _enter(self, model: nn.Module, first: Block, inputs: tuple[Tensor, ...]) -> BlockBatch:
+        placed = [value.to(self._device) for value in inputs]
+        return capture_block_batch(
+            model.get_submodule(first.name),
+            lambda: self._family.embed(model, *placed),
+            self._cache,
+            self._cache_dtype,
+        )
+
+    def quantize_block(self, block: Block) -> QuantizedModel:
+        """Quantize a block's layers in the order they run and go on to the next block."""
+        self._result = QuantizedModel()
+        self._run_experts(block)
+        done: dict[str, nn.Module] = {}
+        for group in block.groups:
+            if group.norm is not None and self._norm_mix is not None:
+                self._refit_norm(block, group.norm, group.pooled, done)
+            self._quantize_group(block, group, done)
+            done |= {name: _linear(self._model, name) for name in group.layers}
+        if block.norm is not None and self._norm_mix is not None:
+            self._refit_norm(block, block.norm, block.groups[-1].pooled, done)
+        for task in self._tasks:
+            task.seen.clear()
+        self._advance_student(block, done)
+        return self._result
+
+    def skip_block(self, block: Block) -> None:
+        """Go on to the next block; this one's weights are final."""
+        for task in self._tasks:
+            if task.expert:
+                expert = self._guide.module(task.name, block.name)
+                for batch in task.expert:
+                    record(expert, batch, {}, {}, self._cache, self._cache_dtype)
+        self._advance_student(block, {})
+
+    def _advance_student(self, block: Block, done: Mapping[str, nn.Module]) -> None:
+        student = self._model.get_submodule(block.name)
+        for task in self._tasks:
+            for batch in task.student:
+                advance(student, batch, self._cache, dtype=self._cache_dtype, done=done)
+
+    def _run_experts(self, block: Block) -> None:
+        """Take every expert's batches through its block and keep what its layers answer."""
+        norms = [group.norm for group in block.groups if group.norm] if self._norm_mix else []
+        norms += [block.norm] if self._norm_mix and block.norm else []
+        wanted = [name for name in block.layers if not self._options.skips(name)]
+        for task in self._tasks:
+            if not task.expert:
+                continue
+            expert = self._guide.module(task.name, block.name)
+
+            def inside(name: str, expert: nn.Module = expert) -> nn.Module:
+                return expert.get_submodule(name.removeprefix(f"{block.name}."))
+
+            task.seen = [
+                record(
+                    expert,
+                    batch,
+                    {name: inside(name) for name in wanted},  # type: ignore[misc]
+                    {name: inside(name) for name in norms},
+                    self._cache,
+                    self._cache_dtype,
+                )
+                for batch in task.expert
+            ]
+
+    def _token_weights(self, task: _Task, index: int, like: Tensor, pooled: bool) -> Tensor | None:
+        others = self._others if pooled else 1.0
+        return task.tokens[index].weights(like.shape, others, like.device)
+
+    def _refit_norm(
+        self, block: Block, name: str, pooled: bool, done: Mapping[str, nn.Module]
+    ) -> None:
+        """Bring a norm's outputs closer to the experts', on the student's inputs."""
+        norm = self._model.get_submodule(name)
+        mix = self._norm_mix or 0.0
+        student = self._model.get_submodule(block.name)
+        gain = norm.get_parameter("weight")
+        bias = dict(norm.named_parameters()).get("bias")
+        sums = NormSums.zeros(gain.shape[0], gain.device)
+        for task in self._tasks:
+            expert_gain = self._guide.tensor(task.name, f"{name}.weight")
+            expert_bias = None if bias is None else self._guide.tensor(task.name, f"{name}.bias")
+            task_sums = NormSums.zeros(gain.shape[0], gain.device)
+            for index, batch in enumerate(task.student):
+                inputs = input_of(student, norm, batch, done, self._cache)
+                weights = self._token_weights(task, index, inputs, pooled)
+                own, token_weights = counted(pre_affine(norm, inputs), weights)
+                wanted = own
+                if mix and task.seen:
+                    theirs, _ = counted(task.seen[index][name].value(), weights)
+                    wanted = torch.lerp(own, theirs, mix)
+                wanted = wanted * expert_gain
+                task_sums.add(
+                    own, wanted if expert_bias is None else wanted + expert_bias, token_weights
+                )
+            sums.add_mean(task_sums)
+        self._apply_norm(name, norm, sums, gain, bias)
+
+    def _apply_norm(
+        self, name: str, norm: nn.Module, sums: NormSums, gain: Tensor, bias: Tensor | None
+    ) -> None:
+        damping = self._target.norm_damping(self._options)
+        new_gain, new_bias = fit_affine(sums, gain, bias, damping)
+        before, after = sums.error(gain, bias), sums.error(new_gain, new_bias)
+        norm.get_parameter("weight").data = new_gain
+        self._result.replaced[f"{name}.weight"] = new_gain.cpu()
+        if new_bias is not None:
+            norm.get_parameter("bias").data = new_bias
+            self._result.replaced[f"{name}.bias"] = new_bias.cpu()
+        self._result.reports.append(
+            LayerReport(name, "refitted", error_before=before, error_after=after)
+        )
+
+    def _quantize_group(self, block: Block, group: Group, done: Mapping[str, nn.Module]) -> None:
+        """Quantize layers that share an input."""
+        names = [name for name in group.layers if not self._options.skips(name)]
+        if not names:
+            return
+        sums = self._sums(block, names, group.pooled, done)
+        hessian = self._target.hessian(sums, self._options)
+        for name in names:
+            layer = _linear(self._model, name)
+            problem = self._target.problem(self._weights(name, layer), sums, hessian, self._options)
+            options = self._options.for_layer(name)
+            for bits in self._probe:
+                probed = options.model_copy(update={"bits": bits, "refine": 0})
+                report = quantize_layer(name, None, problem, sums, probed).report
+                self._result.errors.setdefault(name, {})[bits] = report.error_after
+            if self._rounding:
+                solved = quantize_layer(name, layer.bias, problem, sums, options)
+                self._result.layers[name] = solved.linear
+                self._result.reports.append(solved.report)
+                if solved.report.reason:
+                    log.warning("%s: %s (%s)", name, solved.report.status, solved.report.reason)
+                weight, bias = solved.linear.dequantize(), solved.bias
+            else:
+                weight = problem.weight.to(torch.float32).contiguous()
+                bias = refit_bias(name, layer.bias, problem.weight, problem, sums, options)
+            self._apply(name, layer, weight, bias)
+
+    def _sums(
+        self, block: Block, names: list[str], pooled: bool, done: Mapping[str, nn.Module]
+    ) -> GroupSums:
+        """Sum statistics over tasks, holding one task's Gram matrix at a time."""
+        first = _linear(self._model, names[0])
+        sums = GroupSums.zeros(first.in_features, first.weight.device)
+        for task in self._tasks:
+            try:
+                statistics = self._statistics(block, names, task, pooled, done)
+            except NumericsError as error:
+                raise NumericsError(f"layer {names[0]}: task {task.name!r}: {error}") from error
+            biases = {}
+            if self._guides:
+                biases = {
+                    name: self._guide.tensor(task.name, f"{name}.bias")
+                    for name in names
+                    if _linear(self._model, name).bias is not None
+                }
+            weight = self._target.task_weight(statistics, self._options)
+            sums.add(statistics, weight, biases)
+        if 0 < sums.tokens < 2 * first.in_features:
+            log.warning(
+                "%s: %d calibration tokens for %d input columns; at least %d are advisable, "
+                "add samples",
+                names[0],
+                sums.tokens,
+                first.in_features,
+                2 * first.in_features,
+            )
+        return sums
+
+    def _statistics(
+        self,
+        block: Block,
+        names: list[str],
+        task: _Task,
+        pooled: bool,
+        done: Mapping[str, nn.Module],
+    ) -> TaskStatistics:
+        student = self._model.get_submodule(block.name)
+        first = _linear(self._model, names[0])
+        guides = {}
+        if self._guides:
+            guides = {name: self._guide.tensor(task.name, f"{name}.weight") for name in names}
+        if self._data_free:
+            bases = {name: self._guide.base_tensor(f"{name}.weight") for name in names}
+            return weight_statistics(guides, bases)
+        accumulator = Accumulator(self._products)
+        for index, batch in enumerate(task.student):
+            inputs = input_of(student, first, batch, done, self._cache)
+            features = {}
+            if task.seen:
+                features = {name: task.seen[index][name].value() for name in names}
+            accumulator.add(
+                inputs,
+                self._token_weights(task, index, inputs, pooled),
+                guides,
+                features,
+                self._mix,
+            )
+        return accumulator.statistics()
+
+    def _weights(self, name: str, layer: nn.Linear) -> LayerWeights:
+        if not self._guides:
+            return LayerWeights(name, layer.weight, layer.bias)
+        base = self._guide.base_tensor(f"{name}.weight")
+        base_bias = None if layer.bias is None else self._guide.base_tensor(f"{name}.bias")
+        return LayerWeights(name, layer.weight, layer.bias, base, base_bias)
+
+    def _apply(self, name: str, layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+        layer.weight.data = weight.to(layer.weight.device)
+        if bias is not None:
+            layer.bias.data = bias
+            self._result.replaced[f"{name}.bias"] = bias.cpu()
+
+
+def _linear(module: nn.Module, name: str) -> nn.Linear:
+    layer = module.get_submodule(name)
+    assert isinstance(layer, nn.Linear), "families list linear layers only"
+    return layer
