@@ -44,12 +44,14 @@ class TensorInfo:
         key: its name in that file.
         shape: its shape.
         dtype: its dtype.
+        offset: of its first byte in the file.
     """
 
     file: Path
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Checkpoint:
         for file in weight_files(folder):
             try:
                 with safe_open(file, framework="pt") as handle:
+                    offsets = _offsets(file)
                     for key in handle.keys():  # noqa: SIM118 - no mapping
                         view = handle.get_slice(key)
                         dtype = _DTYPES.get(view.get_dtype())
@@ -87,7 +90,8 @@ class Checkpoint:
                                 f"{file}: tensor {key!r} has dtype {view.get_dtype()}, "
                                 f"supported: {', '.join(_DTYPES)}"
                             )
-                        tensors[rename(key)] = TensorInfo(file, key, tuple(view.get_shape()), dtype)
+                        shape = tuple(view.get_shape())
+                        tensors[rename(key)] = TensorInfo(file, key, shape, dtype, offsets[key])
             except (OSError, SafetensorError) as error:
                 raise RecipeError(f"{file}: not readable as safetensors ({error})") from error
         return cls(folder, tensors)
@@ -95,9 +99,40 @@ class Checkpoint:
     def load(self, name: str) -> Tensor:
         """One tensor as stored, CPU."""
         info = self.tensors[name]
-        with safe_open(info.file, framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(info.key)
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self.load_into(name, tensor)
         return tensor
+
+    def load_into(self, name: str, target: Tensor) -> None:
+        """Overwrite ``target`` with one tensor, converted to its dtype and device.
+
+        Read straight into memory that is there already: mapping the file anew for every tensor
+        takes several times as long, and mapping it once keeps its pages resident.
+        """
+        info = self.tensors[name]
+        if target.dtype != info.dtype or not target.is_contiguous() or target.device.type != "cpu":
+            target.copy_(self.load(name))
+            return
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(info.offset)
+            content = memoryview(target.detach().reshape(-1).view(torch.uint8).numpy())
+            while content:
+                read = file.readinto(content)
+                if not read:
+                    raise RecipeError(f"{info.file}: ends within tensor {info.key!r}")
+                content = content[read:]
+
+
+def _offsets(file: Path) -> dict[str, int]:
+    """Where each tensor begins: the layout of safetensors, whose header ``safe_open`` validates."""
+    with file.open("rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+    return {
+        key: 8 + size + entry["data_offsets"][0]
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:

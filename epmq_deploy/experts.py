@@ -137,5 +137,7 @@ class ExpertBackbone:
     def _take(self, task: str, prefix: str, skipped: tuple[str, ...]) -> nn.Module:
         for name, parameter in self._model.named_parameters():
             if name.startswith(prefix) and not name.startswith(skipped):
-                parameter.data.copy_(self.tensor(task, name))
+                expert = self._sources.experts[task]
+                source = expert if name in expert.tensors else self._sources.base
+                source.load_into(name, parameter.data)
         return self._model

@@ -79,10 +79,13 @@ def check_inputs(
 
 
 def _layer_problems(module: nn.Module | None, layer: QuantizedLinear) -> list[str]:
-    if not isinstance(module, nn.Linear):
-        return [f"no linear layer of the model (found {type(module).__name__})"]
-    problems = []
-    if module.weight.shape != layer.codes.shape:
+    if not isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
+        return [
+            "no linear layer, convolution or embedding of the model "
+            f"(found {type(module).__name__})"
+        ]
+    problems = [] if isinstance(module, nn.Linear) else _row_problems(module, layer)
+    if module.weight.flatten(1).shape != layer.codes.shape:
         shapes = f"{list(layer.codes.shape)}, its weight is {list(module.weight.shape)}"
         problems.append(f"codes are {shapes}")
     groups = -(-layer.in_features // layer.group_size)
@@ -98,4 +101,21 @@ def _layer_problems(module: nn.Module | None, layer: QuantizedLinear) -> list[st
         problems.append("codes and zero points must be uint8")
     if layer.scales.dtype != torch.float32:
         problems.append(f"scales are {layer.scales.dtype}, not float32")
+    return problems
+
+
+def _row_problems(module: nn.Conv2d | nn.Embedding, layer: QuantizedLinear) -> list[str]:
+    """What keeps a convolution or embedding from being stored as INT8 with a scale per row."""
+    problems = []
+    if layer.bits != 8 or bool((layer.zero_points != 128).any()):
+        problems.append("convolutions and embeddings are stored with 8 bits and zero point 128")
+    if layer.group_size != layer.in_features:
+        problems.append(
+            f"group size {layer.group_size} of {layer.in_features} columns; convolutions and "
+            "embeddings have one group per row"
+        )
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        problems.append(f"convolution with padding mode {module.padding_mode}, not zeros")
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        problems.append("embedding with max_norm, which changes its rows while it runs")
     return problems

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from torch import Tensor
+from torch import Tensor, nn
 
 from epmq_deploy.exporters.check import check_inputs, check_options
 from epmq_deploy.exporters.files import write_model
@@ -14,7 +14,7 @@ from epmq_deploy.exporters.packed_linear import pack_linear
 from epmq_deploy.exporters.read_codes import FORMAT_KEY
 from epmq_deploy.exporters.swap import export_copy, swapped_copy
 from epmq_deploy.exporters.trace import trace
-from epmq_deploy.exporters.verify import verify_codes, verify_runs_low_bit
+from epmq_deploy.exporters.verify import verify_codes, verify_int8_rows, verify_runs_low_bit
 from epmq_deploy.models.family import MultiTaskModel
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
@@ -60,7 +60,9 @@ def export_graphs(
     Args:
         model: the merged model, float32, on CPU; left as it is.
         example_inputs: as ``family.input_names``, a batch of at least 2.
-        layers: by the backbone's dotted module name.
+        layers: by the backbone's dotted module name: linear layers, and, with 8 bits, symmetric
+            and one group per row, convolutions (codes ``[N, C * kh * kw]``) and embeddings
+            (``[V, D]``), which become INT8 tensors in standard operators whatever the format.
         replaced: float32 parameters that quantization changed besides the weights, by the
             backbone's parameter name; not part of the float32 graph.
         formats: names from `epmq_deploy.exporters.formats.format_names`.
@@ -78,37 +80,53 @@ def export_graphs(
         NumericsError: a written file does not hold the codes or would not run in low bits.
     """
     chosen = formats_of(formats)
-    check_options(chosen, layers, opset, accuracy_level)
+    linear, rows = _by_kind(model, layers)
+    check_options(chosen, linear, opset, accuracy_level)
     check_inputs(model, example_inputs, layers, replaced)
-    packed = {name: pack_linear(name, layer) for name, layer in layers.items()}
+    packed = {name: pack_linear(name, layer) for name, layer in linear.items()}
 
     fp32 = trace(export_copy(model), example_inputs, opset)
-    written = [_write(fp32, FP32_FORMAT, output / FP32_FILE, {}, opset, accuracy_level)]
+    written = [_write(fp32, FP32_FORMAT, output / FP32_FILE, {}, {}, opset, accuracy_level)]
     if not chosen:
         return tuple(written)
-    twin = swapped_copy(model, packed, replaced, accuracy_level)
+    twin = swapped_copy(model, packed, rows, replaced, accuracy_level)
     graph = trace(twin, example_inputs, opset)
     for fmt in chosen:
         # A copy shares the tensors, so that each format lowers the same codes.
         lowered = graph.clone()
         fmt.lower(lowered)
         file = output / fmt.file_name
-        written.append(_write(lowered, fmt.name, file, layers, opset, accuracy_level))
+        written.append(_write(lowered, fmt.name, file, linear, rows, opset, accuracy_level))
     return tuple(written)
+
+
+def _by_kind(
+    model: MultiTaskModel, layers: Mapping[str, QuantizedLinear]
+) -> tuple[dict[str, QuantizedLinear], dict[str, QuantizedLinear]]:
+    """Linear layers, and those with one scale per row; what the model lacks is left for checks."""
+    modules = dict(model.backbone.named_modules())
+    rows = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(modules.get(name), nn.Conv2d | nn.Embedding)
+    }
+    return {name: layer for name, layer in layers.items() if name not in rows}, rows
 
 
 def _write(
     graph: ir.Model,
     name: str,
     path: Path,
-    layers: Mapping[str, QuantizedLinear],
+    linear: Mapping[str, QuantizedLinear],
+    rows: Mapping[str, QuantizedLinear],
     opset: int,
     accuracy_level: int,
 ) -> ExportedGraph:
     """Write one file and verify what it holds and how it runs."""
     graph.metadata_props[FORMAT_KEY] = name
     size = write_model(graph, path)
-    if layers:
-        verify_codes(path, layers)
-    nodes = verify_runs_low_bit(path, layers, accuracy_level)
+    if linear or rows:
+        verify_codes(path, {**linear, **rows})
+        verify_int8_rows(path, rows)
+    nodes = verify_runs_low_bit(path, linear, accuracy_level)
     return ExportedGraph(name, path, size, opset, nodes)

@@ -6,7 +6,7 @@ present, ``<layer>.zero_points``.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -48,6 +48,18 @@ def constant(node: ir.Node, index: int) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
+def refuse_repeated(nodes: Iterable[ir.Node]) -> None:
+    """Check that every node, as torch's exporter leaves them, stands for a layer of its own.
+
+    Raises:
+        MismatchError: names every layer that runs more than once.
+    """
+    runs = Counter(node.metadata_props[LAYER_KEY] for node in nodes)
+    repeated = [f"layer {name} runs {count} times" for name, count in runs.items() if count > 1]
+    if repeated:
+        raise MismatchError("cannot export layers that run more than once", repeated)
+
+
 def name_layers(graph: ir.Graph) -> None:
     """Give nodes and initializers their layers' names.
 
@@ -58,13 +70,11 @@ def name_layers(graph: ir.Graph) -> None:
         MismatchError: a layer runs more than once.
     """
     nodes = list(low_bit_nodes(graph))
-    runs = Counter(node.metadata_props[LAYER_KEY] for node in nodes)
-    repeated = [f"layer {name} runs {count} times" for name, count in runs.items() if count > 1]
-    if repeated:
-        raise MismatchError("cannot export layers that run more than once", repeated)
+    refuse_repeated(nodes)
     for node in nodes:
         node.name = node.metadata_props[LAYER_KEY]
-        node.outputs[0].name = f"{node.name}.product"
+        if not node.outputs[0].is_graph_output():
+            node.outputs[0].name = f"{node.name}.product"
         for index, suffix in _SUFFIXES:
             array = constant(node, index)
             if array is not None:

@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.int8_rows import read_rows
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 FORMAT_KEY = "epmq_deploy.format"
@@ -16,7 +17,8 @@ def read_codes(path: Path) -> dict[str, QuantizedLinear]:
 
     Codes are the solver's. ``bits`` is the container's width (4 or 8) and ``group_size`` the ONNX
     block size, so scales and zero points may be repeated; ``dequantize()`` equals the solver's
-    bit for bit.
+    bit for bit. Convolutions and embeddings have one group per row, codes of convolutions
+    flattened to ``[N, C * kh * kw]``.
 
     Raises:
         MismatchError: the file does not say that one of our formats wrote it.
@@ -26,4 +28,4 @@ def read_codes(path: Path) -> dict[str, QuantizedLinear]:
     if name is None:
         raise MismatchError(str(path), [f"no {FORMAT_KEY} in its metadata: not exported by epmq"])
     (fmt,) = formats_of([name])
-    return fmt.read(model)
+    return fmt.read(model) | read_rows(model.graph)

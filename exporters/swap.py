@@ -1,4 +1,4 @@
-"""Replace quantized ``nn.Linear`` layers by modules that export as MatMulNBits nodes."""
+"""Replace quantized layers by modules that export as low-bit nodes."""
 
 import copy
 from collections.abc import Mapping
@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.exporters.graph import DOMAIN, LAYER_KEY, OP_TYPE
+from epmq_deploy.exporters.int8_modules import Int8Conv2d, Int8Embedding
 from epmq_deploy.exporters.packed_linear import PackedLinear
 from epmq_deploy.models.family import MultiTaskModel
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 
 class MatMulNBitsLinear(nn.Module):
@@ -94,14 +96,16 @@ def export_copy(model: MultiTaskModel) -> MultiTaskModel:
 def swapped_copy(
     model: MultiTaskModel,
     packed: Mapping[str, PackedLinear],
+    rows: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
     accuracy_level: int,
 ) -> MultiTaskModel:
-    """A copy of ``model`` with replaced parameters and MatMulNBits layers.
+    """A copy of ``model`` with replaced parameters and layers that export in low bits.
 
     Args:
         model: left as it is.
-        packed: by the backbone's dotted module name.
+        packed: linear layers, by the backbone's dotted module name.
+        rows: convolutions and embeddings likewise, 8 bits with one group per row.
         replaced: by the backbone's parameter name.
         accuracy_level: attribute of every node.
     """
@@ -113,6 +117,11 @@ def swapped_copy(
         parent, leaf = _parent(twin.backbone, name)
         bias = getattr(parent, leaf).bias
         setattr(parent, leaf, MatMulNBitsLinear(name, layer, bias, accuracy_level))
+    for name, quantized in rows.items():
+        parent, leaf = _parent(twin.backbone, name)
+        module = getattr(parent, leaf)
+        stand_in = Int8Conv2d if isinstance(module, nn.Conv2d) else Int8Embedding
+        setattr(parent, leaf, stand_in(name, quantized, module))
     return twin
 
 

@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import torch
 
@@ -38,10 +40,49 @@ def verify_codes(path: Path, layers: Mapping[str, QuantizedLinear]) -> None:
         )
 
 
+def verify_int8_rows(path: Path, rows: Mapping[str, QuantizedLinear]) -> None:
+    """Check that convolutions and embeddings are in a file as INT8 tensors, and only so.
+
+    What onnxruntime makes of them is left to it: it looks up constant rows and keeps the result.
+
+    Args:
+        path: an exported file.
+        rows: by dotted name.
+
+    Raises:
+        NumericsError: the codes are no INT8 initializer, or the float weight is in the file as
+            well; names every layer.
+    """
+    tensors = {
+        name: value.const_value
+        for name, value in ir.load(path).graph.initializers.items()
+        if value.const_value is not None
+    }
+    floats = [tensor for tensor in tensors.values() if tensor.dtype == ir.DataType.FLOAT]
+    problems = []
+    for name, layer in rows.items():
+        codes = tensors.get(f"{name}.codes")
+        if codes is None or codes.dtype != ir.DataType.INT8:
+            problems.append(f"{name}: codes are no INT8 tensor")
+        problems += [
+            f"{name}: {tensor.name} is its weight in float"
+            for tensor in floats
+            if tensor.size == layer.codes.numel()
+            and np.array_equal(tensor.numpy().ravel(), layer.dequantize().cpu().numpy().ravel())
+        ]
+    if problems:
+        raise NumericsError(f"{path.name}: {'; '.join(sorted(problems))}")
+
+
 def verify_runs_low_bit(
     path: Path, layers: Mapping[str, QuantizedLinear], accuracy_level: int
 ) -> int:
-    """Check that onnxruntime multiplies every layer with its low-bit kernel.
+    """Check that onnxruntime multiplies every linear layer with its low-bit kernel.
+
+    Args:
+        path: an exported file.
+        layers: the linear ones, by dotted name.
+        accuracy_level: of the MatMulNBits nodes.
 
     Returns:
         Number of MatMulNBits nodes in the graph onnxruntime runs.

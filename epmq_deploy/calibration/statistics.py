@@ -4,6 +4,7 @@ With rows ``x`` of the student's inputs, ``y`` of what an expert wants and token
 (``sum w = 1`` per task): ``C = sum w x x^T``, ``G = sum w y x^T``, ``mu = sum w x``.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -58,7 +59,7 @@ class Accumulator:
         self,
         inputs: Tensor,
         weights: Tensor | None = None,
-        guides: Mapping[str, Tensor] | None = None,
+        guides: Mapping[str, Tensor | None] | None = None,
         features: Mapping[str, Tensor] | None = None,
         mix: float = 0.0,
     ) -> None:
@@ -69,7 +70,7 @@ class Accumulator:
         Args:
             inputs: the student's ``x``, ``[B, T, K]`` or ``[B, K]``.
             weights: token weights ``[B, T]``; None when all weigh 1.
-            guides: per layer the expert's weight ``W [N, K]``.
+            guides: per layer the expert's weight ``W [N, K]``; None where ``mix`` is 1.
             features: per layer the expert's own output ``f [B, T, N]`` without bias.
             mix: share of the expert's own output.
         """
@@ -84,7 +85,7 @@ class Accumulator:
         self._weight += float(roots.square().sum())
         for layer, weight in (guides or {}).items():
             wanted = None
-            if mix < 1:
+            if weight is not None and mix < 1:
                 wanted = low @ weight.to(self._dtype).T
                 if mix > 0:
                     wanted *= 1 - mix
@@ -111,11 +112,10 @@ class Accumulator:
         """
         if self._gram is None or self._sum is None or self._weight == 0:
             raise NumericsError("no calibration tokens reached the layer")
-        # What lies below the diagonal was not computed; a Gram matrix that is not symmetric to the
-        # last bit would be amplified by an ill-conditioned solve.
-        gram = self._gram.triu() / self._weight
-        gram = gram + gram.triu(1).T
-        if not bool(torch.isfinite(gram).all()):
+        gram = self._gram / self._weight
+        _mirror(gram)
+        # Its trace is a sum of squares: NaN or infinite as soon as one activation is.
+        if not math.isfinite(float(gram.trace())):
             raise NumericsError("activations are NaN or infinite")
         return TaskStatistics(
             gram,
@@ -132,6 +132,20 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
     for start in range(0, columns, _TILE):
         stop = min(start + _TILE, columns)
         _add_product(total[start:stop, start:], rows[:, start:stop], rows[:, start:])
+
+
+def _mirror(gram: Tensor) -> None:
+    """Copy what is above the diagonal below it, in place.
+
+    Blocks below were not computed, and a product that is not symmetric to the last bit would be
+    amplified by an ill-conditioned solve.
+    """
+    columns = gram.shape[1]
+    for start in range(0, columns, _TILE):
+        stop = min(start + _TILE, columns)
+        block = gram[start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).T)
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -379,12 +379,15 @@ class Walk:
     ) -> TaskStatistics:
         student = self._model.get_submodule(block.name)
         first = _linear(self._model, names[0])
-        guides = {}
-        if self._guides:
-            guides = {name: self._guide.tensor(task.name, f"{name}.weight") for name in names}
+        guides: dict[str, Tensor | None] = {}
         if self._data_free:
+            own = {name: self._guide.tensor(task.name, f"{name}.weight") for name in names}
             bases = {name: self._guide.base_tensor(f"{name}.weight") for name in names}
-            return weight_statistics(guides, bases)
+            return weight_statistics(own, bases)
+        if self._guides:
+            guides = dict.fromkeys(names)
+            if self._mix < 1:
+                guides = {name: self._guide.tensor(task.name, f"{name}.weight") for name in names}
         accumulator = Accumulator(self._products)
         for index, batch in enumerate(task.student):
             inputs = input_of(student, first, batch, done, self._cache)

@@ -29,7 +29,7 @@ class GraphFormat(ABC):
 
     @abstractmethod
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
-        """What keeps these layers, by dotted name, from being exported: one sentence each."""
+        """What keeps linear layers, by dotted name, from being exported: one sentence each."""
 
     @abstractmethod
     def lower(self, model: ir.Model) -> None:
@@ -40,4 +40,8 @@ class GraphFormat(ABC):
 
     @abstractmethod
     def read(self, model: ir.Model) -> dict[str, QuantizedLinear]:
-        """The stored layers by dotted name, with container width and block size as their own."""
+        """The linear layers by dotted name, with container width and block size as their own.
+
+        Convolutions and embeddings are stored alike in all formats
+        (`epmq_deploy.exporters.int8_rows`).
+        """

@@ -190,6 +190,19 @@ def export(case: Case, formats: Sequence[str], folder: Path, **options: Any) -> 
 
 
 @pytest.fixture(scope="session")
+def outside_case() -> Case:
+    """A quantization of the layers outside the blocks as well."""
+    return make_case(CHOICES["symmetric"], OUTSIDE)
+
+
+@pytest.fixture(scope="session")
+def outside_files(outside_case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Its graphs, by format name."""
+    graphs = export(outside_case, format_names(), tmp_path_factory.mktemp("outside_files"))
+    return {graph.format: graph.path for graph in graphs}
+
+
+@pytest.fixture(scope="session")
 def tools() -> types.SimpleNamespace:
     """Helpers for tests, which cannot import this file."""
     return types.SimpleNamespace(

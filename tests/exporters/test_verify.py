@@ -34,13 +34,13 @@ def test_layer_that_is_not_fused_is_found(exported, tmp_path: Path) -> None:
     multiply.input[1] = "detour"
     model.graph.node.insert(position, detour)
     with pytest.raises(NumericsError, match=rf"in low bits: {LAYER}$"):
-        verify_runs_low_bit(_save(model, tmp_path), exported.case.layers, 0)
+        verify_runs_low_bit(_save(model, tmp_path), exported.case.linear, 0)
 
 
 def test_other_accuracy_level_is_found(exported) -> None:
     path = exported.graphs["matmulnbits"].path
     with pytest.raises(NumericsError, match=f"accuracy level 4.*{LAYER}"):
-        verify_runs_low_bit(path, exported.case.layers, 4)
+        verify_runs_low_bit(path, exported.case.linear, 4)
 
 
 @pytest.mark.parametrize("part", ["codes", "scales"])
@@ -78,7 +78,7 @@ def test_broken_file(exported, tmp_path: Path) -> None:
     model = _load(exported, "matmulnbits")
     model.graph.node.pop()
     with pytest.raises(NumericsError, match=r"tampered\.onnx is no usable ONNX model"):
-        verify_runs_low_bit(_save(model, tmp_path), exported.case.layers, 0)
+        verify_runs_low_bit(_save(model, tmp_path), exported.case.linear, 0)
 
 
 def test_fp32_graph_holds_no_codes(exported, tmp_path: Path) -> None:
