@@ -35,9 +35,10 @@ METHODS = {
 }
 # Measured with several seeds and sample counts.
 FOLLOWED = ("GPTQ", "E-PMQ paper", "E-PMQ features", "E-PMQ default")
+DEFAULT = "E-PMQ default"
 BITS = (4, 3, 2)
 SEEDS = (0, 1, 2)
-SAMPLES = (8, 32, 128, 256)
+SAMPLES = (8, 32, 128)
 # Seeds choose among a task's calibration samples, so not all of them may be used.
 SEED_SAMPLES = 128
 
@@ -61,33 +62,36 @@ class Store:
         print(f"{key}: {value}", flush=True)
 
 
-def measure_merge(store: Store, name: str, suite: Suite, rounded_only: bool) -> None:
-    """All figures of one merge that are not in the store yet."""
+def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None:
+    """All figures of one merge that are not in the store yet.
+
+    Only the first merge is measured at every width, sample count and seed.
+    """
 
     def figure(key: str, variant: str, used: Suite) -> None:
-        if key not in store.figures:
-            store.add(key, measure(used, variant)["average"])
+        if f"{name}/{key}" not in store.figures:
+            store.add(f"{name}/{key}", measure(used, variant)["average"])
 
     if f"{name}/fp32" not in store.figures:
         store.add(f"{name}/fp32", suite.average(suite.family.load(suite.folder)))
-    for bits in BITS:
-        for method, variant in METHODS.items():
-            figure(f"{name}/{method}/{bits}", f"{variant},bits={bits}", suite)
-    figure(f"{name}/E-PMQ default/unrounded", "epmq,rounding=false", suite)
-    figure(f"{name}/E-PMQ default/auto", "epmq,anchor=auto", suite)
-    if rounded_only:
+    for method, variant in METHODS.items():
+        for bits in BITS:
+            if first or bits == BITS[0] or method == DEFAULT:
+                figure(f"{method}/{bits}", f"{variant},bits={bits}", suite)
+    figure(f"{DEFAULT}/unrounded", "epmq,rounding=false", suite)
+    if not first:
         return
-    for seed in SEEDS:
-        for method in FOLLOWED:
-            key = f"{name}/{method}/4/seed{seed}"
-            if key not in store.figures:
-                used = recalibrated(suite, SEED_SAMPLES, seed)
-                figure(key, METHODS[method], used)
-    for samples in SAMPLES:
-        for method in FOLLOWED:
-            key = f"{name}/{method}/4/samples{samples}"
-            if key not in store.figures:
-                figure(key, METHODS[method], recalibrated(suite, samples, 0))
+    figure(f"{DEFAULT}/auto", "epmq,anchor=auto", suite)
+    runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
+    for samples, seed in dict.fromkeys(runs):
+        missing = [
+            method
+            for method in FOLLOWED
+            if f"{name}/{method}/4/{samples}x{seed}" not in store.figures
+        ]
+        used = recalibrated(suite, samples, seed) if missing else suite
+        for method in missing:
+            figure(f"{method}/4/{samples}x{seed}", METHODS[method], used)
 
 
 def recalibrated(suite: Suite, samples: int, seed: int) -> Suite:
@@ -106,19 +110,26 @@ def tables(figures: dict[str, Any], merges: list[str]) -> str:
     ]
     for merge in merges:
         for bits in BITS:
-            row = [f"{figures[f'{merge}/{method}/{bits}']:.2f}" for method in METHODS]
+            keys = [f"{merge}/{method}/{bits}" for method in METHODS]
+            row = [f"{figures[key]:.2f}" if key in figures else "" for key in keys]
             fp32 = f"{figures[f'{merge}/fp32']:.2f}"
             lines.append(f"| {merge} | {fp32} | {bits} | " + " | ".join(row) + " |")
     first = merges[0]
+    for merge in merges:
+        unrounded = figures[f"{merge}/{DEFAULT}/unrounded"]
+        lines += ["", f"{merge}: the default's targets without rounding {unrounded:.2f}"]
+    lines += ["", f"{first}: anchor auto {figures[f'{first}/{DEFAULT}/auto']:.2f}"]
     lines += ["", f"4 bits, {first}, {SEED_SAMPLES} samples a task, seeds {SEEDS}:", ""]
     for method in FOLLOWED:
-        found = [figures[f"{first}/{method}/4/seed{seed}"] for seed in SEEDS]
+        found = [figures[f"{first}/{method}/4/{SEED_SAMPLES}x{seed}"] for seed in SEEDS]
         mean = sum(found) / len(found)
         lines.append(f"- {method}: {mean:.2f} ({min(found):.2f} to {max(found):.2f})")
+    counts = [*SAMPLES, "all"]
     lines += ["", f"4 bits, {first}, by samples a task:", ""]
-    lines += ["| method | " + " | ".join(map(str, SAMPLES)) + " |", "|---|" + "--:|" * len(SAMPLES)]
+    lines += ["| method | " + " | ".join(map(str, counts)) + " |", "|---|" + "--:|" * len(counts)]
     for method in FOLLOWED:
-        row = [f"{figures[f'{first}/{method}/4/samples{count}']:.2f}" for count in SAMPLES]
+        row = [f"{figures[f'{first}/{method}/4/{count}x0']:.2f}" for count in SAMPLES]
+        row.append(f"{figures[f'{first}/{method}/4']:.2f}")
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 
@@ -139,7 +150,7 @@ def main() -> None:
                 store.add("experts", suite.experts_average())
                 base = suite.family.load(Path(recipe.base.path))
                 store.add("base", suite.average(base))
-            measure_merge(store, name, suite, rounded_only=index > 0)
+            measure_merge(store, name, suite, first=index == 0)
     print(tables(store.figures, list(MERGES)))
 
 

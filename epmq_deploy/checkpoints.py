@@ -115,7 +115,8 @@ class Checkpoint:
             return
         with info.file.open("rb", buffering=0) as file:
             file.seek(info.offset)
-            content = memoryview(target.detach().reshape(-1).view(torch.uint8).numpy())
+            flat: Any = target.detach().reshape(-1).view(torch.uint8).numpy()
+            content = memoryview(flat)
             while content:
                 read = file.readinto(content)
                 if not read:

@@ -81,7 +81,7 @@ class QuantizeOptions(Options):
         True, description="shrink each group's range as long as its weighted error falls"
     )
     outer: bool = Field(
-        False,
+        True,
         description="quantize embeddings and projections outside the blocks too, to 8 bits",
     )
     skip: tuple[str, ...] = Field(
@@ -95,7 +95,7 @@ class QuantizeOptions(Options):
         None,
         gt=0,
         le=8,
-        description="choose bits per layer so that weights have this many on average",
+        description="choose bits per layer so that the blocks' weights have this many on average",
     )
     target_size: float | None = Field(
         None, gt=0, description="choose bits per layer so that quantized layers take this many MB"

@@ -20,6 +20,7 @@ from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.allocation import Choice, allocate, stored_bits
 from epmq_deploy.quantization.anchor_search import Scores, divergence, search_anchor
 from epmq_deploy.quantization.model import quantize_model
+from epmq_deploy.quantization.outer import quantize_outer
 from epmq_deploy.quantization.walk import QuantizedModel
 from epmq_deploy.tasks.accuracy import embeddings
 from epmq_deploy.tasks.data import Samples, batches
@@ -153,7 +154,12 @@ def plan_bits(options: QuantizeOptions, place: Workplace) -> dict[str, Any]:
         budget = options.target_bits * weights
     else:
         assert options.target_size is not None, "called with one of the two targets"
-        budget = options.target_size * 8e6
+        outer, _ = quantize_outer(model, set(result.errors), options)
+        taken = sum(
+            stored_bits(*linear.codes.shape, linear.bits, linear.group_size)
+            for linear in outer.values()
+        )
+        budget = options.target_size * 8e6 - taken
     try:
         chosen = allocate(choices, budget)
     except ValueError as error:

@@ -77,8 +77,8 @@ def test_json_goes_to_stdout_alone(
 ) -> None:
     assert run("quantize", chain / "merged", "-o", tmp_path / "q", "--json", "--method", "rtn") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["layers"] == 12
-    assert result["status"] == {"solved": 12, "kept": 3}
+    assert result["layers"] == 15
+    assert result["status"] == {"solved": 15}
 
 
 def test_quiet_prints_nothing(

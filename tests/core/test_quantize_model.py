@@ -18,12 +18,19 @@ from epmq_deploy.errors import MismatchError, NumericsError, RecipeError
 from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import family_of
+from epmq_deploy.quantization import outer
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.model import QuantizedModel, apply_quantized, quantize_model
 from epmq_deploy.quantization.quantize import calibration_samples, quantize
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.stage import read_manifest
 from epmq_deploy.tasks.data import batches
+
+OUTER = (
+    "vision_model.embeddings.patch_embedding",
+    "vision_model.embeddings.position_embedding",
+    "visual_projection",
+)
 
 
 @dataclass
@@ -91,16 +98,43 @@ def test_every_linear_layer_of_the_blocks_is_quantized(
     _, result = quantized(recipe, merged, method=method, group_size=16)
     family = family_of(merged)
     expected = {name for block in family.blocks(family.load(merged)) for name in block.layers}
-    assert set(result.layers) == expected
     assert len(expected) == 12
+    outside = {name for name in result.layers if name not in expected}
+    assert outside == set(OUTER)
+    assert expected <= set(result.layers)
     reported = {report.layer: report for report in result.reports}
     assert all(reported[name].status == "solved" for name in expected)
-    kept = {name for name, report in reported.items() if report.status == "kept"}
-    assert kept == {
-        "visual_projection",
-        "vision_model.embeddings.patch_embedding",
-        "vision_model.embeddings.position_embedding",
-    }
+    assert all(reported[name].bits == (8 if name in OUTER else 4) for name in result.layers)
+    assert not any(report.status == "kept" for report in result.reports)
+
+
+def test_what_is_outside_the_blocks_is_rounded_where_it_is_worth_it(
+    tiny: TinyZoo, merged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(tiny.recipe)
+    model, result = quantized(recipe, merged, method="rtn")
+    original = family_of(merged).load(merged)
+    for name in OUTER:
+        weight = original.get_parameter(f"{name}.weight")
+        rounded = model.get_parameter(f"{name}.weight")
+        assert rounded.shape == weight.shape
+        assert torch.equal(result.layers[name].dequantize().reshape(weight.shape), rounded)
+        assert 0 < (rounded - weight).norm() < 0.01 * weight.norm()
+    tables = [result.layers[name] for name in OUTER if name != "visual_projection"]
+    assert all(item.scales.shape[1] == 1 and item.symmetric for item in tables)
+
+    def kept(**options: object) -> dict[str, str]:
+        _, found = quantized(recipe, merged, method="rtn", **options)
+        reports = {report.layer: report for report in found.reports if report.status == "kept"}
+        assert not set(reports) & set(found.layers)
+        return {name: report.reason for name, report in reports.items()}
+
+    assert kept(outer=False) == dict.fromkeys(OUTER, "outside the blocks")
+    assert kept(skip=("visual_projection",)) == {"visual_projection": "skipped by option"}
+    monkeypatch.setattr(outer, "_WORTH", 0.02)
+    reasons = kept()
+    assert set(reasons) == {"vision_model.embeddings.position_embedding"}
+    assert "of the weights" in reasons["vision_model.embeddings.position_embedding"]
 
 
 def test_model_ends_with_the_artifact_s_weights(tiny: TinyZoo, merged: Path) -> None:
@@ -198,7 +232,7 @@ def test_batch_size_changes_nothing_but_rounding(tiny: TinyZoo, merged: Path) ->
 def test_skipped_layers_are_reported_and_left_alone(tiny: TinyZoo, merged: Path) -> None:
     model, result = quantized(load_recipe(tiny.recipe), merged, skip=("*.layers.0.*", "*.fc2"))
     assert not any("layers.0." in name or name.endswith("fc2") for name in result.layers)
-    assert len(result.layers) == 5
+    assert len(result.layers) == 5 + len(OUTER)
     skipped = [report.layer for report in result.reports if report.reason == "skipped by option"]
     assert len(skipped) == 7
     original = family_of(merged).load(merged)
