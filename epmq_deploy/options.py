@@ -5,6 +5,7 @@ from functools import reduce
 from operator import or_
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -23,3 +24,21 @@ def shared_fields(first: type[Options], second: type[Options]) -> set[str]:
 def union_by_method(members: Iterable[type[Options]]) -> Any:
     """A pydantic type accepting any of ``members``, told apart by their ``method`` field."""
     return Annotated[reduce(or_, members), Field(discriminator="method")]
+
+
+def layers_from_text(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """``PATTERN:option=value,...`` entries as a mapping.
+
+    Raises:
+        ValueError: an entry of another form.
+    """
+    found = {}
+    for entry in entries:
+        pattern, colon, assignments = str(entry).rpartition(":")
+        pairs = [item.partition("=") for item in assignments.split(",")]
+        if not colon or not all(equals for _, equals, _ in pairs):
+            raise ValueError(f"{entry!r} is not of the form PATTERN:option=value,...")
+        found[pattern] = {
+            key.strip().replace("-", "_"): yaml.safe_load(text) for key, _, text in pairs
+        }
+    return found

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from epmq_deploy.calibration.target import QuantizeOptions
+from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.calibration.targets.epmq import EpmqOptions
 from epmq_deploy.checkpoints import looks_like_hub_id

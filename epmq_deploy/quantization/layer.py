@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from epmq_deploy.calibration.options import CalibratedOptions, QuantizeOptions
 from epmq_deploy.calibration.statistics import GroupSums
-from epmq_deploy.calibration.target import CalibratedOptions, LayerProblem, QuantizeOptions
+from epmq_deploy.calibration.target import LayerProblem
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.quantization.grid import Grid, fit_grid
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear

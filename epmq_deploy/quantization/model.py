@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.target import CalibrationTarget, QuantizeOptions
+from epmq_deploy.calibration.options import QuantizeOptions
+from epmq_deploy.calibration.target import CalibrationTarget
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import Block, ModelFamily
 from epmq_deploy.progress import NoProgress, Progress

@@ -6,7 +6,7 @@ part of its file. At 8 bits rounding needs no calibration.
 
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.target import QuantizeOptions
+from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.quantization.grid import fit_grid
 from epmq_deploy.quantization.layer import LayerReport
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear

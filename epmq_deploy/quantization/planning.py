@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from epmq_deploy.calibration.target import LayerOptions, QuantizeOptions
+from epmq_deploy.calibration.options import LayerOptions, QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.calibration.targets.epmq import EpmqOptions
 from epmq_deploy.errors import RecipeError
@@ -156,7 +156,7 @@ def plan_bits(options: QuantizeOptions, place: Workplace) -> dict[str, Any]:
         assert options.target_size is not None, "called with one of the two targets"
         outer, _ = quantize_outer(model, set(result.errors), options)
         taken = sum(
-            stored_bits(*linear.codes.shape, linear.bits, linear.group_size)
+            stored_bits(linear.out_features, linear.in_features, linear.bits, linear.group_size)
             for linear in outer.values()
         )
         budget = options.target_size * 8e6 - taken

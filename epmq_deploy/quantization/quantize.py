@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 import torch
 
-from epmq_deploy.calibration.target import CalibratedOptions, QuantizeOptions
+from epmq_deploy.calibration.options import CalibratedOptions, QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.calibration.targets.epmq import EpmqOptions
 from epmq_deploy.errors import EpmqError, MismatchError
@@ -54,7 +54,7 @@ def quantize_fingerprint(recipe: Recipe, merged: str) -> tuple[str, dict[str, st
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
                 inputs[f"calibration:{name}"] = data_sha256(task.calibration)
-    return fingerprint("quantize", recipe.quantize.model_dump(mode="json"), inputs), inputs
+    return fingerprint("quantize", recipe.quantize.deciding, inputs), inputs
 
 
 def quantize(
@@ -92,7 +92,14 @@ def quantize(
     if finished.blocks:
         log.info("going on after %d finished blocks of an interrupted run", finished.blocks)
     options, plans = _planned(recipe, place, finished)
-    _, quantized = place.calibrate(options, finished=finished)
+    try:
+        _, quantized = place.calibrate(options, finished=finished)
+    except KeyboardInterrupt:
+        log.warning(
+            "interrupted with %d blocks finished; the same command goes on from there",
+            finished.blocks,
+        )
+        raise
     with atomic_folder(output) as folder:
         shutil.copytree(merged, folder / MERGED_FOLDER, copy_function=_link_or_copy)
         save_artifact(folder, quantized)

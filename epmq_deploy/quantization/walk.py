@@ -19,14 +19,9 @@ from epmq_deploy.calibration.activations import (
 from epmq_deploy.calibration.cache import ActivationCache, Kept
 from epmq_deploy.calibration.data_free import weight_statistics
 from epmq_deploy.calibration.norms import NormSums, fit_affine, pre_affine
+from epmq_deploy.calibration.options import CalibratedOptions, QuantizeOptions
 from epmq_deploy.calibration.statistics import Accumulator, GroupSums, TaskStatistics
-from epmq_deploy.calibration.target import (
-    CalibratedOptions,
-    CalibrationTarget,
-    Guide,
-    LayerWeights,
-    QuantizeOptions,
-)
+from epmq_deploy.calibration.target import CalibrationTarget, Guide, LayerWeights
 from epmq_deploy.calibration.tokens import TokenWeights, counted
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.models import Block, Group, ModelFamily

@@ -14,9 +14,9 @@ from pydantic import Field, model_validator
 
 from epmq_deploy.calibration.anchored import anchored_problem
 from epmq_deploy.calibration.hessian import GroupHessian, Hessian
+from epmq_deploy.calibration.options import CalibratedOptions
 from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
 from epmq_deploy.calibration.target import (
-    CalibratedOptions,
     CalibrationTarget,
     Guide,
     LayerProblem,

@@ -11,9 +11,9 @@ from pydantic import Field
 
 from epmq_deploy.calibration.anchored import anchored_problem
 from epmq_deploy.calibration.hessian import GroupHessian, Hessian
+from epmq_deploy.calibration.options import CalibratedOptions
 from epmq_deploy.calibration.statistics import GroupSums
 from epmq_deploy.calibration.target import (
-    CalibratedOptions,
     CalibrationTarget,
     Guide,
     LayerProblem,

@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 
 from epmq_deploy.calibration.hessian import GroupHessian, Hessian
+from epmq_deploy.calibration.options import CalibratedOptions
 from epmq_deploy.calibration.statistics import GroupSums
 from epmq_deploy.calibration.target import (
-    CalibratedOptions,
     CalibrationTarget,
     LayerProblem,
     LayerWeights,

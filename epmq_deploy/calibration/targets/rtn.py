@@ -5,13 +5,9 @@ from typing import Literal
 import torch
 
 from epmq_deploy.calibration.hessian import GroupHessian, Identity
+from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.calibration.statistics import GroupSums
-from epmq_deploy.calibration.target import (
-    CalibrationTarget,
-    LayerProblem,
-    LayerWeights,
-    QuantizeOptions,
-)
+from epmq_deploy.calibration.target import CalibrationTarget, LayerProblem, LayerWeights
 
 
 class RtnOptions(QuantizeOptions):
