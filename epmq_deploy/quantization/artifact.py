@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_deploy.quantization.layer import LayerReport
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
-from epmq_deploy.quantization.walk import QuantizedModel
+from epmq_deploy.quantization.quantized_model import QuantizedModel
 
 CODES_FILE = "quantized.safetensors"
 REPLACED_FILE = "replaced.safetensors"

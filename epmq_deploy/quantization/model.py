@@ -11,10 +11,12 @@ from epmq_deploy.calibration.target import CalibrationTarget
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import Block, ModelFamily
 from epmq_deploy.progress import NoProgress, Progress
+from epmq_deploy.quantization.guides import Experts
 from epmq_deploy.quantization.layer import LayerReport
 from epmq_deploy.quantization.outer import is_quantizable, quantize_outer
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
-from epmq_deploy.quantization.walk import Experts, QuantizedModel, TaskBatches, Walk
+from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.walk import TaskBatches, Walk
 
 
 class Finished(Protocol):

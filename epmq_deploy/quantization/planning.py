@@ -21,7 +21,7 @@ from epmq_deploy.quantization.allocation import Choice, allocate, stored_bits
 from epmq_deploy.quantization.anchor_search import Scores, divergence, search_anchor
 from epmq_deploy.quantization.model import quantize_model
 from epmq_deploy.quantization.outer import quantize_outer
-from epmq_deploy.quantization.walk import QuantizedModel
+from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.tasks.accuracy import embeddings
 from epmq_deploy.tasks.data import Samples, batches
 

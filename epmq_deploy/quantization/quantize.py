@@ -20,8 +20,8 @@ from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.artifact import save_artifact
 from epmq_deploy.quantization.planning import Workplace, plan_anchor, plan_bits, with_bits
+from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.quantization.resume import FinishedWork
-from epmq_deploy.quantization.walk import QuantizedModel
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.stage import (
     Manifest,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq_deploy.quantization.artifact import load_artifact, load_reports, save_artifact
-from epmq_deploy.quantization.walk import QuantizedModel
+from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.stage import atomic_folder, atomic_text
 
 _MARK = "fingerprint"

@@ -4,7 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,91 +25,14 @@ from epmq_deploy.calibration.target import CalibrationTarget, Guide, LayerWeight
 from epmq_deploy.calibration.tokens import TokenWeights, counted
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.models import Block, Group, ModelFamily
+from epmq_deploy.quantization.guides import Experts, MergedAsExpert
 from epmq_deploy.quantization.layer import LayerReport, quantize_layer, refit_bias
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.quantized_model import QuantizedModel
 
 log = logging.getLogger(__name__)
 
 # Per task, a function that yields batches of model inputs.
 TaskBatches = Mapping[str, Callable[[], Iterable[tuple[Tensor, ...]]]]
-
-
-class Experts(Protocol):
-    """Where guided targets get base and experts from, a piece at a time."""
-
-    @property
-    def tasks(self) -> Collection[str]:
-        """Names of the experts."""
-        ...
-
-    def base_tensor(self, name: str) -> Tensor:
-        """One of the base's tensors, float32, on the model's device."""
-        ...
-
-    def tensor(self, task: str, name: str) -> Tensor:
-        """One of an expert's tensors, float32, on the model's device."""
-        ...
-
-    def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
-        """A model with an expert's weights, but for the modules ``without``."""
-        ...
-
-    def module(self, task: str, name: str) -> nn.Module:
-        """One module with an expert's weights."""
-        ...
-
-
-class MergedAsExpert:
-    """The unquantized merged model in the place of every expert, for targets that aim at it.
-
-    Args:
-        model: the merged model; not modified.
-    """
-
-    tasks: Collection[str] = ()
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def base_tensor(self, name: str) -> Tensor:
-        """One of the merged model's tensors."""
-        return self._model.get_parameter(name)
-
-    def tensor(self, task: str, name: str) -> Tensor:
-        """One of the merged model's tensors."""
-        return self._model.get_parameter(name)
-
-    def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
-        """The merged model."""
-        return self._model
-
-    def module(self, task: str, name: str) -> nn.Module:
-        """One of the merged model's modules."""
-        return self._model.get_submodule(name)
-
-
-@dataclass
-class QuantizedModel:
-    """What quantizing a model, or some of its blocks, yields.
-
-    Attributes:
-        layers: codes and grids by layer name.
-        replaced: parameters given new values (re-fitted biases and norms), by parameter name.
-        reports: one per layer quantized or norm re-fitted, in running order, then those kept.
-        errors: per layer its error by width, where widths were probed.
-    """
-
-    layers: dict[str, QuantizedLinear] = field(default_factory=dict)
-    replaced: dict[str, Tensor] = field(default_factory=dict)
-    reports: list[LayerReport] = field(default_factory=list)
-    errors: dict[str, dict[int, float]] = field(default_factory=dict)
-
-    def extend(self, other: "QuantizedModel") -> None:
-        """Add the results of further blocks."""
-        self.layers |= other.layers
-        self.replaced |= other.replaced
-        self.reports += other.reports
-        self.errors |= other.errors
 
 
 @dataclass

@@ -17,7 +17,8 @@ from epmq_deploy.quantization import quantize as quantize_module
 from epmq_deploy.quantization.artifact import load_artifact, load_reports
 from epmq_deploy.quantization.planning import Workplace
 from epmq_deploy.quantization.quantize import calibration_samples, quantize
-from epmq_deploy.quantization.walk import QuantizedModel, Walk
+from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.walk import Walk
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.stage import read_manifest
 

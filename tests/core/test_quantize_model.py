@@ -20,8 +20,9 @@ from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.quantization import outer
 from epmq_deploy.quantization.artifact import load_artifact
-from epmq_deploy.quantization.model import QuantizedModel, apply_quantized, quantize_model
+from epmq_deploy.quantization.model import apply_quantized, quantize_model
 from epmq_deploy.quantization.quantize import calibration_samples, quantize
+from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.stage import read_manifest
 from epmq_deploy.tasks.data import batches
