@@ -46,7 +46,7 @@ class Zoo:
     def average(self, model: nn.Module) -> float:
         return sum(self.accuracy(model, task) for task in self.test) / len(self.test)
 
-    def quantized(self, **options: object) -> float:
+    def quantized(self, *, rounding: bool = True, **options: object) -> float:
         """Average accuracy after quantizing with the recipe's options but for ``options``."""
         recipe = override(self.recipe, "quantize", options)
         model = self.family.load(self.folder)
@@ -57,6 +57,7 @@ class Zoo:
             recipe.quantize,
             batches={task: (lambda kept=kept: kept) for task, kept in self.calibration.items()},
             experts=ExpertBackbone(open_sources(recipe), torch.device("cpu")),
+            rounding=rounding,
         )
         return self.average(model)
 
@@ -89,13 +90,55 @@ def test_epmq_at_4_bits_is_above_the_fp32_merged_model(merged_fp32: float, paper
     assert paper > merged_fp32 + 1
 
 
-def test_the_experts_features_help_further(zoo: Zoo, paper: float) -> None:
-    assert zoo.quantized(method="epmq", preset="features") > paper + 1
+@pytest.fixture(scope="module")
+def features(zoo: Zoo) -> float:
+    return zoo.quantized(method="epmq", preset="features")
 
 
-def test_gptq_at_4_bits_stays_at_the_fp32_merged_model(zoo: Zoo, merged_fp32: float) -> None:
+@pytest.fixture(scope="module")
+def default(zoo: Zoo) -> float:
+    return zoo.quantized()
+
+
+@pytest.fixture(scope="module")
+def gptq(zoo: Zoo) -> float:
+    return zoo.quantized(method="gptq", bits=4)
+
+
+def test_the_experts_features_help_further(paper: float, features: float) -> None:
+    assert features > paper + 1
+
+
+def test_the_experts_own_outputs_help_most(default: float, features: float) -> None:
+    assert default > features + 1
+
+
+def test_the_default_recovers_a_quarter_of_what_gptq_leaves(
+    zoo: Zoo, default: float, gptq: float
+) -> None:
+    expert = ExpertBackbone(open_sources(zoo.recipe), torch.device("cpu"))
+    experts = sum(zoo.accuracy(expert.become(task), task) for task in zoo.test) / len(zoo.test)
+    assert default - gptq >= 0.25 * (experts - gptq)
+
+
+def test_rounding_to_4_bits_costs_next_to_nothing(zoo: Zoo, default: float) -> None:
     # One standard error of an average over 4,000 images is about 0.7 points.
-    assert merged_fp32 - 2 < zoo.quantized(method="gptq", bits=4) <= merged_fp32 + 0.5
+    assert default > zoo.quantized(rounding=False) - 0.7
+
+
+def test_3_bits_are_above_gptq_at_4(zoo: Zoo, gptq: float) -> None:
+    assert zoo.quantized(bits=3) > gptq + 1
+
+
+def test_without_calibration_data_it_is_still_above_the_merged_model(
+    zoo: Zoo, merged_fp32: float
+) -> None:
+    assert zoo.quantized(method="epmq", preset="weights") > merged_fp32 + 1
+
+
+def test_gptq_at_4_bits_stays_at_the_fp32_merged_model(merged_fp32: float, gptq: float) -> None:
+    # One standard error of an average over 4,000 images is about 0.7 points.
+    assert merged_fp32 - 2 < gptq <= merged_fp32 + 0.5
 
 
 def test_gptq_is_above_rounding_at_3_bits(zoo: Zoo) -> None:
