@@ -138,7 +138,7 @@ def advance(
     with torch.inference_mode(), _remembering(batch, done or {}, None):
         output = batch.run(block)
     batch.answers.clear()
-    batch.hidden = cache.keep(output, dtype)
+    batch.hidden = cache.keep(output, dtype, owned=True)
 
 
 def record(
@@ -167,7 +167,10 @@ def record(
 
     def answer(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = cache.keep(output if module.bias is None else output - module.bias, dtype)
+            if module.bias is None:
+                seen[name] = cache.keep(output, dtype)
+            else:
+                seen[name] = cache.keep(output - module.bias, dtype, owned=True)
 
         return hook
 
@@ -186,7 +189,7 @@ def record(
             handle.remove()
     with torch.inference_mode():
         for name, inputs in entered.items():
-            seen[name] = cache.keep(pre_affine(norms[name], inputs), dtype)
+            seen[name] = cache.keep(pre_affine(norms[name], inputs), dtype, owned=True)
     return seen
 
 

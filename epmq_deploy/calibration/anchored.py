@@ -41,5 +41,5 @@ def anchored_problem(
         right.addr_(total, sums.mean, alpha=-1 / (sums.weight + bias_strength))
     target = chosen.solve(right, anchor)
     # W* H is the right-hand side.
-    size = float((target * right).sum())
+    size = float((target.to(torch.float64) * right).sum())
     return LayerProblem(target, chosen, size, bias_anchor, bias_strength)

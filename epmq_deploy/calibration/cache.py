@@ -22,6 +22,11 @@ class Kept:
 
     def value(self) -> Tensor:
         """The tensor, in the dtype and on the device it came in; the caller may change it."""
+        stored = self._load()
+        return stored.to(self._dtype, copy=True)
+
+    def peek(self) -> Tensor:
+        """As ``value``, but the caller may only read it."""
         return self._load().to(self._dtype)
 
 
@@ -42,15 +47,24 @@ class ActivationCache:
         self.in_memory = 0
         self.on_disk = 0
 
-    def keep(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Kept:
-        """Keep a floating-point tensor, stored as ``dtype`` (its own when absent)."""
+    def keep(
+        self, tensor: Tensor, dtype: torch.dtype | None = None, *, owned: bool = False
+    ) -> Kept:
+        """Keep a floating-point tensor.
+
+        Args:
+            tensor: to keep.
+            dtype: to store it in; its own when absent.
+            owned: nobody else will change it, so that it need not be copied.
+        """
         stored = tensor.detach().to(dtype or tensor.dtype)
         size = stored.numel() * stored.element_size()
         if self._limit is None or self.in_memory + size <= self._limit:
-            if stored.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr():
+            shared = stored.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+            if shared and not owned:
                 # The caller may change it, and a view would hold on to all of what it views.
                 stored = stored.clone()
-            kept = Kept(stored.clone, tensor.dtype)
+            kept = Kept(lambda: stored, tensor.dtype)
             self.in_memory += size
             weakref.finalize(kept, self._forget, size)
             return kept

@@ -17,7 +17,7 @@ class Factor:
     """``H + added I`` with rows and columns taken in ``order`` is ``lower lower^T``.
 
     Attributes:
-        lower: float64 ``[K, K]``, lower triangular.
+        lower: ``[K, K]``, lower triangular, in the Hessian's dtype.
         order: int64 ``[K]``; the solver fixes its last entry first.
         added: what was added to the diagonal, in the Hessian's units; 0 when not needed.
     """
@@ -31,12 +31,15 @@ class Hessian:
     """``H`` of ``tr((Q - W*) H (Q - W*)^T)``; factored when first needed, then kept.
 
     Attributes:
-        matrix: ``H``, float64 ``[K, K]``, symmetric; never modified.
+        matrix: ``H``, ``[K, K]``, symmetric; never modified. Factor, target and codes are computed
+            in its dtype.
         act_order: columns with the largest diagonal are fixed first, otherwise the first ones.
     """
 
-    def __init__(self, matrix: Tensor, *, act_order: bool = True) -> None:
-        self.matrix = matrix.to(torch.float64)
+    def __init__(
+        self, matrix: Tensor, *, act_order: bool = True, dtype: torch.dtype = torch.float64
+    ) -> None:
+        self.matrix = matrix.to(dtype)
         self.act_order = act_order
 
     @cached_property
@@ -65,7 +68,7 @@ class Hessian:
             ordered.diagonal().copy_(damped)
             lower, failed = torch.linalg.cholesky_ex(ordered)
             # What rounding leaves of a pivot that is zero in truth is no pivot.
-            least = len(diagonal) * torch.finfo(torch.float64).eps * damped
+            least = len(diagonal) * torch.finfo(damped.dtype).eps * damped
             if not int(failed) and bool((lower.diagonal().square() > least).all()):
                 return Factor(lower, order, added)
         return None
@@ -83,18 +86,19 @@ class Hessian:
         """``W*`` with ``W* H = right``; damping, where it was needed, pulls it to ``anchor``.
 
         Args:
-            right: float64 ``[N, K]``.
+            right: float ``[N, K]``.
             anchor: float ``[N, K]``; the answer where ``H`` cannot be factored.
         """
         if self.factor is None:
-            return anchor.to(torch.float64)
+            return anchor.to(self.matrix.dtype)
         lower, order, added = self.factor.lower, self.factor.order, self.factor.added
+        right = right.to(lower.dtype)
         if added:
-            right = right + added * anchor
+            right = right + added * anchor.to(lower.dtype)
         # Laid out column by column, which is how the solver goes through it.
         half = torch.linalg.solve_triangular(lower.T, right[:, order], upper=True, left=False)
         found = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
-        solved = torch.empty(right.T.shape, dtype=torch.float64, device=right.device)
+        solved = torch.empty(right.T.shape, dtype=right.dtype, device=right.device)
         solved[order] = found.T
         return solved.T
 
@@ -151,4 +155,4 @@ class GroupHessian:
         if self._weight <= 0:
             return self.plain
         matrix = torch.addr(self.plain.matrix, self._mean, self._mean, alpha=-1 / self._weight)
-        return Hessian(matrix, act_order=self.plain.act_order)
+        return Hessian(matrix, act_order=self.plain.act_order, dtype=matrix.dtype)

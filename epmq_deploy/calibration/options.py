@@ -3,6 +3,7 @@
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from epmq_deploy.options import Options, layers_from_text
@@ -122,10 +123,15 @@ class CalibratedOptions(QuantizeOptions):
         description="weight, in the last block, of tokens that no head reads; 1 unless the method "
         "says otherwise",
     )
-    products: Literal["float32", "bfloat16"] = Field(
+    products: Literal["auto", "float32", "bfloat16"] = Field(
         "float32",
-        description="dtype in which products of activations are computed (sums stay float32); "
-        "bfloat16 is faster where the processor has matrix units for it",
+        description="dtype in which products of activations are computed (sums stay float32); auto "
+        "takes bfloat16 where the processor has units for it, which is two to three times as fast",
+    )
+    solver: Literal["float32", "float64"] = Field(
+        "float64",
+        description="dtype in which Hessians are factored and codes chosen; float32 takes half the "
+        "time and is exact enough where the anchor keeps Hessians well-conditioned",
     )
     cache_limit: float | None = Field(
         4.0, ge=0, description="GiB of activations held in memory; the rest goes to disk"
@@ -143,6 +149,23 @@ class CalibratedOptions(QuantizeOptions):
         return self.model_dump(mode="json", exclude={"cache_limit"})
 
     @property
+    def products_dtype(self) -> torch.dtype:
+        """``products`` as torch's."""
+        if self.products == "auto":
+            return torch.bfloat16 if _has_bfloat16_units() else torch.float32
+        return torch.bfloat16 if self.products == "bfloat16" else torch.float32
+
+    @property
+    def solver_dtype(self) -> torch.dtype:
+        """``solver`` as torch's."""
+        return torch.float64 if self.solver == "float64" else torch.float32
+
+    @property
     def cache_bytes(self) -> int | None:
         """``cache_limit`` in bytes."""
         return None if self.cache_limit is None else int(self.cache_limit * 2**30)
+
+
+def _has_bfloat16_units() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

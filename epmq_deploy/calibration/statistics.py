@@ -105,14 +105,14 @@ class Accumulator:
         self._output_sum[layer] = self._output_sum[layer] + _total(wanted, roots)
 
     def statistics(self) -> TaskStatistics:
-        """Weighted means over all tokens added.
+        """Weighted means over all tokens added; ends the accumulation.
 
         Raises:
             NumericsError: no token with a positive weight was added, or sums are not finite.
         """
         if self._gram is None or self._sum is None or self._weight == 0:
             raise NumericsError("no calibration tokens reached the layer")
-        gram = self._gram / self._weight
+        gram = self._gram.div_(self._weight)
         _mirror(gram)
         # Its trace is a sum of squares: NaN or infinite as soon as one activation is.
         if not math.isfinite(float(gram.trace())):
@@ -121,7 +121,7 @@ class Accumulator:
             gram,
             self._sum / self._weight,
             self._tokens,
-            {layer: cross / self._weight for layer, cross in self._cross.items()},
+            {layer: cross.div_(self._weight) for layer, cross in self._cross.items()},
             {layer: total / self._weight for layer, total in self._output_sum.items()},
         )
 
@@ -168,11 +168,11 @@ class GroupSums:
     With task weights ``s_t``, inputs' Gram ``C_t`` and mean ``mu_t``:
 
     Attributes:
-        gram: ``sum s_t C_t``, float64 ``[K, K]``.
+        gram: ``sum s_t C_t``, ``[K, K]`` in the dtype of the tasks' statistics.
         mean: ``sum s_t mu_t``, float64 ``[K]``.
         weight: ``sum s_t``.
         tokens: tokens of all tasks together.
-        cross: per layer ``sum s_t G_t``, float64 ``[N, K]``, for expert-guided targets.
+        cross: per layer ``sum s_t G_t``, ``[N, K]`` likewise, for expert-guided targets.
         output_mean: per layer ``sum s_t mean(y_t)`` with biases, float64 ``[N]``, likewise.
         biases: per layer and task ``s_t b_t`` and ``mu_t``, for targets that fit biases jointly.
     """
@@ -206,13 +206,16 @@ class GroupSums:
             weight: ``s_t``.
             biases: per layer what is added to its wanted outputs, ``[N]``.
         """
+        # Each of few terms is as exact as a float32 product; adding them up costs no digits.
+        if self.gram.dtype != statistics.gram.dtype:
+            self.gram = self.gram.to(statistics.gram.dtype)
         self.gram.add_(statistics.gram, alpha=weight)
         self.mean.add_(statistics.mean, alpha=weight)
         self.weight += weight
         self.tokens += statistics.tokens
         for layer, cross in statistics.cross.items():
             if layer not in self.cross:
-                self.cross[layer] = torch.zeros_like(cross, dtype=torch.float64)
+                self.cross[layer] = torch.zeros_like(cross)
                 self.output_mean[layer] = torch.zeros_like(statistics.output_mean[layer])
             self.cross[layer].add_(cross, alpha=weight)
             self.output_mean[layer].add_(statistics.output_mean[layer], alpha=weight)

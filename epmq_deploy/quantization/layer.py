@@ -181,7 +181,7 @@ def fit_bias(
     """
     target = sums.output_mean.get(name)
     if target is None:
-        target = problem.weight @ sums.mean + sums.weight * bias.to(torch.float64)
+        target = problem.weight.to(torch.float64) @ sums.mean + sums.weight * bias.to(torch.float64)
     anchor = (bias if problem.bias_anchor is None else problem.bias_anchor).to(torch.float64)
     missing = target - dequantized.to(torch.float64) @ sums.mean + problem.bias_damping * anchor
     return (missing / (sums.weight + problem.bias_damping)).to(torch.float32)

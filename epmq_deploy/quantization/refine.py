@@ -44,7 +44,7 @@ def refine(
 
     Args:
         weight: the target ``W*``, float ``[N, K]``; left unmodified.
-        hessian: float64 ``[K, K]``, symmetric positive definite.
+        hessian: ``[K, K]``, symmetric positive definite; all is computed in its dtype.
         codes: uint8 ``[N, K]`` to start from; left unmodified.
         grid: the grid they are on; left unmodified.
         objective: of these codes; only decides when to stop.
@@ -75,29 +75,30 @@ class _State:
     """Codes, scales and errors with one row per column of the weight, so that rows are contiguous.
 
     Attributes:
-        scales: float64 ``[G, N]``, float32 values.
-        zeros: float64 ``[G, N]``.
-        steps: codes minus zero points, float64 ``[K, N]``.
-        errors: ``Q - W``, float64 ``[K, N]``.
+        scales: ``[G, N]``, float32 values in the Hessian's dtype, as everything here.
+        zeros: ``[G, N]``.
+        steps: codes minus zero points, ``[K, N]``.
+        errors: ``Q - W``, ``[K, N]``.
     """
 
     def __init__(
         self, weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, block_size: int
     ) -> None:
-        self.hessian, self.block_size = hessian.to(torch.float64), block_size
-        self.scales = grid.scales.to(torch.float64).T.contiguous()
-        self.zeros = grid.zero_points.to(torch.float64).T.contiguous()
+        self.hessian, self.block_size = hessian, block_size
+        self.round = ROUND[hessian.dtype]
+        self.scales = grid.scales.to(hessian.dtype).T.contiguous()
+        self.zeros = grid.zero_points.to(hessian.dtype).T.contiguous()
         self.least, self.most = -self.zeros, 2**grid.bits - 1 - self.zeros
         self.curvatures = self.hessian.diagonal().tolist()
         columns = len(self.curvatures)
         starts = range(0, columns, grid.group_size)
         self.groups = [slice(start, min(start + grid.group_size, columns)) for start in starts]
-        self.steps = codes.T.to(torch.float64, memory_format=torch.contiguous_format)
+        self.steps = codes.T.to(hessian.dtype, memory_format=torch.contiguous_format)
         self.errors = torch.empty_like(self.steps)
         for group, part in enumerate(self.groups):
             self.steps[part] -= self.zeros[group]
             self.errors[part] = self.steps[part] * self.scales[group]
-        self.errors -= weight.T
+        self.errors -= weight.T.to(hessian.dtype)
 
     def sweep(self) -> float:
         """Improve every scale and every code once; how much the objective fell."""
@@ -128,8 +129,8 @@ class _State:
         pull = self.hessian[part, part] @ steps
         slope = (steps * gradient).sum(dim=0)
         curvature = (steps * pull).sum(dim=0)
-        best = old - slope / curvature.clamp(min=torch.finfo(torch.float64).tiny)
-        new = best.to(torch.float32).to(torch.float64)
+        best = old - slope / curvature.clamp(min=torch.finfo(old.dtype).tiny)
+        new = best.to(torch.float32).to(old.dtype)
         change = new - old
         gain = -change * (2 * slope + change * curvature)
         better = (new > 0) & (gain > 0)
@@ -147,9 +148,9 @@ class _State:
         hessian = self.hessian[part, part]
         curvatures = self.curvatures[part]
         scale, inverse = self.scales[group], 1 / self.scales[group]
-        least, most = ROUND + self.least[group], ROUND + self.most[group]
-        # Steps are held with ROUND added, where every sum comes out rounded to whole steps.
-        steps = self.steps[part] + ROUND
+        least, most = self.round + self.least[group], self.round + self.most[group]
+        # Steps are held with that constant added, where every sum comes out rounded to whole steps.
+        steps = self.steps[part] + self.round
         new, moves = torch.empty_like(steps), torch.empty_like(steps)
         # Indexing tensors row by row would take as long as the arithmetic.
         rows = list(
@@ -167,7 +168,7 @@ class _State:
                 torch.clamp(best, least, most, out=best)
                 torch.sub(best, step, out=move).mul_(scale)
         self.errors[part] += moves
-        torch.sub(new, ROUND, out=self.steps[part])
+        torch.sub(new, self.round, out=self.steps[part])
         diagonal = self.hessian.diagonal()[part, None]
         return -(moves * (2 * gradient + diagonal * moves)).sum()
 

@@ -14,9 +14,9 @@ from epmq_deploy.calibration.hessian import Factor, Hessian
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.quantization.grid import Grid, expand_groups, quantize_to_codes
 
-# Adding it rounds float64 below 2**51 to whole numbers, ties to even. torch.round does so too, but
-# wakes threads for 2048 values, which takes longer than the work.
-ROUND = 1.5 * 2**52
+# Adding it rounds smaller numbers to whole ones, ties to even. torch.round does so too, but wakes
+# threads for 2048 values, which takes longer than the work.
+ROUND = {torch.float64: 1.5 * 2**52, torch.float32: 1.5 * 2**23}
 # Columns per matrix product outside of blocks: fewer leave the processor waiting for memory.
 PANEL = 256
 
@@ -111,7 +111,7 @@ def _quantize_columns(
     """Codes of all columns in turn, uint8 ``[N, K]``, and their objective."""
     lower, order = factor.lower, factor.order
     # One row per column, so that every column is contiguous.
-    wanted = weight.to(torch.float64).T[order]
+    wanted = weight.to(lower.dtype).T[order]
     work = _Columns(wanted, lower, order, grid)
     objective = torch.zeros((), dtype=torch.float64, device=weight.device)
     for stop in range(len(order), 0, -PANEL):
@@ -126,9 +126,9 @@ def _quantize_columns(
             block -= inner / lower.diagonal()[first:last, None]
             work.quantize(block, first, last)
         missed = work.errors[start:stop] + wanted[start:stop] - centres
-        objective += (missed * pivots).square().sum()
+        objective += (missed * pivots).square().sum(dtype=torch.float64)
     codes = torch.empty(wanted.shape, dtype=torch.uint8, device=weight.device)
-    zeros = grid.zero_points.T.to(torch.float64)
+    zeros = grid.zero_points.T.to(wanted.dtype)
     codes[order] = work.steps.add_(zeros[order // grid.group_size]).to(torch.uint8)
     return codes.T.contiguous(), float(objective)
 
@@ -137,22 +137,23 @@ class _Columns:
     """Columns being quantized, one per row, in the factor's order.
 
     Attributes:
-        steps: codes minus zero points, float64 ``[K, N]``.
+        steps: codes minus zero points, ``[K, N]``, in the factor's dtype.
         errors: quantized minus wanted, likewise.
     """
 
     def __init__(self, wanted: Tensor, lower: Tensor, order: Tensor, grid: Grid) -> None:
         self.steps, self.errors = torch.empty_like(wanted), torch.empty_like(wanted)
-        scales = grid.scales.T.contiguous().to(torch.float64)
-        zeros = grid.zero_points.T.contiguous().to(torch.float64)
+        scales = grid.scales.T.contiguous().to(wanted.dtype)
+        zeros = grid.zero_points.T.contiguous().to(wanted.dtype)
+        self._round = ROUND[wanted.dtype]
         # Indexing tensors row by row would take as long as the arithmetic.
         self._rows = [part.unbind() for part in (self.steps, self.errors, wanted)]
-        bounds = (ROUND - zeros, ROUND + 2**grid.bits - 1 - zeros)
+        bounds = (self._round - zeros, self._round + 2**grid.bits - 1 - zeros)
         self._grid = [part.unbind() for part in (scales, 1 / scales, *bounds)]
         self._groups = (order // grid.group_size).tolist()
         self._pivots = lower.diagonal().tolist()
         self._lower = lower
-        self._zero = torch.full_like(wanted[0], ROUND)
+        self._zero = torch.full_like(wanted[0], self._round)
 
     def quantize(self, centres: Tensor, first: int, last: int) -> None:
         """Quantize columns ``first`` to ``last``, from the last one on.
@@ -174,7 +175,7 @@ class _Columns:
                 centre.addmv_(errors[index + 1 :].T, column, alpha=-1 / self._pivots[c])
             step, error = all_steps[c], all_errors[c]
             torch.addcmul(self._zero, centre, inverses[group], out=step)
-            torch.clamp(step, least[group], most[group], out=step).sub_(ROUND)
+            torch.clamp(step, least[group], most[group], out=step).sub_(self._round)
             torch.mul(step, scales[group], out=error).sub_(all_wanted[c])
 
 

@@ -84,7 +84,7 @@ class Walk:
         calibrated = options if isinstance(options, CalibratedOptions) else None
         self._cache = ActivationCache(calibrated.cache_bytes if calibrated else None)
         self._cache_dtype = getattr(torch, calibrated.cache_dtype if calibrated else "float32")
-        self._products = getattr(torch, calibrated.products if calibrated else "float32")
+        self._products = calibrated.products_dtype if calibrated else torch.float32
         self._others = target.unpooled_weight(options)
         self._mix = target.mix(options)
         self._norm_mix = target.norm_mix(options)
@@ -205,7 +205,7 @@ class Walk:
                 own, token_weights = counted(pre_affine(norm, inputs), weights)
                 wanted = own
                 if mix and task.seen:
-                    theirs, _ = counted(task.seen[index][name].value(), weights)
+                    theirs, _ = counted(task.seen[index][name].peek(), weights)
                     wanted = torch.lerp(own, theirs, mix)
                 wanted = wanted * expert_gain
                 task_sums.add(
@@ -311,7 +311,7 @@ class Walk:
             inputs = input_of(student, first, batch, done, self._cache)
             features = {}
             if task.seen:
-                features = {name: task.seen[index][name].value() for name in names}
+                features = {name: task.seen[index][name].peek() for name in names}
             accumulator.add(
                 inputs,
                 self._token_weights(task, index, inputs, pooled),

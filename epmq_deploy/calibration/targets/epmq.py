@@ -146,7 +146,7 @@ class Epmq(CalibrationTarget[EpmqOptions]):
         strength = options.values.anchor
         matrix = sums.gram.clone()
         matrix.diagonal().add_(strength)
-        plain = Hessian(matrix, act_order=options.act_order)
+        plain = Hessian(matrix, act_order=options.act_order, dtype=options.solver_dtype)
         return GroupHessian(plain, sums.mean, sums.weight + strength)
 
     def problem(

@@ -48,7 +48,11 @@ class Gptaq(CalibrationTarget[GptaqOptions]):
         """See base."""
         matrix = sums.gram.clone()
         matrix.diagonal().add_(_strength(sums, options))
-        return GroupHessian(Hessian(matrix, act_order=options.act_order), sums.mean, sums.weight)
+        return GroupHessian(
+            Hessian(matrix, act_order=options.act_order, dtype=options.solver_dtype),
+            sums.mean,
+            sums.weight,
+        )
 
     def problem(
         self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: GptaqOptions
