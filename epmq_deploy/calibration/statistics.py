@@ -76,7 +76,7 @@ class Accumulator:
         """
         rows, roots = weigh(inputs.to(torch.float32), weights)
         if self._gram is None or self._sum is None:
-            self._gram = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self._gram = _zeros(rows.shape[1], rows.shape[1], like=rows)
             self._sum = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
         low = rows.to(self._dtype)
         _add_gram(self._gram, low)
@@ -98,8 +98,7 @@ class Accumulator:
 
     def _add_wanted(self, layer: str, rows: Tensor, wanted: Tensor, roots: Tensor) -> None:
         if layer not in self._cross:
-            shape = wanted.shape[1], rows.shape[1]
-            self._cross[layer] = torch.zeros(shape, device=rows.device)
+            self._cross[layer] = _zeros(wanted.shape[1], rows.shape[1], like=rows)
             self._output_sum[layer] = torch.zeros((), dtype=torch.float64, device=rows.device)
         _add_product(self._cross[layer], wanted, rows)
         self._output_sum[layer] = self._output_sum[layer] + _total(wanted, roots)
@@ -124,6 +123,12 @@ class Accumulator:
             {layer: cross.div_(self._weight) for layer, cross in self._cross.items()},
             {layer: total / self._weight for layer, total in self._output_sum.items()},
         )
+
+
+def _zeros(rows: int, columns: int, *, like: Tensor) -> Tensor:
+    """Sums to start from, which may be changed in place whether or not inference mode is on."""
+    with torch.inference_mode(False):
+        return torch.zeros(rows, columns, device=like.device)
 
 
 def _add_gram(total: Tensor, rows: Tensor) -> None:

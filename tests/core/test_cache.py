@@ -44,4 +44,4 @@ def test_a_view_does_not_hold_on_to_the_whole() -> None:
     whole = torch.randn(1000, 10)
     kept = ActivationCache().keep(whole[:1])
     assert kept.value().untyped_storage().nbytes() == 40
-    assert kept._load.__self__.untyped_storage().nbytes() == 40  # type: ignore[attr-defined]
+    assert kept.peek().untyped_storage().nbytes() == 40
