@@ -98,8 +98,8 @@ class Suite:
         return sum(scores) / len(scores)
 
 
-def load_suite(recipe: Recipe, folder: Path, held_back: bool) -> Suite:
-    """Merge into ``folder`` and load all samples."""
+def load_suite(recipe: Recipe, folder: Path, held_back: bool, limit: int | None = None) -> Suite:
+    """Merge into ``folder`` and load all samples; of test samples at most ``limit`` per task."""
     merge(recipe, folder)
     family = family_of(folder)
     calibration, scored = {}, {}
@@ -113,7 +113,7 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool) -> Suite:
         calibration[task] = inputs
         source = recipe.tasks[task].evaluation
         assert source is not None, f"task {task} has no evaluation data"
-        test = load_samples(task, source, family)
+        test = load_samples(task, source, family, limit=limit)
         scored[task] = list(batches(test, family, folder, 64)), test.labels()
     features = family.embedding_width(family.load(folder), folder)
     heads = build_heads(recipe.tasks, family, folder, features)

@@ -33,8 +33,10 @@ METHODS = {
     "E-PMQ weights": "epmq,preset=weights",
     "E-PMQ default": "epmq",
 }
+# Measured below 4 bits too.
+NARROW = ("RTN", "GPTQ", "E-PMQ paper", "E-PMQ default")
 # Measured with several seeds and sample counts.
-FOLLOWED = ("GPTQ", "E-PMQ paper", "E-PMQ features", "E-PMQ default")
+FOLLOWED = ("GPTQ", "E-PMQ default")
 DEFAULT = "E-PMQ default"
 BITS = (4, 3, 2)
 SEEDS = (0, 1, 2)
@@ -76,7 +78,7 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
         store.add(f"{name}/fp32", suite.average(suite.family.load(suite.folder)))
     for method, variant in METHODS.items():
         for bits in BITS:
-            if first or bits == BITS[0] or method == DEFAULT:
+            if bits == BITS[0] or (first and method in NARROW):
                 figure(f"{method}/{bits}", f"{variant},bits={bits}", suite)
     figure(f"{DEFAULT}/unrounded", "epmq,rounding=false", suite)
     if not first:
@@ -109,7 +111,7 @@ def tables(figures: dict[str, Any], merges: list[str]) -> str:
         "|---|--:|--:|" + "--:|" * len(METHODS),
     ]
     for merge in merges:
-        for bits in BITS:
+        for bits in BITS if merge == merges[0] else BITS[:1]:
             keys = [f"{merge}/{method}/{bits}" for method in METHODS]
             row = [f"{figures[key]:.2f}" if key in figures else "" for key in keys]
             fp32 = f"{figures[f'{merge}/fp32']:.2f}"
@@ -139,13 +141,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, default=ZOO)
     parser.add_argument("--name", default="zoo")
+    parser.add_argument("--limit", type=int, help="test samples per task; all when absent")
     parser.add_argument("--set", action="append", default=[], metavar="section.option=value")
     arguments = parser.parse_args()
     store = Store(RESULTS / f"suite_{arguments.name}.json")
     for index, (name, settings) in enumerate(MERGES.items()):
         recipe = assign(load_recipe(arguments.recipe), [*arguments.set, *settings])
         with tempfile.TemporaryDirectory() as work:
-            suite = load_suite(recipe, Path(work) / "merged", held_back=False)
+            merged = Path(work) / "merged"
+            suite = load_suite(recipe, merged, held_back=False, limit=arguments.limit)
             if "experts" not in store.figures:
                 store.add("experts", suite.experts_average())
                 base = suite.family.load(Path(recipe.base.path))

@@ -1,5 +1,6 @@
 """Options of quantization: what every method has, and what those with calibration data have."""
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
@@ -107,7 +108,7 @@ class CalibratedOptions(QuantizeOptions):
         True, description="quantize columns by decreasing Hessian diagonal (static groups)"
     )
     refine: int = Field(
-        3,
+        1,
         ge=0,
         description="most sweeps of coordinate descent over codes and scales after the solver",
     )
@@ -123,15 +124,16 @@ class CalibratedOptions(QuantizeOptions):
         description="weight, in the last block, of tokens that no head reads; 1 unless the method "
         "says otherwise",
     )
-    products: Literal["auto", "float32", "bfloat16"] = Field(
-        "float32",
+    products: Literal["auto", "float32", "bfloat16"] | None = Field(
+        None,
         description="dtype in which products of activations are computed (sums stay float32); auto "
-        "takes bfloat16 where the processor has units for it, which is two to three times as fast",
+        "takes bfloat16 where the processor has units for it, which is two to three times as fast; "
+        "auto for epmq, else float32",
     )
-    solver: Literal["float32", "float64"] = Field(
-        "float64",
-        description="dtype in which Hessians are factored and codes chosen; float32 takes half the "
-        "time and is exact enough where the anchor keeps Hessians well-conditioned",
+    solver: Literal["float32", "float64"] | None = Field(
+        None,
+        description="dtype in which Hessians are factored and codes chosen; float32 for epmq, "
+        "whose anchor keeps Hessians well-conditioned, else float64",
     )
     cache_limit: float | None = Field(
         4.0, ge=0, description="GiB of activations held in memory; the rest goes to disk"
@@ -149,6 +151,24 @@ class CalibratedOptions(QuantizeOptions):
         return self.model_dump(mode="json", exclude={"cache_limit"})
 
     @property
+    def cache_bytes(self) -> int | None:
+        """``cache_limit`` in bytes."""
+        return None if self.cache_limit is None else int(self.cache_limit * 2**30)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """In which dtypes a method computes.
+
+    Attributes:
+        products: of activations: ``auto``, ``float32`` or ``bfloat16``.
+        solver: of Hessians and codes: ``float32`` or ``float64``.
+    """
+
+    products: str = "float32"
+    solver: str = "float64"
+
+    @property
     def products_dtype(self) -> torch.dtype:
         """``products`` as torch's."""
         if self.products == "auto":
@@ -159,11 +179,6 @@ class CalibratedOptions(QuantizeOptions):
     def solver_dtype(self) -> torch.dtype:
         """``solver`` as torch's."""
         return torch.float64 if self.solver == "float64" else torch.float32
-
-    @property
-    def cache_bytes(self) -> int | None:
-        """``cache_limit`` in bytes."""
-        return None if self.cache_limit is None else int(self.cache_limit * 2**30)
 
 
 def _has_bfloat16_units() -> bool:

@@ -10,14 +10,15 @@ completing the square gives ``H = sum_t s_t C_t + lambda I`` and
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from epmq_deploy.calibration.hessian import GroupHessian, Hessian
-from epmq_deploy.calibration.options import CalibratedOptions, QuantizeOptions
+from epmq_deploy.calibration.options import Arithmetic, CalibratedOptions, QuantizeOptions
 from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
 
 
@@ -83,11 +84,13 @@ class CalibrationTarget(ABC, Generic[O]):
         options: its option model, with a literal ``method`` field naming it.
         summary: one line with the source.
         guide: whose weights and outputs it needs: the unquantized merged model's, the experts'.
+        arithmetic: in which dtypes it computes unless the options say otherwise.
     """
 
     options: type[O]
     summary: ClassVar[str]
     guide: ClassVar[Guide] = Guide.NOTHING
+    arithmetic: ClassVar[Arithmetic] = Arithmetic()
 
     @property
     def name(self) -> str:
@@ -98,6 +101,16 @@ class CalibrationTarget(ABC, Generic[O]):
     def uses_experts(self) -> bool:
         """Whether base and experts must be there."""
         return self.guide is Guide.EXPERTS
+
+    def products_dtype(self, options: QuantizeOptions) -> torch.dtype:
+        """In which dtype products of activations are computed."""
+        given = getattr(options, "products", None)
+        return replace(self.arithmetic, products=given or self.arithmetic.products).products_dtype
+
+    def solver_dtype(self, options: QuantizeOptions) -> torch.dtype:
+        """In which dtype Hessians are factored and codes chosen."""
+        given = getattr(options, "solver", None)
+        return replace(self.arithmetic, solver=given or self.arithmetic.solver).solver_dtype
 
     def is_data_free(self, options: O) -> bool:
         """Whether statistics come from weights alone."""

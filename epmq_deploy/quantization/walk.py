@@ -84,7 +84,7 @@ class Walk:
         calibrated = options if isinstance(options, CalibratedOptions) else None
         self._cache = ActivationCache(calibrated.cache_bytes if calibrated else None)
         self._cache_dtype = getattr(torch, calibrated.cache_dtype if calibrated else "float32")
-        self._products = calibrated.products_dtype if calibrated else torch.float32
+        self._products = target.products_dtype(options)
         self._others = target.unpooled_weight(options)
         self._mix = target.mix(options)
         self._norm_mix = target.norm_mix(options)

@@ -1,6 +1,6 @@
 """Calibration targets: the identity behind them, and their limits."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from epmq_deploy.calibration.targets.gptq import GptqOptions
 from epmq_deploy.quantization.layer import fit_bias, quantize_layer
 
 ROWS, COLUMNS = 6, 24
+EXACT: dict[str, Any] = {"solver": "float64"}
 
 
 def inputs_of(seed: int, tokens: int = 80) -> Tensor:
@@ -72,7 +73,9 @@ def epmq_sums(
 def test_stated_objective_equals_the_solver_s_up_to_a_constant(
     normalization: Literal["frobenius", "none"], alpha: float, rho: float
 ) -> None:
-    options = EpmqOptions(anchor=0.3, alpha=alpha, rho=rho, normalization=normalization)
+    options = EpmqOptions(
+        solver="float64", anchor=0.3, alpha=alpha, rho=rho, normalization=normalization
+    )
     inputs, own = [inputs_of(1), inputs_of(2, 50)], [inputs_of(8), inputs_of(9, 50)]
     experts, merged, base = [weight_of(3), weight_of(4)], weight_of(5), weight_of(10)
     sums = epmq_sums(inputs, experts, options, own)
@@ -122,7 +125,9 @@ def joint_brute_force(
 
 @pytest.mark.parametrize("rho", [1.0, 2.2])
 def test_joint_bias_equals_least_squares_with_a_column_of_ones(rho: float) -> None:
-    options = EpmqOptions(anchor=0.3, alpha=0.0, rho=rho, normalization="none", bias="joint")
+    options = EpmqOptions(
+        solver="float64", anchor=0.3, alpha=0.0, rho=rho, normalization="none", bias="joint"
+    )
     inputs, experts = [inputs_of(1), inputs_of(2, 50) - 2], [weight_of(3), weight_of(4)]
     biases, merged, base = [bias_of(1), bias_of(2)], weight_of(5), weight_of(10)
     sums = epmq_sums(inputs, experts, options, biases=biases)
@@ -140,7 +145,9 @@ def test_joint_bias_equals_least_squares_with_a_column_of_ones(rho: float) -> No
 
 
 def test_joint_objective_is_that_of_every_weight_with_its_best_bias() -> None:
-    options = EpmqOptions(anchor=0.3, alpha=0.0, rho=1.0, normalization="none", bias="joint")
+    options = EpmqOptions(
+        solver="float64", anchor=0.3, alpha=0.0, rho=1.0, normalization="none", bias="joint"
+    )
     inputs, experts = [inputs_of(1), inputs_of(2, 50) - 2], [weight_of(3), weight_of(4)]
     biases, merged = [bias_of(1), bias_of(2)], weight_of(5)
     sums = epmq_sums(inputs, experts, options, biases=biases)
@@ -182,7 +189,7 @@ def test_joint_gptq_keeps_its_target_and_loses_less() -> None:
 
 
 def test_layers_of_a_group_share_one_factor() -> None:
-    options = EpmqOptions(preset="paper", bias="joint")
+    options = EpmqOptions(**EXACT, preset="paper", bias="joint")
     sums = epmq_sums([inputs_of(1)], [weight_of(2)], options, biases=[bias_of(1)])
     hessian = EPMQ.hessian(sums, options)
     bare = EPMQ.problem(LayerWeights("layer", weight_of(3)), sums, hessian, options)
@@ -195,14 +202,14 @@ def test_layers_of_a_group_share_one_factor() -> None:
 
 
 def test_presets_differ_and_single_options_win_over_them() -> None:
-    assert EPMQ.mix(EpmqOptions(preset="paper")) == 0
-    assert EPMQ.mix(EpmqOptions(preset="features")) == 0.25
-    options = EpmqOptions(preset="features", rho=1.5)
+    assert EPMQ.mix(EpmqOptions(**EXACT, preset="paper")) == 0
+    assert EPMQ.mix(EpmqOptions(**EXACT, preset="features")) == 0.25
+    options = EpmqOptions(**EXACT, preset="features", rho=1.5)
     assert (options.values.rho, options.values.alpha) == (1.5, 0.25)
 
 
 def test_one_expert_without_anchor_is_the_expert() -> None:
-    options = EpmqOptions(preset="paper", anchor=1e-12)
+    options = EpmqOptions(**EXACT, preset="paper", anchor=1e-12)
     sums = epmq_sums([inputs_of(1)], [weight_of(2)], options)
     problem = EPMQ.problem(
         LayerWeights("layer", weight_of(3)), sums, EPMQ.hessian(sums, options), options
@@ -211,7 +218,7 @@ def test_one_expert_without_anchor_is_the_expert() -> None:
 
 
 def test_a_heavy_anchor_is_the_merged_model_rounded() -> None:
-    options = EpmqOptions(preset="paper", anchor=1e9, group_size=16, refine=0)
+    options = EpmqOptions(**EXACT, preset="paper", anchor=1e9, group_size=16, refine=0)
     merged = weight_of(3)
     sums = epmq_sums([inputs_of(1)], [weight_of(2)], options)
     problem = EPMQ.problem(
@@ -223,7 +230,7 @@ def test_a_heavy_anchor_is_the_merged_model_rounded() -> None:
 
 
 def test_dead_inputs_keep_the_anchor_s_value() -> None:
-    options = EpmqOptions(preset="paper")
+    options = EpmqOptions(**EXACT, preset="paper")
     features = inputs_of(1)
     features[:, 5] = 0
     sums = epmq_sums([features], [weight_of(2)], options)
@@ -280,7 +287,7 @@ def test_undamped_dead_inputs_do_not_spoil_the_layer() -> None:
 
 
 def test_a_task_without_any_activation_is_left_out() -> None:
-    options = EpmqOptions(preset="paper")
+    options = EpmqOptions(**EXACT, preset="paper")
     inputs = [inputs_of(1), torch.zeros(10, COLUMNS)]
     both = epmq_sums(inputs, [weight_of(2), weight_of(3)], options)
     alone = epmq_sums(inputs[:1], [weight_of(2)], options)

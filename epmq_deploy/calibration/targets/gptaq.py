@@ -49,7 +49,7 @@ class Gptaq(CalibrationTarget[GptaqOptions]):
         matrix = sums.gram.clone()
         matrix.diagonal().add_(_strength(sums, options))
         return GroupHessian(
-            Hessian(matrix, act_order=options.act_order, dtype=options.solver_dtype),
+            Hessian(matrix, act_order=options.act_order, dtype=self.solver_dtype(options)),
             sums.mean,
             sums.weight,
         )

@@ -35,7 +35,7 @@ class Gptq(CalibrationTarget[GptqOptions]):
         """See base."""
         matrix = sums.gram.clone()
         matrix.diagonal().add_(options.damping * float(matrix.diagonal().mean()))
-        plain = Hessian(matrix, act_order=options.act_order, dtype=options.solver_dtype)
+        plain = Hessian(matrix, act_order=options.act_order, dtype=self.solver_dtype(options))
         return GroupHessian(plain, sums.mean, sums.weight)
 
     def problem(
