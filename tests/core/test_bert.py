@@ -185,7 +185,7 @@ def test_padding_does_not_change_an_embedding(tiny_text: TinyText) -> None:
 def test_padding_has_no_part_in_quantization(
     tiny_text: TinyText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = {"products": "float32", "solver": "float64"}
+    exact = {"preset": "features", "products": "float32", "solver": "float64"}
     recipe = override(load_recipe(tiny_text.recipe), "quantize", exact)
     samples = calibration_samples(recipe, FAMILY, tiny_text.base)
 

@@ -156,13 +156,13 @@ class Epmq(CalibrationTarget[EpmqOptions]):
     ) -> LayerProblem:
         """See base."""
         strength, rho = options.values.anchor, options.values.rho
-        anchor, bias = layer.merged.to(torch.float64), layer.bias
+        dtype = hessian.plain.matrix.dtype
+        anchor, bias = layer.merged.to(dtype), layer.bias
         if rho != 1:
             assert layer.base is not None, "guided targets are given the base's weights"
-            anchor = rho * anchor + (1 - rho) * layer.base.to(torch.float64)
+            anchor = torch.lerp(layer.base.to(dtype), anchor, rho)
             if bias is not None and layer.base_bias is not None:
-                base_bias = layer.base_bias.to(torch.float64)
-                bias = rho * bias.to(torch.float64) + (1 - rho) * base_bias
+                bias = torch.lerp(layer.base_bias.to(torch.float64), bias.to(torch.float64), rho)
         return anchored_problem(
             layer,
             sums,
