@@ -107,12 +107,14 @@ class Walk:
             return
         for name, make in batches.items():
             task = _Task(name)
+            expert = None
+            if self._mix:
+                expert = self._guide.become(name, without=[block.name for block in blocks])
             for inputs in make():
                 task.tokens.append(self._family.tokens(*inputs))
                 task.student.append(self._enter(self._model, blocks[0], inputs))
-            if self._mix:
-                expert = self._guide.become(name, without=[block.name for block in blocks])
-                task.expert = [self._enter(expert, blocks[0], inputs) for inputs in make()]
+                if expert is not None:
+                    task.expert.append(self._enter(expert, blocks[0], inputs))
             self._tasks.append(task)
 
     def _enter(self, model: nn.Module, first: Block, inputs: tuple[Tensor, ...]) -> BlockBatch:
