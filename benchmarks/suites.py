@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse
 import json
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,21 @@ class Store:
 
     Args:
         file: JSON; figures already in it are not measured again.
+        only: measure only figures whose key this pattern matches.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, only: str) -> None:
         self.file = file
+        self._only = re.compile(only)
         self.figures: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def lacks(self, key: str) -> bool:
+        """Whether a figure is still to be measured."""
+        return key not in self.figures and bool(self._only.search(key))
+
+    def shown(self, key: str) -> str:
+        """A figure for the tables; empty where it was not measured."""
+        return f"{self.figures[key]:.2f}" if key in self.figures else ""
 
     def add(self, key: str, value: Any) -> None:
         """Add a figure and write the file."""
@@ -71,7 +82,7 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
     """
 
     def figure(key: str, variant: str, used: Suite) -> None:
-        if f"{name}/{key}" not in store.figures:
+        if store.lacks(f"{name}/{key}"):
             store.add(f"{name}/{key}", measure(used, variant)["average"])
 
     if f"{name}/fp32" not in store.figures:
@@ -87,9 +98,7 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
     runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
     for samples, seed in dict.fromkeys(runs):
         missing = [
-            method
-            for method in FOLLOWED
-            if f"{name}/{method}/4/{samples}x{seed}" not in store.figures
+            method for method in FOLLOWED if store.lacks(f"{name}/{method}/4/{samples}x{seed}")
         ]
         used = recalibrated(suite, samples, seed) if missing else suite
         for method in missing:
@@ -102,37 +111,32 @@ def recalibrated(suite: Suite, samples: int, seed: int) -> Suite:
     return suite.with_calibration(recipe)
 
 
-def tables(figures: dict[str, Any], merges: list[str]) -> str:
+def tables(store: Store, merges: list[str]) -> str:
     """The figures as Markdown."""
+    shown = store.shown
     lines = [
-        f"experts {figures['experts']:.1f}, base {figures['base']:.1f}",
+        f"experts {shown('experts')}, base {shown('base')}",
         "",
         "| merge | fp32 merged | bits | " + " | ".join(METHODS) + " |",
         "|---|--:|--:|" + "--:|" * len(METHODS),
     ]
     for merge in merges:
         for bits in BITS if merge == merges[0] else BITS[:1]:
-            keys = [f"{merge}/{method}/{bits}" for method in METHODS]
-            row = [f"{figures[key]:.2f}" if key in figures else "" for key in keys]
-            fp32 = f"{figures[f'{merge}/fp32']:.2f}"
-            lines.append(f"| {merge} | {fp32} | {bits} | " + " | ".join(row) + " |")
+            row = [shown(f"{merge}/{method}/{bits}") for method in METHODS]
+            lines.append(f"| {merge} | {shown(f'{merge}/fp32')} | {bits} | {' | '.join(row)} |")
     first = merges[0]
     for merge in merges:
-        unrounded = figures[f"{merge}/{DEFAULT}/unrounded"]
-        lines += ["", f"{merge}: the default's targets without rounding {unrounded:.2f}"]
-    lines += ["", f"{first}: anchor auto {figures[f'{first}/{DEFAULT}/auto']:.2f}"]
-    lines += ["", f"4 bits, {first}, {SEED_SAMPLES} samples a task, seeds {SEEDS}:", ""]
+        unrounded = shown(f"{merge}/{DEFAULT}/unrounded")
+        lines += ["", f"{merge}: the default's targets without rounding {unrounded}"]
+    lines += ["", f"{first}: anchor auto {shown(f'{first}/{DEFAULT}/auto')}"]
+    runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
+    columns = list(dict.fromkeys(runs))
+    named = [f"{samples} samples, seed {seed}" for samples, seed in columns]
+    lines += ["", f"4 bits, {first}:", "", "| method | " + " | ".join(named) + " |"]
+    lines += ["|---|" + "--:|" * len(named)]
     for method in FOLLOWED:
-        found = [figures[f"{first}/{method}/4/{SEED_SAMPLES}x{seed}"] for seed in SEEDS]
-        mean = sum(found) / len(found)
-        lines.append(f"- {method}: {mean:.2f} ({min(found):.2f} to {max(found):.2f})")
-    counts = [*SAMPLES, "all"]
-    lines += ["", f"4 bits, {first}, by samples a task:", ""]
-    lines += ["| method | " + " | ".join(map(str, counts)) + " |", "|---|" + "--:|" * len(counts)]
-    for method in FOLLOWED:
-        row = [f"{figures[f'{first}/{method}/4/{count}x0']:.2f}" for count in SAMPLES]
-        row.append(f"{figures[f'{first}/{method}/4']:.2f}")
-        lines.append(f"| {method} | " + " | ".join(row) + " |")
+        row = [shown(f"{first}/{method}/4/{samples}x{seed}") for samples, seed in columns]
+        lines.append(f"| {method} | {' | '.join(row)} |")
     return "\n".join(lines)
 
 
@@ -141,10 +145,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, default=ZOO)
     parser.add_argument("--name", default="zoo")
+    parser.add_argument("--only", default="", help="pattern of the figures to measure")
     parser.add_argument("--limit", type=int, help="test samples per task; all when absent")
     parser.add_argument("--set", action="append", default=[], metavar="section.option=value")
     arguments = parser.parse_args()
-    store = Store(RESULTS / f"suite_{arguments.name}.json")
+    store = Store(RESULTS / f"suite_{arguments.name}.json", arguments.only)
     for index, (name, settings) in enumerate(MERGES.items()):
         recipe = assign(load_recipe(arguments.recipe), [*arguments.set, *settings])
         with tempfile.TemporaryDirectory() as work:
@@ -155,7 +160,7 @@ def main() -> None:
                 base = suite.family.load(Path(recipe.base.path))
                 store.add("base", suite.average(base))
             measure_merge(store, name, suite, first=index == 0)
-    print(tables(store.figures, list(MERGES)))
+    print(tables(store, list(MERGES)))
 
 
 if __name__ == "__main__":
