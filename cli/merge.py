@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
@@ -11,21 +13,27 @@ from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.tables import stage_table
 from epmq_deploy.device import pick_device
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.recipe import Recipe, absolute_paths, load_recipe, override, parse_recipe
 
 
 @with_flags(
     (method.options for method in MERGE_METHODS.values()),
-    {name: method.summary for name, method in MERGE_METHODS.items()},
+    {name: f"{method.summary} ({method.source})" for name, method in MERGE_METHODS.items()},
 )
 def command(
-    output: common.Output,
     recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     expert: Annotated[
         list[str] | None, typer.Option(help="An expert as name=path; repeat for each.")
     ] = None,
+    list_methods: Annotated[
+        bool, typer.Option("--list", help="Explain all merge methods and their options, and end.")
+    ] = False,
     device: common.Device = "auto",
     overwrite: common.Overwrite = False,
     as_json: common.Json = False,
@@ -40,16 +48,52 @@ def command(
       epmq merge recipe.yaml -o merged
       epmq merge recipe.yaml -o merged --method ties --density 0.1
       epmq merge --base clip --expert cars=experts/cars --expert sun=experts/sun -o merged
+      epmq merge recipe.yaml -o merged --method iso_c --search
+      epmq merge --list
     """
     from epmq_deploy.merging.merge import merge
 
     terminal = Terminal(as_json, quiet)
+    if list_methods:
+        terminal.result(_methods(), _methods_table())
+        return
+    if output is None:
+        raise typer.BadParameter("needed to merge", param_hint="--output")
     chosen = override(_recipe(recipe, base, expert or []), "merge", flags)
     manifest = merge(
         chosen, output, overwrite=overwrite, device=pick_device(device), progress=terminal
     )
     data = {"output": str(output), **manifest.details}
     terminal.result(data, stage_table(manifest, str(output)))
+
+
+def _methods() -> dict[str, Any]:
+    """All methods and their own options, as plain data."""
+    return {
+        "methods": [
+            {
+                "name": method.name,
+                "summary": method.summary,
+                "source": method.source,
+                "options": {
+                    name: {"default": field.default, "description": field.description}
+                    for name, field in method.options.model_fields.items()
+                    if name not in MergeOptions.model_fields
+                },
+            }
+            for method in MERGE_METHODS.values()
+        ]
+    }
+
+
+def _methods_table() -> Table:
+    """All methods, a line each."""
+    table = Table(title="merge methods", caption="--json has their options; --help explains them")
+    for title in ("name", "what it does", "source"):
+        table.add_column(title, no_wrap=title == "name")
+    for method in MERGE_METHODS.values():
+        table.add_row(method.name, escape(method.summary), escape(method.source))
+    return table
 
 
 def _recipe(file: Path | None, base: str | None, experts: list[str]) -> Recipe:

@@ -96,6 +96,7 @@ def preflight(recipe: Recipe) -> Sources:
         MismatchError: every problem found.
     """
     from epmq_deploy.exporters import formats_of
+    from epmq_deploy.merging.merge import check_options
     from epmq_deploy.merging.preflight import check_experts
     from epmq_deploy.quantization.model import check_patterns
     from epmq_deploy.quantization.quantize import calibration_samples
@@ -120,6 +121,7 @@ def preflight(recipe: Recipe) -> Sources:
         build_heads(brief, family, folder, features)
 
     checks: tuple[Callable[[], object], ...] = (
+        lambda: check_options(recipe),
         lambda: check_experts(sources, mixed_dtypes=recipe.merge.mixed_dtypes),
         lambda: calibration_samples(recipe, family, folder),
         lambda: formats_of(recipe.export.formats),

@@ -42,3 +42,18 @@ def layers_from_text(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
             key.strip().replace("-", "_"): yaml.safe_load(text) for key, _, text in pairs
         }
     return found
+
+
+def numbers_from_text(entries: Iterable[str]) -> dict[str, str]:
+    """``NAME=NUMBER`` entries, several of them separated by commas, as a mapping.
+
+    Raises:
+        ValueError: an entry of another form.
+    """
+    found = {}
+    for entry in ",".join(str(entry) for entry in entries).split(","):
+        name, equals, number = entry.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"{entry!r} is not of the form NAME=NUMBER")
+        found[name.strip()] = number.strip()
+    return found

@@ -1,6 +1,6 @@
 """Task vectors streamed from the experts' checkpoints."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,40 +15,58 @@ class CheckpointTaskVectors:
 
     Attributes:
         base: the base model.
-        experts: the experts, in task order.
+        experts: the experts by task.
         names: the tensors that are merged.
         device: where the task vectors are computed.
     """
 
     base: Checkpoint
-    experts: Sequence[Checkpoint]
+    experts: Mapping[str, Checkpoint]
     names: Sequence[str]
     device: torch.device
 
     @property
-    def tasks(self) -> int:
-        """Number of experts."""
-        return len(self.experts)
+    def tasks(self) -> Sequence[str]:
+        """Names of the experts."""
+        return tuple(self.experts)
 
-    def of_task(self, index: int) -> Iterator[Tensor]:
-        """One expert's task vector, tensor by tensor, float32."""
-        for name in self.names:
-            yield self._task_vector(self.experts[index], name)
+    def size(self, name: str) -> int:
+        """Number of parameters in a tensor."""
+        return torch.Size(self.base.tensors[name].shape).numel()
 
-    def stacked(self) -> Iterator[Tensor]:
-        """All experts' task vectors, tensor by tensor ``[T, *]``, float32."""
-        for name in self.names:
-            yield self.of_tensor(name)
+    def of_task(self, index: int, names: Sequence[str]) -> Iterator[Tensor]:
+        """One expert's task vector, tensor by tensor as in ``names``, float32."""
+        expert = self.experts[self.tasks[index]]
+        for name in names:
+            start = self.of_base(name)
+            vector = torch.empty_like(start)
+            _subtract(expert, name, start, vector)
+            yield vector
 
     def of_tensor(self, name: str) -> Tensor:
         """Task vectors ``[T, *]`` of one tensor, float32."""
-        return torch.stack([self._task_vector(expert, name) for expert in self.experts])
+        return self.with_base(name)[1]
 
-    def _task_vector(self, expert: Checkpoint, name: str) -> Tensor:
-        start = self.loaded(self.base, name)
+    def with_base(self, name: str) -> tuple[Tensor, Tensor]:
+        """The base's tensor ``[*]`` and its task vectors ``[T, *]``, float32."""
+        start = self.of_base(name)
+        vectors = start.new_empty((len(self.experts), *start.shape))
+        for vector, expert in zip(vectors, self.experts.values(), strict=True):
+            _subtract(expert, name, start, vector)
+        return start, vectors
+
+    def of_base(self, name: str) -> Tensor:
+        """One of the base's tensors, float32."""
+        start = torch.empty(self.base.tensors[name].shape, dtype=torch.float32, device=self.device)
+        self.base.load_into(name, start)
+        return start
+
+
+def _subtract(expert: Checkpoint, name: str, start: Tensor, vector: Tensor) -> None:
+    """Overwrite ``vector`` with what the expert adds to the base."""
+    if name in expert.tensors:
+        expert.load_into(name, vector)
+        vector -= start
+    else:
         # An optional tensor that an expert leaves out is the base's.
-        return self.loaded(expert, name) - start if name in expert.tensors else start - start
-
-    def loaded(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """One tensor, float32, on the device."""
-        return checkpoint.load(name).to(self.device, torch.float32)
+        vector.zero_()

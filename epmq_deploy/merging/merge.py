@@ -1,19 +1,22 @@
 """The merge stage: experts in, one Hugging Face folder out, tensor by tensor."""
 
+import logging
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq_deploy.checkpoints import Checkpoint, copy_settings, save_sharded
-from epmq_deploy.errors import NumericsError
-from epmq_deploy.experts import open_sources
+from epmq_deploy.checkpoints import copy_settings, save_sharded
+from epmq_deploy.errors import NumericsError, RecipeError
+from epmq_deploy.experts import Sources, open_sources
 from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
-from epmq_deploy.merging.method import MergeMethod, MergeOptions
+from epmq_deploy.merging.method import Context, MergeMethod, MergeOptions, ScaledOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.preflight import check_experts
+from epmq_deploy.merging.search import search_scaling
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.stage import (
@@ -23,11 +26,35 @@ from epmq_deploy.stage import (
     refuse_existing,
     write_manifest,
 )
+from epmq_deploy.tasks.agreement import Tuned
+from epmq_deploy.tasks.data import data_sha256
+
+log = logging.getLogger(__name__)
 
 
 def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
     """What decides the merge; ``inputs`` are the hashes of base and experts by role."""
-    return fingerprint("merge", recipe.merge.model_dump(mode="json"), inputs)
+    options: MergeOptions = recipe.merge
+    decisive = dict(inputs)
+    if isinstance(options, ScaledOptions) and options.search:
+        for name, task in recipe.tasks.items():
+            if task.calibration is not None:
+                decisive[f"calibration:{name}"] = data_sha256(task.calibration)
+            if task.head is not None:
+                decisive[f"head:{name}"] = fingerprint("head", task.head.model_dump(), {})
+    return fingerprint("merge", options.model_dump(mode="json"), decisive)
+
+
+def check_options(recipe: Recipe) -> None:
+    """Make sure that the merge options fit the recipe's tasks.
+
+    Raises:
+        RecipeError: one sentence for each that does not.
+    """
+    method = MERGE_METHODS[recipe.merge.method]
+    problems = method.problems(recipe.merge, tuple(recipe.tasks))
+    if problems:
+        raise RecipeError("; ".join(problems))
 
 
 def merge(
@@ -45,52 +72,94 @@ def merge(
 
     Raises:
         MismatchError: the experts do not fit the base; all problems at once.
-        RecipeError: the output exists, or a folder cannot be read.
+        RecipeError: the output exists, a folder cannot be read, or an option does not fit.
     """
     progress = progress or NoProgress()
     refuse_existing(output, "merge", overwrite=overwrite)
+    check_options(recipe)
     sources = open_sources(recipe)
-    base, experts, options = sources.base, sources.experts, recipe.merge
+    options: MergeOptions = recipe.merge
     names = check_experts(sources, mixed_dtypes=options.mixed_dtypes)
+    _check_patterns(options, names)
     inputs = sources.sha256()
     mark = merge_fingerprint(recipe, inputs)
-    method = MERGE_METHODS[options.method]
     vectors = CheckpointTaskVectors(
-        base, tuple(experts.values()), names, device or torch.device("cpu")
+        sources.base, sources.experts, names, device or torch.device("cpu")
     )
+    method = MERGE_METHODS[options.method]
+    details: dict[str, Any] = {
+        "method": method.name,
+        "experts": len(sources.experts),
+        "merged_tensors": len(names),
+        "copied_tensors": len(sources.base.tensors) - len(names),
+    }
+    statistics = method.statistics(vectors, options) if method.statistics else None
+    if isinstance(options, ScaledOptions) and options.search:
+        found = search_scaling(recipe, sources, method, vectors, statistics, progress)
+        options = options.at(found.value)
+        details |= _search_details(found)
+    with atomic_folder(output) as folder:
+        merged = _merged_tensors(sources, vectors, method, options, statistics)
+        _write(sources, merged, options, folder, progress)
+        return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
+
+
+def _check_patterns(options: MergeOptions, names: tuple[str, ...]) -> None:
+    """Make sure every pattern of ``layers`` names a tensor that is merged."""
+    idle = [
+        f"merge.layers: {pattern}"
+        for pattern in options.layers
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if idle:
+        raise RecipeError(f"{', '.join(idle)} matches no tensor; tensors are named like {names[0]}")
+
+
+def _search_details(found: Tuned) -> dict[str, Any]:
+    """What a search reports, as plain data."""
+    return {
+        "scaling": found.value,
+        "search": [
+            {"scaling": scaling, "divergence": value} for scaling, value in found.curve.items()
+        ],
+        "search_standard_error": found.standard_error,
+    }
+
+
+def _merged_tensors(
+    sources: Sources,
+    vectors: CheckpointTaskVectors,
+    method: MergeMethod[Any],
+    options: MergeOptions,
+    statistics: Any,
+) -> Iterator[tuple[str, Tensor]]:
+    merged = set(vectors.names)
+    for name in sources.base.tensors:
+        if name in merged:
+            start, stack = vectors.with_base(name)
+            context = Context(name, vectors.tasks, statistics)
+            yield name, method.merge_tensor(start, stack, options, context).cpu()
+        else:
+            yield name, sources.base.load(name)
+
+
+def _write(
+    sources: Sources,
+    merged: Iterator[tuple[str, Tensor]],
+    options: MergeOptions,
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Write settings and tensors in the dtypes asked for."""
+    base = sources.base
+    copy_settings(base.folder, folder)
     dtypes = {name: _output_dtype(options, info.dtype) for name, info in base.tensors.items()}
     sizes = {
         name: dtypes[name].itemsize * torch.Size(info.shape).numel()
         for name, info in base.tensors.items()
     }
-    with atomic_folder(output) as folder:
-        copy_settings(base.folder, folder)
-        merged = _merged_tensors(base, vectors, method, options)
-        stored = ((name, _stored(name, value, dtypes[name])) for name, value in merged)
-        save_sharded(folder, sizes, progress.track(stored, "merging", total=len(sizes)))
-        details = {
-            "method": method.name,
-            "experts": len(experts),
-            "merged_tensors": len(names),
-            "copied_tensors": len(base.tensors) - len(names),
-        }
-        return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
-
-
-def _merged_tensors(
-    base: Checkpoint,
-    vectors: CheckpointTaskVectors,
-    method: MergeMethod[Any],
-    options: MergeOptions,
-) -> Iterator[tuple[str, Tensor]]:
-    statistics = method.statistics(vectors, options) if method.statistics else None
-    merged = set(vectors.names)
-    for name in base.tensors:
-        if name in merged:
-            start = vectors.loaded(base, name)
-            yield name, method.merge(start, vectors.of_tensor(name), options, statistics).cpu()
-        else:
-            yield name, base.load(name)
+    stored = ((name, _stored(name, value, dtypes[name])) for name, value in merged)
+    save_sharded(folder, sizes, progress.track(stored, "merging", total=len(sizes)))
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

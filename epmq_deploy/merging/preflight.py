@@ -1,14 +1,11 @@
 """Checks every expert against the base before any work, and names all problems at once."""
 
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 
-from epmq_deploy.checkpoints import Checkpoint
+from epmq_deploy.checkpoints import Checkpoint, model_config
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import Sources
 
@@ -40,7 +37,9 @@ def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str,
     if not names:
         problems.append("the experts share no floating-point tensor with the base")
     for task, expert in experts.items():
-        found = family.config_problems(_config(base.folder), _config(expert.folder))
+        found = family.config_problems(
+            model_config(base.folder) or {}, model_config(expert.folder) or {}
+        )
         found += _tensor_problems(sources, expert, names)
         if not mixed_dtypes:
             found += _dtype_problems(base, expert, names)
@@ -51,17 +50,6 @@ def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str,
         raise MismatchError(f"the experts do not fit the base {base.folder}", problems)
     _warn_about_what_is_not_merged(sources)
     return names
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise MismatchError("models cannot be opened", [f"{file}: not JSON ({error})"]) from error
-    return content
 
 
 def _tensor_problems(sources: Sources, expert: Checkpoint, names: Sequence[str]) -> list[str]:

@@ -6,14 +6,11 @@ part of every task's samples; what counts is how closely the model then predicts
 predict on the rest. No labels are needed.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import Tensor
+from epmq_deploy.tasks.agreement import Scores, tune
 
-# Divergences of each task's held-back samples, ``[n]``.
-Scores = Mapping[str, Tensor]
 _STEP = 4.0
 _STEPS = 3
 
@@ -43,42 +40,5 @@ def search_anchor(score: Callable[[float], Scores], start: float) -> AnchorSearc
         score: divergence from the experts, sample by sample, for a strength.
         start: strength to begin with.
     """
-    found = {start: score(start)}
-    for direction in (_STEP, 1 / _STEP):
-        last = start
-        for _ in range(_STEPS):
-            candidate = last * direction
-            found[candidate] = score(candidate)
-            if _mean(found[candidate]) >= _mean(found[last]):
-                break
-            last = candidate
-    best = min(found, key=lambda strength: _mean(found[strength]))
-    error = standard_error(found[best], found[start])
-    better = _mean(found[start]) - _mean(found[best]) > error
-    curve = {strength: _mean(found[strength]) for strength in sorted(found)}
-    return AnchorSearch(best if better else start, curve, error)
-
-
-def divergence(logits: Tensor, expert_logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of a model's predictions from the expert's, ``[n]``, in nats.
-
-    Args:
-        logits: the model's, ``[n, C]``.
-        expert_logits: the expert's, likewise.
-    """
-    wanted = expert_logits.log_softmax(dim=1)
-    return (wanted.exp() * (wanted - logits.log_softmax(dim=1))).sum(dim=1)
-
-
-def standard_error(first: Scores, second: Scores) -> float:
-    """Standard error of the difference of two means over tasks, samples paired."""
-    variance = 0.0
-    for task, values in first.items():
-        difference = values - second[task]
-        if len(difference) > 1:
-            variance += float(difference.var()) / len(difference)
-    return math.sqrt(variance) / max(len(first), 1)
-
-
-def _mean(scores: Scores) -> float:
-    return sum(float(values.mean()) for values in scores.values()) / max(len(scores), 1)
+    found = tune(score, start, factor=_STEP, steps=_STEPS)
+    return AnchorSearch(found.value, found.curve, found.standard_error)

@@ -18,11 +18,12 @@ from epmq_deploy.experts import ExpertBackbone
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.allocation import Choice, allocate, stored_bits
-from epmq_deploy.quantization.anchor_search import Scores, divergence, search_anchor
+from epmq_deploy.quantization.anchor_search import search_anchor
 from epmq_deploy.quantization.model import quantize_model
 from epmq_deploy.quantization.outer import quantize_outer
 from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.tasks.accuracy import embeddings
+from epmq_deploy.tasks.agreement import Scores, divergence
 from epmq_deploy.tasks.data import Samples, batches
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from epmq_deploy.checkpoints import Checkpoint, save_sharded
 from epmq_deploy.errors import MismatchError, NumericsError, RecipeError
 from epmq_deploy.experts import open_sources
 from epmq_deploy.merging.merge import merge
+from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.models import family_of
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
@@ -75,6 +76,40 @@ def test_sharded_checkpoints_read_the_same(tiny: TinyZoo, tmp_path: Path) -> Non
     checkpoint = Checkpoint.open(tmp_path)
     assert set(checkpoint.tensors) == set(tensors)
     assert all(torch.equal(checkpoint.load(name), value) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("method", sorted(MERGE_METHODS))
+def test_every_method_merges_checkpoints(tiny: TinyZoo, tmp_path: Path, method: str) -> None:
+    recipe = load_recipe(tiny.recipe)
+    if method == "slerp":
+        two = {name: recipe.tasks[name] for name in TASKS[:2]}
+        recipe = recipe.model_copy(update={"tasks": two})
+    manifest = merge(override(recipe, "merge", {"method": method}), tmp_path / "merged")
+    assert manifest.details["method"] == method
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    base = load_file(tiny.base / "model.safetensors")
+    assert found.keys() == base.keys()
+    fc1 = "vision_model.encoder.layers.0.mlp.fc1.weight"
+    assert not torch.equal(found[fc1], base[fc1])
+    assert all(bool(torch.isfinite(value).all()) for value in found.values())
+
+
+def test_options_by_layer_reach_the_tensors_of_that_name(tiny: TinyZoo, tmp_path: Path) -> None:
+    flags = {"layers": ["*.layers.0.*:scaling=0"]}
+    merge(override(load_recipe(tiny.recipe), "merge", flags), tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    base = load_file(tiny.base / "model.safetensors")
+    first, second = (f"vision_model.encoder.layers.{index}.mlp.fc1.weight" for index in (0, 1))
+    assert torch.equal(found[first], base[first])
+    assert not torch.equal(found[second], base[second])
+
+
+def test_a_pattern_that_names_no_merged_tensor_is_an_error(tiny: TinyZoo, tmp_path: Path) -> None:
+    # The text tower is not merged.
+    flags = {"layers": ["text_model.*:scaling=0"]}
+    with pytest.raises(RecipeError, match=r"merge.layers: text_model.\* matches no tensor"):
+        merge(override(load_recipe(tiny.recipe), "merge", flags), tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
 
 
 def test_half_precision_output_on_request(tiny: TinyZoo, tmp_path: Path) -> None:
@@ -153,7 +188,7 @@ def test_unknown_model_type_is_named(tiny: TinyZoo, tmp_path: Path) -> None:
     recipe_file = copied(tiny, tmp_path / "zoo")
     config = tmp_path / "zoo" / "base" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "other"}))
-    with pytest.raises(RecipeError, match="'other' is not supported; known: bert, clip"):
+    with pytest.raises(RecipeError, match="model type 'other' has no family of its own"):
         merge(load_recipe(recipe_file), tmp_path / "merged")
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.quantization.allocation import Choice, allocate, stored_bits
-from epmq_deploy.quantization.anchor_search import divergence, search_anchor, standard_error
+from epmq_deploy.quantization.anchor_search import search_anchor
+from epmq_deploy.tasks.agreement import divergence, standard_error
 
 
 def choices(seed: int, layers: int = 5) -> dict[str, Choice]:

@@ -1,25 +1,40 @@
-"""Plain average of the experts (model soups, Wortsman et al., arXiv 2203.05482)."""
+"""Average of the experts, plain or weighted (model soups, Wortsman et al., arXiv 2203.05482)."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, MergeOptions
+from epmq_deploy.merging.method import MergeMethod
+from epmq_deploy.merging.task_weights import WeightedOptions, weight_column, weight_problems
 
 
-class AverageOptions(MergeOptions):
-    """Plain average."""
+class AverageOptions(WeightedOptions):
+    """Average; weights are relative, their sum does not matter."""
 
     method: Literal["average"] = "average"
 
 
-def average(base: Tensor, task_vectors: Tensor) -> Tensor:
-    """Mean of the experts: ``base [*]`` plus the mean of ``task_vectors [T, *]``."""
-    return base + task_vectors.mean(dim=0)
+def average(base: Tensor, task_vectors: Tensor, weights: Tensor) -> Tensor:
+    """``base [*]`` plus the weighted mean of ``task_vectors [T, *]``; weights ``[T, 1, ...]``."""
+    return base + (weights * task_vectors).sum(dim=0) / weights.sum()
+
+
+def check(options: AverageOptions, tasks: Sequence[str]) -> list[str]:
+    """Weights must fit the tasks and have a positive sum."""
+    found = weight_problems(options, tasks)
+    if options.weights and not found and sum(options.weights.values()) <= 0:
+        found.append("merge.weights must have a positive sum to be averaged with")
+    return found
 
 
 METHOD = MergeMethod(
     options=AverageOptions,
-    summary="mean of the experts' weights (model soups, arXiv 2203.05482)",
-    merge=lambda base, task_vectors, options, statistics: average(base, task_vectors),
+    summary="mean of the experts' weights, plain or weighted",
+    source="model soups, arXiv 2203.05482",
+    merge=lambda base, task_vectors, options, context: average(
+        base, task_vectors, weight_column(options, context.tasks, task_vectors)
+    ),
+    elementwise=True,
+    check=check,
 )

@@ -1,0 +1,66 @@
+"""Consensus Task Arithmetic with TALL masks (Wang et al., arXiv 2405.07813)."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from epmq_deploy.merging.method import MergeMethod, ScaledOptions
+
+
+class ConsensusOptions(ScaledOptions):
+    """Consensus Task Arithmetic."""
+
+    method: Literal["consensus"] = "consensus"
+    scaling: float = Field(0.3, description="factor on the merged task vector")
+    mask_lambda: float = Field(
+        0.4, gt=0, description="how strict masks are: larger ones leave fewer parameters active"
+    )
+    active_tasks: int = Field(
+        2, ge=1, description="tasks that a parameter must be active in to be merged"
+    )
+
+
+def tall_masks(task_vectors: Tensor, mask_lambda: float) -> Tensor:
+    """Where each task is active, bool ``[T, *]``, from task vectors ``[T, *]``.
+
+    A parameter is active in a task when it moved from the base at least ``mask_lambda`` times as
+    far as the summed task vector misses the expert by: ``|tau_t| > lambda |sum tau - tau_t|``.
+    """
+    missed = (task_vectors.sum(dim=0) - task_vectors).abs()
+    return task_vectors.abs() > mask_lambda * missed
+
+
+def consensus(base: Tensor, task_vectors: Tensor, options: ConsensusOptions) -> Tensor:
+    """``base [*] + scaling * sum_t task_vectors_t`` where enough tasks are active, else the base.
+
+    Args:
+        base: ``[*]``.
+        task_vectors: ``[T, *]``.
+        options: as they hold for the tensor.
+    """
+    active = tall_masks(task_vectors, options.mask_lambda).sum(dim=0)
+    agreed = torch.where(active >= options.active_tasks, task_vectors.sum(dim=0), 0.0)
+    return base + options.scaling * agreed
+
+
+def check(options: ConsensusOptions, tasks: Sequence[str]) -> list[str]:
+    """No parameter can be active in more tasks than there are."""
+    if options.active_tasks <= len(tasks):
+        return []
+    return [
+        f"merge.active_tasks is {options.active_tasks}, but there are {len(tasks)} experts, so "
+        "nothing would be merged"
+    ]
+
+
+METHOD = MergeMethod(
+    options=ConsensusOptions,
+    summary="sum of task vectors where at least two tasks use the parameter",
+    source="Consensus merging with TALL masks, arXiv 2405.07813",
+    merge=lambda base, task_vectors, options, context: consensus(base, task_vectors, options),
+    elementwise=True,
+    check=check,
+)

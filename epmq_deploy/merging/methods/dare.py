@@ -1,0 +1,52 @@
+"""DARE (Yu et al., arXiv 2311.03099): drop entries of task vectors at random and rescale."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
+from epmq_deploy.merging.sparsify import drop_at_random
+
+
+class DareOptions(ScaledOptions):
+    """DARE before Task Arithmetic."""
+
+    method: Literal["dare"] = "dare"
+    scaling: float = Field(0.3, description="factor on the merged task vector")
+    density: float = Field(
+        0.5, gt=0, le=1, description="share of each task vector that is kept, chosen at random"
+    )
+    seed: int = Field(0, description="seed of that choice")
+
+    whole_model = ScaledOptions.whole_model | {"seed"}
+
+
+def dare(base: Tensor, task_vectors: Tensor, options: DareOptions, context: Context) -> Tensor:
+    """Merge one tensor.
+
+    Args:
+        base: ``[*]``.
+        task_vectors: ``[T, *]``.
+        options: as they hold for the tensor.
+        context: the tensor's name and the tasks' decide what is dropped, with the seed.
+
+    Returns:
+        ``base + scaling * sum_t kept_t / density``.
+    """
+    kept = drop_at_random(
+        task_vectors,
+        lambda vector: options.density,
+        seed=options.seed,
+        name=context.name,
+        tasks=context.tasks,
+    )
+    return base + options.scaling * kept.sum(dim=0)
+
+
+METHOD = MergeMethod(
+    options=DareOptions,
+    summary="drop entries of the task vectors at random, rescale the rest, sum",
+    source="DARE, arXiv 2311.03099",
+    merge=dare,
+)

@@ -1,0 +1,59 @@
+"""DARE (arXiv 2311.03099) in the place of the trimming of TIES (arXiv 2306.01708)."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
+from epmq_deploy.merging.signs import Combine, disjoint_merge
+from epmq_deploy.merging.sparsify import drop_at_random
+
+
+class DareTiesOptions(ScaledOptions):
+    """DARE before electing signs."""
+
+    method: Literal["dare_ties"] = "dare_ties"
+    scaling: float = Field(0.3, description="factor on the merged task vector")
+    density: float = Field(
+        0.5, gt=0, le=1, description="share of each task vector that is kept, chosen at random"
+    )
+    combine: Combine = Field(
+        "sum", description="sum of the values that agree in sign, or their mean"
+    )
+    seed: int = Field(0, description="seed of the choice of what is kept")
+
+    whole_model = ScaledOptions.whole_model | {"seed"}
+
+
+def dare_ties(
+    base: Tensor, task_vectors: Tensor, options: DareTiesOptions, context: Context
+) -> Tensor:
+    """Merge one tensor.
+
+    Args:
+        base: ``[*]``.
+        task_vectors: ``[T, *]``.
+        options: as they hold for the tensor.
+        context: the tensor's name and the tasks' decide what is dropped, with the seed.
+
+    Returns:
+        ``base + scaling *`` disjoint sum or mean of the kept, rescaled values; the positive sign is
+        elected where they cancel.
+    """
+    kept = drop_at_random(
+        task_vectors,
+        lambda vector: options.density,
+        seed=options.seed,
+        name=context.name,
+        tasks=context.tasks,
+    )
+    return base + options.scaling * disjoint_merge(kept, options.combine)
+
+
+METHOD = MergeMethod(
+    options=DareTiesOptions,
+    summary="drop at random as DARE does, then elect signs and merge as TIES does",
+    source="DARE, arXiv 2311.03099, with TIES, arXiv 2306.01708",
+    merge=dare_ties,
+)

@@ -1,0 +1,79 @@
+"""DELLA (Deep et al., arXiv 2406.11617): drop by magnitude at random, elect signs, fuse."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
+from epmq_deploy.merging.signs import Combine, disjoint_merge
+from epmq_deploy.merging.sparsify import drop_at_random, keep_by_rank
+
+
+class DellaOptions(ScaledOptions):
+    """DELLA."""
+
+    method: Literal["della"] = "della"
+    scaling: float = Field(1.0, description="factor on the merged task vector")
+    density: float = Field(
+        0.5, gt=0, le=1, description="share of each task vector that is kept, on average"
+    )
+    epsilon: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="how much likelier a row's largest entry is kept than its smallest",
+    )
+    elect: bool = Field(True, description="merge only the values of the elected sign")
+    combine: Combine = Field("mean", description="mean of the kept values, or their sum")
+    seed: int = Field(0, description="seed of the choice of what is kept")
+
+    whole_model = ScaledOptions.whole_model | {"seed"}
+
+    @model_validator(mode="after")
+    def _probabilities(self) -> Self:
+        half = self.epsilon / 2
+        if self.density - half <= 0 or self.density + half > 1:
+            raise ValueError(
+                f"density {self.density:g} plus or minus half of epsilon {self.epsilon:g} must be "
+                "probabilities above 0 and at most 1"
+            )
+        return self
+
+
+def della(base: Tensor, task_vectors: Tensor, options: DellaOptions, context: Context) -> Tensor:
+    """Merge one tensor.
+
+    Args:
+        base: ``[*]``.
+        task_vectors: ``[T, *]``.
+        options: as they hold for the tensor.
+        context: the tensor's name and the tasks' decide what is dropped, with the seed.
+
+    Returns:
+        ``base + scaling *`` merged; kept values are divided by their keep probability, which rises
+        by ``epsilon`` from the smallest magnitude of a row (what feeds one output; a whole vector)
+        to its largest. The positive sign is elected where values cancel.
+    """
+    kept = drop_at_random(
+        task_vectors,
+        lambda vector: keep_by_rank(vector, options.density, options.epsilon),
+        seed=options.seed,
+        name=context.name,
+        tasks=context.tasks,
+    )
+    if options.elect:
+        merged = disjoint_merge(kept, options.combine)
+    else:
+        merged = kept.sum(dim=0)
+        if options.combine == "mean":
+            merged = merged / (kept != 0).sum(dim=0).clamp(min=1)
+    return base + options.scaling * merged
+
+
+METHOD = MergeMethod(
+    options=DellaOptions,
+    summary="drop at random, small entries sooner, rescale, elect signs, fuse",
+    source="DELLA-Merging, arXiv 2406.11617",
+    merge=della,
+)

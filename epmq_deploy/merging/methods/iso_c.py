@@ -1,0 +1,45 @@
+"""Iso-C (Marczak et al., arXiv 2502.04959): isotropic merging in the common subspace."""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from epmq_deploy.merging.method import MergeMethod, ScaledOptions
+from epmq_deploy.merging.spectral import polar
+
+
+class IsoCOptions(ScaledOptions):
+    """Iso-C; tensors other than matrices are averaged."""
+
+    method: Literal["iso_c"] = "iso_c"
+    scaling: float = Field(
+        1.3, description="factor on the merged task vector; less the more tasks there are"
+    )
+
+
+def iso_c(base: Tensor, task_vectors: Tensor, scaling: float) -> Tensor:
+    """Merge one tensor.
+
+    Args:
+        base: ``[*]``.
+        task_vectors: ``[T, *]``.
+        scaling: factor on the merged task vector.
+
+    Returns:
+        For a matrix: the base plus the summed task vectors with every singular value replaced by
+        their mean; directions the sum does not have stay out of it. Any other tensor gets the mean
+        of the task vectors.
+    """
+    if base.dim() != 2:
+        return base + scaling * task_vectors.mean(dim=0)
+    flat, values = polar(task_vectors.sum(dim=0))
+    return base + scaling * values.sum() / max(len(values), 1) * flat
+
+
+METHOD = MergeMethod(
+    options=IsoCOptions,
+    summary="summed task vectors with a flat spectrum (matrices; the rest is averaged)",
+    source="Isotropic merging, arXiv 2502.04959",
+    merge=lambda base, task_vectors, options, context: iso_c(base, task_vectors, options.scaling),
+)

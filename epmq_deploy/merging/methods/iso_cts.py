@@ -1,0 +1,75 @@
+"""Iso-CTS (Marczak et al., arXiv 2502.04959): common and task-specific subspaces, isotropic."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from epmq_deploy.merging.method import MergeMethod, ScaledOptions
+from epmq_deploy.merging.spectral import polar, top_triplets
+
+
+class IsoCtsOptions(ScaledOptions):
+    """Iso-CTS; tensors other than matrices are averaged."""
+
+    method: Literal["iso_cts"] = "iso_cts"
+    scaling: float = Field(
+        1.5, description="factor on the merged task vector; less the more tasks there are"
+    )
+    common: float = Field(
+        0.8, ge=0, le=1, description="share of the directions that are common to all tasks"
+    )
+
+
+def subspaces(rank: int, tasks: int, common: float) -> tuple[int, int]:
+    """Directions common to all tasks, and those of each task; together ``rank``."""
+    each = round((rank - int(rank * common)) / tasks)
+    each = min(each, rank // tasks)
+    return rank - each * tasks, each
+
+
+def iso_cts(base: Tensor, task_vectors: Tensor, scaling: float, common: float) -> Tensor:
+    """Merge one tensor.
+
+    Args:
+        base: ``[*]``.
+        task_vectors: ``[T, *]``.
+        scaling: factor on the merged task vector.
+        common: share of the directions taken from the sum.
+
+    Returns:
+        For a matrix: the leading singular directions of the summed task vectors, then of each task
+        vector the leading ones outside of them; both sides made orthonormal, all with the mean of
+        the singular values. Any other tensor gets the mean of the task vectors.
+    """
+    if base.dim() != 2:
+        return base + scaling * task_vectors.mean(dim=0)
+    shared, each = subspaces(min(base.shape), len(task_vectors), common)
+    found = [_leading(task_vectors.sum(dim=0), shared)]
+    known = found[0][0]
+    if each:
+        found += [
+            top_triplets(matrix - known @ (known.T @ matrix), each) for matrix in task_vectors
+        ]
+    left, _ = polar(torch.cat([item[0] for item in found], dim=1))
+    right, _ = polar(torch.cat([item[2] for item in found], dim=0))
+    values = torch.cat([item[1] for item in found])
+    return base + scaling * values.mean() * left @ right
+
+
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    if rank:
+        return top_triplets(matrix, rank)
+    rows, columns = matrix.shape
+    return matrix.new_empty(rows, 0), matrix.new_empty(0), matrix.new_empty(0, columns)
+
+
+METHOD = MergeMethod(
+    options=IsoCtsOptions,
+    summary="Iso-C with room for directions of single tasks (matrices; the rest is averaged)",
+    source="Isotropic merging, arXiv 2502.04959",
+    merge=lambda base, task_vectors, options, context: iso_cts(
+        base, task_vectors, options.scaling, options.common
+    ),
+)

@@ -1,0 +1,56 @@
+"""Model Stock (Jang et al., arXiv 2403.19522): how far towards the average follows from angles."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from epmq_deploy.merging.method import MergeMethod, MergeOptions
+
+
+class ModelStockOptions(MergeOptions):
+    """Model Stock; nothing to choose."""
+
+    method: Literal["model_stock"] = "model_stock"
+
+
+def interpolation_ratio(task_vectors: Tensor) -> float:
+    """``N cos / (1 + (N - 1) cos)`` of task vectors ``[N, *]``, N at least 2.
+
+    ``cos`` is the mean cosine over all pairs; one with a zero vector counts as 0. A negative one,
+    for which the source has no reading, counts as 0 as well: the experts have nothing in common.
+    """
+    count, present = len(task_vectors), 0
+    total = torch.zeros_like(task_vectors[0], dtype=torch.float64)
+    for vector in task_vectors:
+        exact = vector.to(torch.float64)
+        length = torch.linalg.vector_norm(exact)
+        if length > 0:
+            total += exact / length
+            present += 1
+    # The square of a sum of unit vectors is their number plus all pairs' cosines.
+    pairs = float(total.square().sum()) - present
+    cosine = max(pairs / (count * (count - 1)), 0.0)
+    return count * cosine / (1 + (count - 1) * cosine)
+
+
+def model_stock(base: Tensor, task_vectors: Tensor) -> Tensor:
+    """``base [*]`` plus the mean of ``task_vectors [N, *]`` times the tensor's own ratio."""
+    return base + interpolation_ratio(task_vectors) * task_vectors.mean(dim=0)
+
+
+def check(options: ModelStockOptions, tasks: Sequence[str]) -> list[str]:
+    """Angles need two experts."""
+    if len(tasks) >= 2:
+        return []
+    return ["model_stock compares experts with each other; it needs at least two"]
+
+
+METHOD = MergeMethod(
+    options=ModelStockOptions,
+    summary="towards the average, tensor by tensor, as far as the experts agree in direction",
+    source="Model Stock, arXiv 2403.19522",
+    merge=lambda base, task_vectors, options, context: model_stock(base, task_vectors),
+    check=check,
+)

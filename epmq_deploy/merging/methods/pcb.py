@@ -1,0 +1,132 @@
+"""PCB-Merging (Du et al., arXiv 2410.02396): parameter competition balancing."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors, pieces
+from epmq_deploy.merging.selection import magnitude_ranks, streamed_ranks
+
+# Share of magnitudes at either end that are drawn in, as in the authors' code.
+_CLAMPED = 1e-4
+
+
+class PcbOptions(ScaledOptions):
+    """PCB-Merging."""
+
+    method: Literal["pcb"] = "pcb"
+    scaling: float = Field(1.0, description="factor on the merged task vector")
+    ratio: float = Field(
+        0.1, gt=0, le=1, description="share of each task vector that is kept, by its score"
+    )
+
+    whole_model = ScaledOptions.whole_model | {"ratio"}
+
+
+@dataclass(frozen=True)
+class PcbStatistics:
+    """What PCB must know globally, float32 ``[T]`` each.
+
+    Attributes:
+        low: smallest magnitude after drawing in the extremes.
+        high: largest magnitude likewise.
+        threshold: score an entry must exceed to count.
+        best: largest score.
+    """
+
+    low: Tensor
+    high: Tensor
+    threshold: Tensor
+    best: Tensor
+
+
+def scores(task_vectors: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Drawn-in task vectors and their scores, both ``[T, *]``.
+
+    A score is ``exp(T norm(|tau_t|)^2)``, which says how much an entry matters in its task, times
+    ``tanh(tau_t sum tau)``, which says how well it goes with the other tasks. A constant factor
+    that drops out again keeps the exponential small.
+
+    Args:
+        task_vectors: ``[T, *]``.
+        low: ``[T]``, smallest magnitude of each task.
+        high: ``[T]``, largest magnitude of each task.
+    """
+    low, high = _column(low, task_vectors), _column(high, task_vectors)
+    sizes = task_vectors.abs().clamp(low, high)
+    share = _normalised(sizes, low, high)
+    within = torch.exp(len(task_vectors) * (share.square() - 1))
+    across = torch.tanh(task_vectors * task_vectors.sum(dim=0))
+    return task_vectors.sign() * sizes, within * across
+
+
+def pcb(base: Tensor, task_vectors: Tensor, scaling: float, known: PcbStatistics) -> Tensor:
+    """Merge one tensor.
+
+    Args:
+        base: ``[*]``.
+        task_vectors: ``[T, *]``.
+        scaling: factor on the merged task vector.
+        known: the global statistics.
+
+    Returns:
+        ``base + scaling *`` the mean of the task vectors, weighted entry by entry with scores that
+        are zero up to the threshold and one at the best.
+    """
+    low, high, threshold, best = (
+        value.to(base.device) for value in (known.low, known.high, known.threshold, known.best)
+    )
+    drawn_in, found = scores(task_vectors, low, high)
+    bottom, top = _column(threshold, found), _column(best, found)
+    weights = _normalised(found.clamp(bottom, top), bottom, top)
+    merged = (weights * drawn_in).sum(dim=0) / weights.sum(dim=0).clamp(min=1e-12)
+    return base + scaling * merged
+
+
+def global_statistics(vectors: TaskVectors, options: PcbOptions) -> PcbStatistics:
+    """Order statistics in four passes; one task's magnitudes are in memory at a time."""
+    count = sum(vectors.size(name) for name in vectors.names)
+    places = (int(count * _CLAMPED), int(count * (1 - _CLAMPED) - 1))
+    bounds = torch.tensor(
+        [
+            magnitude_ranks(vectors, index, vectors.names, places)
+            for index in range(len(vectors.tasks))
+        ]
+    )
+    low, high = bounds[:, 0], bounds[:, 1]
+
+    def stream() -> Iterator[Tensor]:
+        for name in vectors.names:
+            for part in pieces(vectors.of_tensor(name).cpu()):
+                yield scores(part, low, high)[1]
+
+    threshold = streamed_ranks(stream, min(int(count * (1 - options.ratio)), count - 1))
+    best = threshold
+    for piece in stream():
+        best = torch.maximum(best, piece.amax(dim=1))
+    return PcbStatistics(low, high, threshold, best)
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def _normalised(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Values between 0 at ``low`` and 1 at ``high``; 0 where there is nothing between them."""
+    return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
+
+
+METHOD = MergeMethod(
+    options=PcbOptions,
+    summary="mean weighted by how entries compete within and across tasks, weak ones dropped",
+    source="PCB-Merging, arXiv 2410.02396",
+    merge=lambda base, task_vectors, options, context: pcb(
+        base, task_vectors, options.scaling, context.statistics
+    ),
+    statistics=global_statistics,
+    elementwise=True,
+)

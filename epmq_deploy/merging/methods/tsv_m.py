@@ -1,0 +1,50 @@
+"""TSV-M (Gargiulo et al., arXiv 2412.00081): merge decorrelated task singular vectors."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from epmq_deploy.merging.method import MergeMethod, ScaledOptions
+from epmq_deploy.merging.spectral import polar, top_triplets
+
+
+class TsvmOptions(ScaledOptions):
+    """TSV-M; tensors other than matrices are averaged."""
+
+    method: Literal["tsv_m"] = "tsv_m"
+    scaling: float = Field(1.0, description="factor on the merged task vector")
+
+
+def tsv_m(base: Tensor, task_vectors: Tensor, scaling: float) -> Tensor:
+    """Merge one tensor.
+
+    Args:
+        base: ``[*]``.
+        task_vectors: ``[T, *]``.
+        scaling: factor on the merged task vector.
+
+    Returns:
+        For a matrix ``[m, n]``: of each task the ``min(m, n) / T`` largest singular triplets (one
+        at least) are kept; all tasks' left vectors together are replaced by the nearest orthonormal
+        ones, the right ones likewise, and the product with the singular values is added to the
+        base. Directions that tasks share exactly are not filled up with others. Any other tensor
+        gets the mean of the task vectors.
+    """
+    if base.dim() != 2:
+        return base + scaling * task_vectors.mean(dim=0)
+    rank = max(1, min(base.shape) // len(task_vectors))
+    triplets = [top_triplets(matrix, rank) for matrix in task_vectors]
+    left, _ = polar(torch.cat([found[0] for found in triplets], dim=1))
+    right, _ = polar(torch.cat([found[2] for found in triplets], dim=0))
+    values = torch.cat([found[1] for found in triplets])
+    return base + scaling * (left * values) @ right
+
+
+METHOD = MergeMethod(
+    options=TsvmOptions,
+    summary="each task's leading singular vectors, decorrelated (matrices; the rest is averaged)",
+    source="TSV-Merge, arXiv 2412.00081",
+    merge=lambda base, task_vectors, options, context: tsv_m(base, task_vectors, options.scaling),
+)

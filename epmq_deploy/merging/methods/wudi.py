@@ -1,0 +1,106 @@
+"""WUDI-Merging (Cheng et al., arXiv 2503.08099): least interference in the span of task vectors."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from epmq_deploy.merging.method import MergeMethod, ScaledOptions
+
+# Adam's, as in every implementation of it.
+_FIRST, _SECOND, _EPSILON = 0.9, 0.999, 1e-8
+# Eigenvalues below this share of the largest are rounding errors of a float64 sum.
+_NULL = 1e-10
+
+
+class WudiOptions(ScaledOptions):
+    """WUDI; tensors other than matrices are averaged."""
+
+    method: Literal["wudi"] = "wudi"
+    scaling: float = Field(1.0, description="factor on the merged task vector")
+    solver: Literal["adam", "exact"] = Field(
+        "adam",
+        description="steps of Adam from the summed task vectors (the paper), or the minimum itself",
+    )
+    steps: int = Field(300, ge=0, description="steps of Adam")
+    learning_rate: float = Field(
+        1e-5,
+        gt=0,
+        description="learning rate of Adam; no parameter moves further than this times steps, so "
+        "task vectors beyond about 1e-3 need a larger one (or solver exact)",
+    )
+
+
+def interference(task_vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """The quadratic that WUDI lowers, around the summed task vectors ``S``.
+
+    ``sum_t || (M - tau_t) tau_t^T ||_F^2 / || tau_t ||_F^2`` has, at ``M = S + D``, the gradient
+    ``2 (D A + C)``. Task vectors that are zero interfere with nothing.
+
+    Args:
+        task_vectors: ``[T, m, n]``.
+
+    Returns:
+        ``A [n, n]`` and ``C [m, n]``, in the dtype of the task vectors.
+    """
+    total = task_vectors.sum(dim=0)
+    curvature = total.new_zeros(total.shape[1], total.shape[1])
+    slope = torch.zeros_like(total)
+    for vector in task_vectors:
+        size = vector.square().sum()
+        if size > 0:
+            gram = vector.T @ vector / size
+            curvature += gram
+            slope += (total - vector) @ gram
+    return curvature, slope
+
+
+def adam(curvature: Tensor, slope: Tensor, steps: int, learning_rate: float) -> Tensor:
+    """``D [m, n]`` after some steps of Adam from zero on the gradient ``2 (D A + C)``."""
+    change = torch.zeros_like(slope)
+    mean, square = torch.zeros_like(slope), torch.zeros_like(slope)
+    for step in range(1, steps + 1):
+        gradient = 2 * torch.addmm(slope, change, curvature)
+        mean.lerp_(gradient, 1 - _FIRST)
+        square.mul_(_SECOND).addcmul_(gradient, gradient, value=1 - _SECOND)
+        spread = (square / (1 - _SECOND**step)).sqrt_().add_(_EPSILON)
+        change.addcdiv_(mean, spread, value=-learning_rate / (1 - _FIRST**step))
+    return change
+
+
+def exact(curvature: Tensor, slope: Tensor) -> Tensor:
+    """The smallest ``D [m, n]`` at which the gradient ``2 (D A + C)`` vanishes; float64."""
+    values, vectors = torch.linalg.eigh(curvature)
+    inverse = torch.where(values > _NULL * values[-1].clamp(min=0), 1 / values, 0.0)
+    change: Tensor = -((slope @ vectors) * inverse @ vectors.T)
+    return change
+
+
+def wudi(base: Tensor, task_vectors: Tensor, options: WudiOptions) -> Tensor:
+    """Merge one tensor.
+
+    Args:
+        base: ``[*]``.
+        task_vectors: ``[T, *]``.
+        options: as they hold for the tensor.
+
+    Returns:
+        For a matrix ``[m, n]``: the base plus the summed task vectors, moved to where they
+        interfere less (see ``interference``). Any other tensor gets the mean of the task vectors.
+    """
+    if base.dim() != 2:
+        return base + options.scaling * task_vectors.mean(dim=0)
+    if options.solver == "exact":
+        change = exact(*interference(task_vectors.to(torch.float64))).float()
+    else:
+        change = adam(*interference(task_vectors), options.steps, options.learning_rate)
+    return base + options.scaling * (task_vectors.sum(dim=0) + change)
+
+
+METHOD = MergeMethod(
+    options=WudiOptions,
+    summary="summed task vectors moved to interfere less (matrices; the rest is averaged)",
+    source="WUDI-Merging, arXiv 2503.08099",
+    merge=lambda base, task_vectors, options, context: wudi(base, task_vectors, options),
+)

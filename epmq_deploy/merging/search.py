@@ -1,0 +1,158 @@
+"""Tuning a merge method's scaling on calibration samples.
+
+How far to go along the merged task vector depends on the experts, and nothing in the weights says
+so. What counts here is how closely the merged model predicts, on each task's samples and through
+its head, what that task's expert predicts. Labels are not needed and merging uses no samples, so
+none of them is fitted.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.experts import ExpertBackbone, Sources
+from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
+from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
+from epmq_deploy.models import TaskHead
+from epmq_deploy.progress import Progress
+from epmq_deploy.recipe import Recipe
+from epmq_deploy.tasks.agreement import Scores, Tuned, divergence, logits_of, mean_divergence, tune
+from epmq_deploy.tasks.data import Samples, load_samples
+from epmq_deploy.tasks.heads import build_heads
+
+log = logging.getLogger(__name__)
+
+_FACTOR, _STEPS = 1.5, 4
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores models by how closely they predict what the experts predict.
+
+    Attributes:
+        sources: base and experts.
+        samples: by task.
+        heads: by task.
+        wanted: the experts' logits on their own task's samples, ``[n, C]``.
+    """
+
+    sources: Sources
+    samples: Mapping[str, Samples]
+    heads: Mapping[str, TaskHead]
+    wanted: Mapping[str, Tensor]
+
+    def scores(self, model: nn.Module) -> Scores:
+        """Divergences from the experts, task by task ``[n]``."""
+        family, folder = self.sources.family, self.sources.base.folder
+        return {
+            task: divergence(
+                logits_of(model, family, folder, chosen, self.heads[task]), self.wanted[task]
+            )
+            for task, chosen in self.samples.items()
+        }
+
+
+def search_scaling(
+    recipe: Recipe,
+    sources: Sources,
+    method: MergeMethod[Any],
+    vectors: CheckpointTaskVectors,
+    statistics: Any,
+    progress: Progress,
+) -> Tuned:
+    """Find the scaling whose merge predicts most closely what the experts predict.
+
+    The method's result is linear in its scaling, so it is merged once; two models and the merged
+    task vector are in memory.
+
+    Args:
+        recipe: tasks and options.
+        sources: base and experts.
+        method: with options that have a scaling.
+        vectors: the experts' task vectors.
+        statistics: what the method's global pass found.
+        progress: shows the merge.
+
+    Raises:
+        MismatchError: calibration data or heads are missing or cannot be used; all at once.
+    """
+    options = recipe.merge
+    assert isinstance(options, ScaledOptions), "only those can ask for a search"
+    judge = _judge(recipe, sources, options, vectors.device)
+    names = progress.track(list(vectors.names), "merging to search")
+    fixed, direction = _line(method, vectors, options, statistics, names)
+    model = sources.family.load(sources.base.folder).to(vectors.device)
+    # Merged tensors that the model does not hold have no part in what it predicts.
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name in fixed.keys() & parameters.keys():
+        parameters[name].copy_(fixed[name])
+
+    def score(scaling: float) -> Scores:
+        for name in direction.keys() & parameters.keys():
+            sources.base.load_into(name, parameters[name])
+            parameters[name].add_(direction[name], alpha=scaling)
+        found = judge.scores(model)
+        log.info("scaling %.4g: divergence from the experts %.4f", scaling, mean_divergence(found))
+        return found
+
+    return tune(score, options.scaling_value(), factor=_FACTOR, steps=_STEPS, finer=True)
+
+
+def _line(
+    method: MergeMethod[Any],
+    vectors: CheckpointTaskVectors,
+    options: ScaledOptions,
+    statistics: Any,
+    names: Iterable[str],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Merged tensors whose scaling is their own, and what scaling 1 adds to all others."""
+    fixed, direction = {}, {}
+    unit, none = options.at(1.0), options.at(0.0)
+    for name in names:
+        start, stack = vectors.with_base(name)
+        context = Context(name, vectors.tasks, statistics)
+        merged = method.merge_tensor(start, stack, unit, context)
+        if unit.for_tensor(name).scaling_value() != none.for_tensor(name).scaling_value():
+            direction[name] = merged - start
+        else:
+            fixed[name] = merged
+    return fixed, direction
+
+
+def _judge(recipe: Recipe, sources: Sources, options: ScaledOptions, device: torch.device) -> Judge:
+    family, folder = sources.family, sources.base.folder
+    samples, problems = {}, []
+    for task, given in recipe.tasks.items():
+        if given.calibration is None:
+            problems.append(f"task {task!r} has no calibration data to search merge.scaling on")
+            continue
+        try:
+            samples[task] = load_samples(
+                task, given.calibration, family, limit=options.search_samples
+            )
+        except EpmqError as error:
+            problems.append(str(error))
+    experts = ExpertBackbone(sources, device)
+    features = family.embedding_width(experts.become(next(iter(recipe.tasks))), folder)
+    heads: dict[str, TaskHead] = {}
+    try:
+        heads = build_heads(recipe.tasks, family, folder, features, device=device)
+        problems += [
+            f"task {task!r} has no head to search merge.scaling with"
+            for task in recipe.tasks
+            if task not in heads
+        ]
+    except MismatchError as error:
+        problems += error.problems
+    if problems:
+        raise MismatchError("merge.search", problems)
+    wanted = {
+        task: logits_of(experts.become(task), family, folder, chosen, heads[task])
+        for task, chosen in samples.items()
+    }
+    return Judge(sources, samples, heads, wanted)

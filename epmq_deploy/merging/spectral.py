@@ -1,0 +1,52 @@
+"""Singular vectors of task matrices.
+
+Decompositions go through the Gram matrix of the shorter side in float64: for float32 matrices that
+is as exact as a direct decomposition for all directions that matter, and several times faster.
+"""
+
+import torch
+from torch import Tensor
+
+# Directions below this share of the largest singular value are rounding errors, not directions.
+_NULL = 1e-5
+
+
+def top_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values of ``matrix [m, n]`` with their vectors, float32.
+
+    Returns:
+        ``U [m, rank]``, ``s [rank]`` descending, ``V^T [rank, n]``; vectors of vanishing singular
+        values are zero.
+    """
+    rows, columns = matrix.shape
+    if rows > columns:
+        left, values, right = top_triplets(matrix.T, rank)
+        return right.T, values, left.T
+    exact = matrix.to(torch.float64)
+    squares, vectors = torch.linalg.eigh(exact @ exact.T)
+    values = squares[-rank:].flip(0).clamp(min=0).sqrt()
+    left = vectors[:, -rank:].flip(1)
+    inverse = torch.where(values > _NULL * values[0], 1 / values, 0.0)
+    right = inverse[:, None] * (left.T @ exact)
+    left = left * (inverse != 0)
+    return left.float(), values.float(), right.float()
+
+
+def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest matrix with equal singular values, and those ``matrix [m, n]`` had.
+
+    Returns:
+        ``U V^T [m, n]`` of the singular value decomposition, without directions the matrix does not
+        have, and the singular values of those it has, float32.
+    """
+    rows, columns = matrix.shape
+    if rows > columns:
+        nearest, values = polar(matrix.T)
+        return nearest.T, values
+    exact = matrix.to(torch.float64)
+    squares, vectors = torch.linalg.eigh(exact @ exact.T)
+    values = squares.clamp(min=0).sqrt()
+    present = values > _NULL * values[-1]
+    values, vectors = values[present], vectors[:, present]
+    nearest = (vectors / values) @ (vectors.T @ exact)
+    return nearest.float(), values.float()

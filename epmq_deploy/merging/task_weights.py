@@ -1,0 +1,44 @@
+"""Weights per task, for methods that take them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from epmq_deploy.merging.method import MergeOptions
+from epmq_deploy.options import numbers_from_text
+
+
+class WeightedOptions(MergeOptions):
+    """Options of methods that weigh the experts."""
+
+    weights: dict[str, float] = Field(
+        {}, description="factor on each expert's task vector, for all tasks (cars=1,sun=0.5)"
+    )
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _weights_from_text(cls, value: Any) -> Any:
+        """Command lines give ``TASK=NUMBER``."""
+        return numbers_from_text(value) if isinstance(value, list | tuple) else value
+
+
+def weight_problems(options: WeightedOptions, tasks: Sequence[str]) -> list[str]:
+    """A sentence when weights are given, but not one for every task."""
+    if not options.weights:
+        return []
+    unknown = [task for task in options.weights if task not in tasks]
+    missing = [task for task in tasks if task not in options.weights]
+    problems = []
+    if unknown:
+        problems.append(f"merge.weights names {', '.join(unknown)}; tasks are {', '.join(tasks)}")
+    if missing:
+        problems.append(f"merge.weights lacks {', '.join(missing)}; give a weight for every task")
+    return problems
+
+
+def weight_column(options: WeightedOptions, tasks: Sequence[str], like: Tensor) -> Tensor:
+    """Weights ``[T, 1, ...]`` that broadcast over ``like [T, *]``; 1 when not given."""
+    values = [options.weights.get(task, 1.0) for task in tasks]
+    return like.new_tensor(values).reshape(-1, *([1] * (like.dim() - 1)))

@@ -1,0 +1,100 @@
+"""The search for a scaling."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_zoo import TASKS, TinyZoo
+
+from epmq_deploy.errors import MismatchError
+from epmq_deploy.experts import ExpertBackbone, open_sources
+from epmq_deploy.merging.merge import merge, merge_fingerprint
+from epmq_deploy.models import family_of
+from epmq_deploy.recipe import Recipe, load_recipe, override
+from epmq_deploy.tasks.agreement import divergence, logits_of, tune
+from epmq_deploy.tasks.data import load_samples
+from epmq_deploy.tasks.heads import build_heads
+
+
+def measured(recipe: Recipe, folder: Path, samples: int) -> float:
+    """Mean divergence of the model in ``folder`` from the experts, computed the plain way."""
+    family = family_of(folder)
+    model = family.load(folder)
+    base = Path(recipe.base.path)
+    heads = build_heads(recipe.tasks, family, base, family.embedding_width(model, base))
+    experts = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
+    total = 0.0
+    for name, task in recipe.tasks.items():
+        assert task.calibration is not None
+        chosen = load_samples(name, task.calibration, family, limit=samples)
+        logits = logits_of(model, family, folder, chosen, heads[name])
+        wanted = logits_of(experts.become(name), family, base, chosen, heads[name])
+        total += float(divergence(logits, wanted).mean())
+    return total / len(recipe.tasks)
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "tsv_m"])
+def test_reports_the_divergence_of_the_models_it_would_merge(
+    tiny: TinyZoo, tmp_path: Path, method: str
+) -> None:
+    flags = {"method": method, "search": True, "search_samples": 8, "layers": ["*.bias:scaling=0"]}
+    searched = override(load_recipe(tiny.recipe), "merge", flags)
+    manifest = merge(searched, tmp_path / "searched")
+    curve = {item["scaling"]: item["divergence"] for item in manifest.details["search"]}
+    assert len(curve) >= 5
+    assert list(curve) == sorted(curve)
+    found = manifest.details["scaling"]
+    start = searched.merge.model_dump()["scaling"]
+    assert found == start or curve[found] == min(curve.values())
+    assert measured(searched, tmp_path / "searched", 8) == pytest.approx(curve[found], rel=1e-3)
+    other = min(curve)
+    plain = override(searched, "merge", {"search": False, "scaling": other})
+    merge(plain, tmp_path / "plain")
+    assert measured(plain, tmp_path / "plain", 8) == pytest.approx(curve[other], rel=1e-3)
+
+
+def test_every_missing_part_is_named_and_nothing_is_written(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe = override(load_recipe(tiny.recipe), "merge", {"search": True})
+    tasks = dict(recipe.tasks)
+    tasks["red"] = tasks["red"].model_copy(update={"calibration": None})
+    tasks["blue"] = tasks["blue"].model_copy(update={"head": None})
+    with pytest.raises(MismatchError) as caught:
+        merge(recipe.model_copy(update={"tasks": tasks}), tmp_path / "merged")
+    assert caught.value.problems == (
+        "task 'red' has no calibration data to search merge.scaling on",
+        "task 'blue' has no head to search merge.scaling with",
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_decide_a_searched_merge_and_no_other(tiny: TinyZoo) -> None:
+    recipe = load_recipe(tiny.recipe)
+    moved = dict(recipe.tasks)
+    moved["red"] = moved["red"].model_copy(update={"calibration": moved["blue"].calibration})
+    other = recipe.model_copy(update={"tasks": moved})
+    assert merge_fingerprint(recipe, {}) == merge_fingerprint(other, {})
+    searched, changed = (override(r, "merge", {"search": True}) for r in (recipe, other))
+    assert merge_fingerprint(searched, {}) != merge_fingerprint(changed, {})
+    assert set(TASKS) == set(recipe.tasks)
+
+
+@pytest.mark.parametrize("best", [0.08, 0.3, 0.55, 2.0])
+def test_walks_to_the_least_divergence_and_looks_closer(best: float) -> None:
+    def score(scaling: float) -> dict[str, torch.Tensor]:
+        return {"t": torch.full((4,), math.log(scaling / best) ** 2)}
+
+    found = tune(score, 0.3, factor=1.5, steps=6, finer=True)
+    assert abs(math.log(found.value / best)) <= math.log(1.5) / 4 + 1e-9
+    assert found.value in found.curve
+
+
+def test_noise_does_not_move_the_scaling() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def score(scaling: float) -> dict[str, torch.Tensor]:
+        return {"t": torch.rand(6, generator=generator) + 0.01 * abs(scaling - 0.4)}
+
+    found = tune(score, 0.3, factor=1.5, steps=2)
+    gain = found.curve[0.3] - found.curve[found.value]
+    assert found.value == 0.3 or gain > found.standard_error
