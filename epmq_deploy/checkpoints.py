@@ -2,17 +2,24 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from epmq_deploy.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapted_tensors
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.open_clip import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_FILES,
+    clip_config,
+    open_clip_tensors,
+    processor_config,
+)
+from epmq_deploy.tensors import Rename, TensorInfo, stored_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -21,123 +28,107 @@ _SETTINGS = {".json", ".txt", ".model", ".jinja"}
 _NOT_SETTINGS = {INDEX_FILE, "manifest.json", "report.json", "eval.json"}
 _FILES = (".parquet", ".json", ".jsonl", ".csv", ".safetensors", ".yaml")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A stored tensor's place and type.
-
-    Attributes:
-        file: safetensors file that holds it.
-        key: its name in that file.
-        shape: its shape.
-        dtype: its dtype.
-        offset: of its first byte in the file.
-    """
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of one model folder by canonical name; nothing is read until asked for.
+    """The tensors of one model by canonical name; nothing is read until asked for.
 
     Attributes:
-        folder: the Hugging Face folder.
-        tensors: canonical name to stored tensor.
+        folder: the model folder.
+        tensors: canonical name to tensor.
     """
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
 
     @classmethod
-    def open(cls, folder: Path, rename: Callable[[str], str] = lambda key: key) -> "Checkpoint":
+    def open(cls, folder: Path, rename: Rename = lambda key: key) -> "Checkpoint":
         """List the tensors of ``folder``, single or sharded.
 
         Args:
-            folder: a Hugging Face model folder.
-            rename: stored name to canonical name.
+            folder: a Hugging Face model folder, or one in the layout of ``open_clip``.
+            rename: stored name (for ``open_clip``, that of ``transformers``' CLIP) to canonical.
 
         Raises:
             RecipeError: the folder holds no safetensors, or a file of it cannot be read.
+            MismatchError: it holds what an ``open_clip`` model does not.
         """
-        tensors = {}
-        for file in weight_files(folder):
-            try:
-                with safe_open(file, framework="pt") as handle:
-                    offsets = _offsets(file)
-                    for key in handle.keys():  # noqa: SIM118 - no mapping
-                        view = handle.get_slice(key)
-                        dtype = _DTYPES.get(view.get_dtype())
-                        if dtype is None:
-                            raise RecipeError(
-                                f"{file}: tensor {key!r} has dtype {view.get_dtype()}, "
-                                f"supported: {', '.join(_DTYPES)}"
-                            )
-                        shape = tuple(view.get_shape())
-                        tensors[rename(key)] = TensorInfo(file, key, shape, dtype, offsets[key])
-            except (OSError, SafetensorError) as error:
-                raise RecipeError(f"{file}: not readable as safetensors ({error})") from error
-        return cls(folder, tensors)
+        files = weight_files(folder)
+        if is_open_clip(folder):
+            return cls(folder, open_clip_tensors(files[0], rename))
+        return cls(folder, stored_tensors(files, rename))
+
+    @classmethod
+    def open_expert(cls, folder: Path, base: "Checkpoint", rename: Rename) -> "Checkpoint":
+        """List an expert's tensors: its own, or the base's with its LoRA adapter applied.
+
+        Args:
+            folder: a model folder, or one with a ``peft`` adapter.
+            base: what an adapter is applied to.
+            rename: stored name to canonical name.
+
+        Raises:
+            RecipeError: the folder holds no safetensors, or no plain LoRA adapter.
+            MismatchError: the adapter does not fit the base.
+        """
+        if not is_adapter(folder):
+            return cls.open(folder, rename)
+        config = read_json(folder / ADAPTER_CONFIG)
+        return cls(folder, adapted_tensors(folder, config, base.tensors, rename))
 
     def load(self, name: str) -> Tensor:
-        """One tensor as stored, CPU."""
-        info = self.tensors[name]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        self.load_into(name, tensor)
-        return tensor
+        """One tensor in its own dtype, CPU."""
+        return self.tensors[name].load()
 
     def load_into(self, name: str, target: Tensor) -> None:
-        """Overwrite ``target`` with one tensor, converted to its dtype and device.
-
-        Read straight into memory that is there already: mapping the file anew for every tensor
-        takes several times as long, and mapping it once keeps its pages resident.
-        """
+        """Overwrite ``target`` with one tensor, converted to its dtype and device."""
         info = self.tensors[name]
         if target.dtype != info.dtype or not target.is_contiguous() or target.device.type != "cpu":
-            target.copy_(self.load(name))
-            return
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(info.offset)
-            flat: Any = target.detach().reshape(-1).view(torch.uint8).numpy()
-            content = memoryview(flat)
-            while content:
-                read = file.readinto(content)
-                if not read:
-                    raise RecipeError(f"{info.file}: ends within tensor {info.key!r}")
-                content = content[read:]
+            target.copy_(info.load())
+        else:
+            info.read_into(target)
 
 
-def _offsets(file: Path) -> dict[str, int]:
-    """Where each tensor begins: the layout of safetensors, whose header ``safe_open`` validates."""
-    with file.open("rb") as handle:
-        size = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(size))
-    return {
-        key: 8 + size + entry["data_offsets"][0]
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a ``peft`` adapter.
+
+    Raises:
+        RecipeError: it holds a whole model too.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    whole = [name for name in (SINGLE_FILE, INDEX_FILE) if (folder / name).is_file()]
+    if whole:
+        raise RecipeError(
+            f"{folder}: holds both an adapter ({ADAPTER_CONFIG}) and a whole model ({whole[0]}); "
+            "move one of them elsewhere"
+        )
+    return True
+
+
+def is_open_clip(folder: Path) -> bool:
+    """Whether a folder holds a model in the layout of ``open_clip`` alone."""
+    theirs = (folder / OPEN_CLIP_CONFIG).is_file()
+    return theirs and not any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+
+
+def expert_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of an expert: a model folder's, or an adapter's.
+
+    Raises:
+        RecipeError: see ``weight_files`` and ``is_adapter``.
+    """
+    if not is_adapter(folder):
+        return weight_files(folder)
+    file = folder / ADAPTER_FILE
+    if not file.is_file():
+        raise RecipeError(f"{folder}: no {ADAPTER_FILE} beside {ADAPTER_CONFIG}")
+    return (file,)
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a model folder.
+    """The safetensors files of a folder with a whole model.
 
     Raises:
         RecipeError: none there, or shards missing; names the conversion for pickled weights.
@@ -154,6 +145,13 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         if missing:
             raise RecipeError(f"{folder}: shards missing: {', '.join(missing)}")
         return tuple(folder / name for name in names)
+    if is_open_clip(folder):
+        for name in OPEN_CLIP_FILES:
+            if (folder / name).is_file():
+                return (folder / name,)
+        raise RecipeError(f"{folder}: {OPEN_CLIP_CONFIG}, but no {' or '.join(OPEN_CLIP_FILES)}")
+    if is_adapter(folder):
+        raise RecipeError(f"{folder}: an adapter, where a whole model is needed")
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickled:
         raise RecipeError(
@@ -192,6 +190,43 @@ def looks_like_hub_id(text: str) -> bool:
     return shaped and not text.endswith(("/", *_FILES))
 
 
+def model_config(folder: Path) -> dict[str, Any] | None:
+    """A model folder's ``config.json``, or what follows from ``open_clip``'s; None without either.
+
+    Raises:
+        RecipeError: it is no JSON object, or describes an ``open_clip`` model that is no CLIP.
+    """
+    if is_open_clip(folder):
+        file = folder / OPEN_CLIP_CONFIG
+        return clip_config(read_json(file), file)
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else None
+
+
+def preprocessor_config(folder: Path) -> dict[str, Any] | None:
+    """As ``model_config``, of ``preprocessor_config.json``."""
+    if is_open_clip(folder):
+        file = folder / OPEN_CLIP_CONFIG
+        return processor_config(read_json(file), file)
+    file = folder / "preprocessor_config.json"
+    return read_json(file) if file.is_file() else None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A file with a JSON object.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RecipeError(f"{file}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file}: no JSON object")
+    return content
+
+
 def setting_files(folder: Path) -> tuple[Path, ...]:
     """Everything a model folder holds beside its weights: config, tokenizer, processor."""
     return tuple(
@@ -202,9 +237,14 @@ def setting_files(folder: Path) -> tuple[Path, ...]:
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and processor files."""
+    """Copy config, tokenizer and processor files; those of ``open_clip`` as ``transformers``'."""
     for file in setting_files(source):
-        shutil.copyfile(file, target / file.name)
+        if file.name != OPEN_CLIP_CONFIG:
+            shutil.copyfile(file, target / file.name)
+    if is_open_clip(source):
+        made = {"config": model_config(source), "preprocessor_config": preprocessor_config(source)}
+        for name, content in made.items():
+            (target / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def save_sharded(

@@ -2,15 +2,25 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.checkpoints import Checkpoint, fetch_model, setting_files, weight_files
+from epmq_deploy.checkpoints import (
+    Checkpoint,
+    expert_files,
+    fetch_model,
+    setting_files,
+    weight_files,
+)
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.stage import Manifest, files_sha256
+
+# No task's name: those have no space.
+_BASE = "the base"
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,11 @@ class Sources:
 
     def sha256(self) -> dict[str, str]:
         """Hashes of weights and settings by role: ``base``, ``expert:<task>``."""
-        roles = {"base": self.base}
-        roles |= {f"expert:{name}": expert for name, expert in self.experts.items()}
+        folders = {"base": self.base.folder}
+        folders |= {f"expert:{name}": expert.folder for name, expert in self.experts.items()}
         return {
-            role: files_sha256(
-                found.folder, [*weight_files(found.folder), *setting_files(found.folder)]
-            )
-            for role, found in roles.items()
+            role: files_sha256(folder, [*expert_files(folder), *setting_files(folder)])
+            for role, folder in folders.items()
         }
 
 
@@ -46,29 +54,39 @@ def open_sources(recipe: Recipe) -> Sources:
         MismatchError: names every model that cannot be opened.
         RecipeError: the base's model type is not supported.
     """
-    problems = []
-    folders = {}
-    paths = {"base": recipe.base.path}
-    paths |= {f"expert {name!r}": task.expert for name, task in recipe.tasks.items()}
-    for role, path in paths.items():
-        try:
-            folders[role] = fetch_model(path)
-            weight_files(folders[role])
-        except EpmqError as error:
-            problems.append(f"{role}: {error}")
+    folders, problems = _folders(recipe)
     if problems:
         raise MismatchError("models cannot be opened", problems)
-    family = family_of(folders["base"])
-    opened = {}
-    for role, folder in folders.items():
+    where = folders.pop(_BASE)
+    family = family_of(where)
+    try:
+        base = Checkpoint.open(where, family.canonical_key)
+    except EpmqError as error:
+        raise MismatchError("models cannot be opened", [f"{_BASE}: {error}"]) from error
+    experts = {}
+    for name, folder in folders.items():
         try:
-            opened[role] = Checkpoint.open(folder, family.canonical_key)
+            experts[name] = Checkpoint.open_expert(folder, base, family.canonical_key)
         except EpmqError as error:
-            problems.append(f"{role}: {error}")
+            problems.append(f"expert {name!r}: {error}")
     if problems:
         raise MismatchError("models cannot be opened", problems)
-    experts = {name: opened[f"expert {name!r}"] for name in recipe.tasks}
-    return Sources(family, opened["base"], experts)
+    return Sources(family, base, experts)
+
+
+def _folders(recipe: Recipe) -> tuple[dict[str, Path], list[str]]:
+    """Where base and experts are, by task, and every one of them that cannot be used."""
+    folders, problems = {}, []
+    paths = {_BASE: recipe.base.path}
+    paths |= {name: task.expert for name, task in recipe.tasks.items()}
+    for name, path in paths.items():
+        try:
+            folders[name] = fetch_model(path)
+            files = weight_files if name == _BASE else expert_files
+            files(folders[name])
+        except EpmqError as error:
+            problems.append(f"{name if name == _BASE else f'expert {name!r}'}: {error}")
+    return folders, problems
 
 
 def check_unchanged(sources: Sources, manifest: Manifest) -> None:

@@ -38,7 +38,9 @@ class DataSource(Options):
     path: str = Field(description="image folder, Parquet/JSON/CSV file, saved dataset, or hub id")
     subset: str | None = Field(None, description="the dataset's configuration name")
     split: str | None = Field(None, description="split to take; the only one when absent")
-    input_column: str = Field("image", description="column with the images or texts")
+    input_column: str | None = Field(
+        None, description="column with the inputs; image or text, as the model takes, when absent"
+    )
     label_column: str | None = Field("label", description="column with integer labels")
 
 
@@ -53,7 +55,8 @@ class Head(Options):
         None, description="safetensors file with one [classes, features] tensor"
     )
     from_expert: bool = Field(
-        False, description="the classifier in the expert's checkpoint; BERT's default"
+        False,
+        description="the classifier in the expert's checkpoint; the default of all models but CLIP",
     )
 
     @model_validator(mode="after")

@@ -119,7 +119,7 @@ def evaluation_samples(
         names = task.head.classes if task.head is not None else None
         count = len(names) if names is not None else None
         try:
-            head = head_of_expert(task, family) if heads is None else heads.get(name)
+            head = head_of_expert(task, family, folder) if heads is None else heads.get(name)
         except EpmqError as error:
             problems.append(f"task {name!r}: {error}")
             continue

@@ -45,8 +45,8 @@ def build_tiny_text(folder: Path) -> TinyText:
         _write_csv(data / "test.csv", _rows(15, classes, rng))
         tasks[task] = {
             "expert": f"experts/{task}",
-            "calibration": {"path": f"data/{task}/calibration.jsonl", "input_column": "text"},
-            "evaluation": {"path": f"data/{task}/test.csv", "input_column": "text"},
+            "calibration": {"path": f"data/{task}/calibration.jsonl"},
+            "evaluation": {"path": f"data/{task}/test.csv"},
         }
     recipe = {
         "base": {"path": "base"},

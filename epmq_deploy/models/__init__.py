@@ -1,13 +1,13 @@
 """Model families: one module each, found by its ``FAMILY``."""
 
-import json
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.family import Block, Group, ModelFamily, MultiTaskModel
+from epmq_deploy.models.generic import generic_family
 from epmq_deploy.models.head import TaskHead
+from epmq_deploy.models.loading import read_config
 
 __all__ = [
     "Block",
@@ -30,19 +30,11 @@ def family_of(folder: Path) -> ModelFamily:
     """The family a Hugging Face folder belongs to.
 
     Raises:
-        RecipeError: no ``config.json``, or a model type no family recognises.
+        RecipeError: no ``config.json``, or a model type that no family recognises and the generic
+            one cannot take apart.
     """
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise RecipeError(f"{folder}: no config.json; expected a Hugging Face model folder")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise RecipeError(f"{config_file}: not JSON ({error})") from error
+    config = read_config(folder)
     for family in families():
         if family.recognises(config):
             return family
-    known = ", ".join(family.name for family in families())
-    raise RecipeError(
-        f"{config_file}: model type {config.get('model_type')!r} is not supported; known: {known}"
-    )
+    return generic_family(folder)

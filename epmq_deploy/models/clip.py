@@ -1,9 +1,7 @@
 """CLIP (Radford et al., arXiv 2103.00020) as ``transformers`` lays it out: the image tower."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.calibration.tokens import TokenWeights
-from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.family import Block, Group, ModelFamily
-from epmq_deploy.models.loading import fill
+from epmq_deploy.models.image import image_processor, pixel_values
+from epmq_deploy.models.loading import fill, read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
 
 _ARCHITECTURE = (
@@ -52,11 +50,18 @@ class ClipFamily(ModelFamily):
 
     def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
         """Compares what defines the image tower and tensors' shapes may not show."""
-        ours, theirs = base.get("vision_config", {}), expert.get("vision_config", expert)
+        from transformers import CLIPVisionConfig
+
+        if not expert:
+            return []
+        # Published configs leave out what is as usual.
+        usual = CLIPVisionConfig().to_dict()
+        ours = usual | base.get("vision_config", {})
+        theirs = usual | expert.get("vision_config", expert)
         return [
             f"{key} is {theirs[key]!r} in its config.json, the base has {ours[key]!r}"
             for key in _ARCHITECTURE
-            if key in ours and key in theirs and ours[key] != theirs[key]
+            if ours[key] != theirs[key]
         ]
 
     def is_deployed(self, key: str) -> bool:
@@ -77,7 +82,7 @@ class ClipFamily(ModelFamily):
         """The image tower with its projection."""
         from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
-        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        config = CLIPConfig.from_dict(read_config(folder))
         # The tower's own projection_dim is a default that published configs need not keep.
         config.vision_config.projection_dim = config.projection_dim
         model: nn.Module = CLIPVisionModelWithProjection(config.vision_config)
@@ -111,13 +116,11 @@ class ClipFamily(ModelFamily):
 
     def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
         """Images (anything PIL converts to RGB) to ``pixel_values [B, 3, H, W]``."""
-        images = [sample.convert("RGB") for sample in samples]
-        batch = _image_processor(folder)(images=images, return_tensors="pt")
-        return (batch["pixel_values"],)
+        return (pixel_values(image_processor(folder), samples),)
 
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
         """Random pixels at the tower's resolution."""
-        config = json.loads((folder / "config.json").read_text())
+        config = read_config(folder)
         vision = config.get("vision_config", config)
         size, channels = vision.get("image_size", 224), vision.get("num_channels", 3)
         generator = torch.Generator().manual_seed(0)
@@ -136,7 +139,7 @@ class ClipFamily(ModelFamily):
         """
         from transformers import CLIPConfig, CLIPModel
 
-        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        config = CLIPConfig.from_dict(read_config(folder))
         tokenizer = open_tokenizer(
             folder,
             ("vocab.json", "merges.txt"),
@@ -157,18 +160,6 @@ class ClipFamily(ModelFamily):
                 rows.append(mean / mean.norm())
             head: Tensor = (torch.stack(rows) * model.logit_scale.exp()).cpu()
         return head
-
-
-@lru_cache(maxsize=4)
-def _image_processor(folder: Path) -> Any:
-    # Pillow's resampling, never torchvision's: the same pixels on every machine.
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
-        raise RecipeError(f"{file} is missing; it says how images become pixel_values")
-    settings = json.loads(file.read_text())
-    return CLIPImageProcessorPil.from_dict(settings)
 
 
 FAMILY = ClipFamily()

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -62,10 +62,10 @@ class ModelFamily(ABC):
     means the same thing in merging, quantization and export.
     """
 
-    name: ClassVar[str]
-    input_names: ClassVar[tuple[str, ...]]
-    modality: ClassVar[Literal["image", "text"]]
-    experts_carry_heads: ClassVar[bool] = False
+    name: str
+    input_names: tuple[str, ...]
+    modality: Literal["image", "text"]
+    experts_carry_heads: bool = False
     """Whether a task without ``head`` in the recipe takes what ``expert_head`` finds."""
 
     @abstractmethod
@@ -89,8 +89,12 @@ class ModelFamily(ABC):
         return False
 
     @abstractmethod
-    def canonical_key(self, key: str) -> str:
-        """The deployed model's name for a tensor of the base's or an expert's checkpoint."""
+    def canonical_key(self, key: str) -> str | tuple[str, ...]:
+        """The deployed model's name for a tensor of the base's or an expert's checkpoint.
+
+        Several names where the stored tensor holds several of the deployed model's, in equal parts
+        along its first dimension.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> nn.Module:

@@ -1,22 +1,33 @@
 """A task's head: from the deployed backbone's embedding to logits."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["tanh", "relu", "gelu"]
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": F.gelu,
+}
+assert set(ACTIVATIONS) == set(get_args(Activation))
 
 
 class TaskHead(nn.Module):
     """Maps embeddings ``[B, D]`` to logits ``[B, C]``, float32.
 
-    A linear classifier, after a pooler (linear layer and tanh) where the model was fine-tuned with
-    one, as BERT is (Devlin et al., arXiv 1810.04805).
+    A linear classifier, after a pooler (linear layer and activation) where the model was fine-tuned
+    with one, as BERT is (Devlin et al., arXiv 1810.04805).
 
     Args:
         weight: ``[C, D]``, or ``[C, P]`` after a pooler of width ``P``.
         bias: ``[C]``.
         pooler_weight: ``[P, D]``.
         pooler_bias: ``[P]``, with ``pooler_weight``.
+        activation: after the pooler: ``tanh`` (BERT, RoBERTa), ``relu`` (DistilBERT) or ``gelu``.
     """
 
     def __init__(
@@ -25,17 +36,21 @@ class TaskHead(nn.Module):
         bias: Tensor | None = None,
         pooler_weight: Tensor | None = None,
         pooler_bias: Tensor | None = None,
+        activation: Activation = "tanh",
     ) -> None:
         super().__init__()
+        self.activation: Activation = activation
         self.weight = _frozen(weight)
         self.bias = None if bias is None else _frozen(bias)
         self.pooler_weight = None if pooler_weight is None else _frozen(pooler_weight)
         self.pooler_bias = None if pooler_bias is None else _frozen(pooler_bias)
 
     @classmethod
-    def of_tensors(cls, tensors: Mapping[str, Tensor]) -> "TaskHead":
+    def of_tensors(
+        cls, tensors: Mapping[str, Tensor], activation: Activation = "tanh"
+    ) -> "TaskHead":
         """The head whose ``state_dict`` is ``tensors``."""
-        return cls(**tensors)
+        return cls(**tensors, activation=activation)
 
     @property
     def classes(self) -> int:
@@ -48,7 +63,7 @@ class TaskHead(nn.Module):
             embedding = embedding @ self.pooler_weight.T
             if self.pooler_bias is not None:
                 embedding = embedding + self.pooler_bias
-            embedding = torch.tanh(embedding)
+            embedding = ACTIVATIONS[self.activation](embedding)
         logits = embedding @ self.weight.T
         return logits if self.bias is None else logits + self.bias
 

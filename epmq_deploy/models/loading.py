@@ -1,19 +1,19 @@
-"""Filling a module with a checkpoint's tensors."""
+"""Reading a model folder: its settings, and its tensors into a module."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from epmq_deploy.checkpoints import Checkpoint
-from epmq_deploy.errors import MismatchError
+from epmq_deploy.checkpoints import Checkpoint, model_config
+from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.tensors import Rename
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def fill(model: M, folder: Path, rename: Callable[[str], str] = lambda key: key) -> M:
+def fill(model: M, folder: Path, rename: Rename = lambda key: key) -> M:
     """Give every parameter the checkpoint's tensor of the same name, as float32, in eval mode.
 
     Tensors the module has no parameter for are left out: a folder may hold more (another tower).
@@ -41,3 +41,15 @@ def fill(model: M, folder: Path, rename: Callable[[str], str] = lambda key: key)
     if problems:
         raise MismatchError(f"{folder} does not hold the model its config.json describes", problems)
     return model.eval().requires_grad_(False)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's ``config.json``.
+
+    Raises:
+        RecipeError: there is none, or it is no JSON object.
+    """
+    config = model_config(folder)
+    if config is None:
+        raise RecipeError(f"{folder}: no config.json; expected a Hugging Face model folder")
+    return config

@@ -16,7 +16,8 @@ def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpos
         purpose: what needs it, for the message.
 
     Raises:
-        RecipeError: files are missing, or it has tokens the model has no embedding for.
+        RecipeError: files are missing or cannot be opened, or it has tokens the model has no
+            embedding for.
     """
     from transformers import AutoTokenizer
 
@@ -26,7 +27,15 @@ def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpos
         raise RecipeError(
             f"{folder}: {purpose} the base's tokenizer: tokenizer.json, or {' and '.join(files)}"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, OSError, ImportError) as error:
+        raise RecipeError(
+            f"{folder}: {purpose} the base's tokenizer, which cannot be opened "
+            f"({str(error).splitlines()[0]})"
+        ) from error
     if len(tokenizer) > vocabulary:
         raise RecipeError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"

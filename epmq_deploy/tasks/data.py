@@ -27,12 +27,14 @@ class Samples:
         rows: a ``datasets.Dataset``.
         indices: rows chosen, in order.
         source: where they came from.
+        column: of the raw inputs.
     """
 
     task: str
     rows: Any
     indices: Sequence[int]
     source: DataSource
+    column: str
 
     def __len__(self) -> int:
         """Number of samples chosen."""
@@ -45,18 +47,17 @@ class Samples:
             RecipeError: one cannot be decoded; names task and row.
         """
         chosen = list(self.indices[start:stop])
-        column = self.source.input_column
         try:
-            return list(self.rows.select(chosen)[column])
+            return list(self.rows.select(chosen)[self.column])
         except Exception:
             # Decoders raise anything; find the row to name.
             for row in chosen:
-                self._decode(row, column)
+                self._decode(row)
             raise
 
-    def _decode(self, row: int, column: str) -> None:
+    def _decode(self, row: int) -> None:
         try:
-            self.rows[row][column]
+            self.rows[row][self.column]
         except Exception as error:
             raise RecipeError(
                 f"task {self.task!r}: row {row} of {self.source.path} cannot be decoded "
@@ -113,7 +114,7 @@ def load_samples(
         RecipeError: the data cannot be loaded, holds nothing or lacks the input column.
     """
     rows = _load_rows(task, source)
-    where, column = f"task {task!r}: {source.path}", source.input_column
+    where, column = f"task {task!r}: {source.path}", source.input_column or family.modality
     if column not in rows.column_names:
         raise RecipeError(
             f"{where} has no column {column!r}; it has {', '.join(rows.column_names)}"
@@ -121,13 +122,13 @@ def load_samples(
     if len(rows) == 0:
         raise RecipeError(f"{where} holds no samples")
     if family.modality == "image":
-        rows = _with_images(rows, source, where)
+        rows = _with_images(rows, column, source, where)
     else:
-        _check_texts(rows, source, where)
+        _check_texts(rows, column, where)
     indices = list(range(len(rows)))
     if limit is not None:
         random.Random(seed).shuffle(indices)
-    return Samples(task, rows, indices[:limit], source)
+    return Samples(task, rows, indices[:limit], source, column)
 
 
 def batches(
@@ -187,11 +188,10 @@ def data_sha256(source: DataSource) -> str:
     return fingerprint("data", source.model_dump(exclude={"path"}), {"content": content})
 
 
-def _with_images(rows: Any, source: DataSource, where: str) -> Any:
+def _with_images(rows: Any, column: str, source: DataSource, where: str) -> Any:
     """Make the input column decode to images: stored images, encoded bytes or file paths."""
     from datasets import Image
 
-    column = source.input_column
     feature = rows.features[column]
     if isinstance(feature, Image):
         return rows
@@ -207,9 +207,8 @@ def _with_images(rows: Any, source: DataSource, where: str) -> Any:
     return rows.cast_column(column, Image())
 
 
-def _check_texts(rows: Any, source: DataSource, where: str) -> None:
+def _check_texts(rows: Any, column: str, where: str) -> None:
     """Make sure that the input column holds a text in every row."""
-    column = source.input_column
     feature = rows.features[column]
     if getattr(feature, "dtype", None) not in ("string", "large_string"):
         raise RecipeError(f"{where}: column {column!r} holds {feature}, expected texts")

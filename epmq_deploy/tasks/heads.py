@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq_deploy.checkpoints import Checkpoint, fetch_model
@@ -62,10 +62,15 @@ def leaves_head_to_expert(task: Task, family: ModelFamily) -> bool:
     return family.experts_carry_heads if task.head is None else task.head.from_expert
 
 
-def head_of_expert(task: Task, family: ModelFamily) -> TaskHead | None:
+def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | None:
     """The head in the expert's checkpoint; None where the recipe does not leave it to the expert.
 
     Also None where the recipe says nothing and the checkpoint holds none.
+
+    Args:
+        task: the recipe's task.
+        family: the model's family.
+        base: folder of the base or of a merged model, for what an adapter leaves as it is there.
 
     Raises:
         RecipeError: the checkpoint cannot be opened, or holds no head although it was asked for.
@@ -73,7 +78,8 @@ def head_of_expert(task: Task, family: ModelFamily) -> TaskHead | None:
     if not leaves_head_to_expert(task, family):
         return None
     folder = fetch_model(task.expert)
-    head = family.expert_head(Checkpoint.open(folder, family.canonical_key))
+    opened = Checkpoint.open(base, family.canonical_key)
+    head = family.expert_head(Checkpoint.open_expert(folder, opened, family.canonical_key))
     if head is None and task.head is not None:
         raise RecipeError(
             f"{folder} holds no head of the {family.name} family that head.from_expert could take; "
@@ -84,7 +90,7 @@ def head_of_expert(task: Task, family: ModelFamily) -> TaskHead | None:
 
 def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
     if task.head is None or task.head.from_expert:
-        return head_of_expert(task, family)
+        return head_of_expert(task, family, folder)
     if task.head.classes is not None:
         return TaskHead(
             family.zero_shot_head(folder, task.head.classes, task.head.templates, device)
@@ -106,19 +112,25 @@ def _read_matrix(file: str) -> Tensor:
 
 
 def save_heads(folder: Path, heads: Mapping[str, TaskHead]) -> None:
-    """Write heads into a stage's folder, tensors named ``<task>.<part>``."""
+    """Write heads into a stage's folder: tensors ``<task>.<part>``, activations as metadata."""
     tensors = {
         f"{task}.{part}": tensor
         for task, head in heads.items()
         for part, tensor in head.state_dict().items()
     }
-    save_file(tensors, folder / HEADS_FILE)
+    activations = {task: head.activation for task, head in heads.items()}
+    save_file(tensors, folder / HEADS_FILE, metadata=activations)
 
 
 def load_heads(folder: Path) -> dict[str, TaskHead]:
     """Read the heads of a stage's folder, by task."""
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(folder / HEADS_FILE).items():
-        task, _, part = name.partition(".")
-        parts.setdefault(task, {})[part] = tensor
-    return {task: TaskHead.of_tensors(tensors) for task, tensors in parts.items()}
+    with safe_open(folder / HEADS_FILE, framework="pt") as handle:
+        # Heads written before there was a choice have none.
+        activations = handle.metadata() or {}
+        for name in handle.keys():  # noqa: SIM118 - no mapping
+            task, _, part = name.partition(".")
+            parts.setdefault(task, {})[part] = handle.get_tensor(name)
+    return {
+        task: TaskHead.of_tensors(tensors, activations[task]) for task, tensors in parts.items()
+    }

@@ -76,6 +76,12 @@ def test_names_of_all_releases_mean_the_same(stored: str, canonical: str) -> Non
     assert FAMILY.canonical_key(stored) == canonical
 
 
+def test_two_tensors_of_one_meaning_are_refused(copy: TinyText) -> None:
+    rewrite(copy.base, bert__embeddings__LayerNorm__gamma=torch.ones(WIDTH))
+    with pytest.raises(MismatchError, match=r"both mean embeddings\.LayerNorm\.weight"):
+        open_sources(load_recipe(copy.recipe))
+
+
 def test_a_base_with_prefixes_loads_as_one_without(copy: TinyText) -> None:
     plain = FAMILY.load(copy.base).state_dict()
     tensors = load_file(copy.base / "model.safetensors")

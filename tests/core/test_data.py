@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from PIL import Image
+from tiny_text import TinyText
 from tiny_zoo import TinyZoo
 
 from epmq_deploy.errors import RecipeError
@@ -94,6 +95,19 @@ def test_every_kind_of_source_gives_the_same_samples(
     (inputs,) = batches(samples, family, tiny.base, 10)
     assert torch.equal(inputs[0], family.collate(tiny.base, pictures())[0])
     assert samples.labels().tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_the_family_says_which_column_holds_the_inputs(
+    tmp_path: Path, family: ModelFamily, tiny_text: TinyText
+) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "red", "sentence": "blue", "label": 0}\n')
+    path = str(tmp_path / "x.jsonl")
+    texts = family_of(tiny_text.base)
+    assert load_samples("t", DataSource(path=path), texts).inputs(0, 1) == ["red"]
+    named = DataSource(path=path, input_column="sentence")
+    assert load_samples("t", named, texts).inputs(0, 1) == ["blue"]
+    with pytest.raises(RecipeError, match="no column 'image'; it has text, sentence, label"):
+        load_samples("t", DataSource(path=path), family)
 
 
 def test_a_limit_draws_from_all_classes_and_depends_on_the_seed(

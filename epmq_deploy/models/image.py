@@ -1,0 +1,96 @@
+"""What image models have in common: images to pixel values."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq_deploy.calibration.tokens import TokenWeights
+from epmq_deploy.checkpoints import is_open_clip, preprocessor_config
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.classifier import ClassifierFamily
+
+
+class ImageClassifierFamily(ClassifierFamily):
+    """Encoders of images, at the size the base's preprocessor settings give."""
+
+    modality = "image"
+    input_names = ("pixel_values",)
+
+    def tokens(self, *inputs: Tensor) -> TokenWeights:
+        """All tokens are real; heads read the first, where they read one."""
+        if not self.reads_one_token:
+            return TokenWeights()
+        return TokenWeights(pooled=torch.zeros(len(inputs[0]), dtype=torch.int64))
+
+    def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Images (anything PIL converts to RGB) to ``pixel_values [B, 3, H, W]``.
+
+        Raises:
+            RecipeError: see ``image_processor``.
+        """
+        return (pixel_values(image_processor(folder), samples),)
+
+    def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
+        """Random pixels of the size images have after preprocessing."""
+        return (example_pixels(folder, batch),)
+
+
+def pixel_values(processor: Any, samples: Sequence[Any]) -> Tensor:
+    """``[B, 3, H, W]``, float32, of images (anything PIL converts to RGB)."""
+    images = [sample.convert("RGB") for sample in samples]
+    pixels: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def example_pixels(folder: Path, batch: int) -> Tensor:
+    """Random ``[batch, 3, H, W]`` of the size that the folder's preprocessor makes images.
+
+    Raises:
+        RecipeError: it does not make all images one size; see ``image_processor`` too.
+    """
+    from PIL import Image
+
+    # The size images have, not the one in config.json: some models take other sizes than that.
+    shapes = {
+        tuple(pixel_values(image_processor(folder), [Image.new("RGB", size)]).shape[1:])
+        for size in ((64, 96), (96, 64))
+    }
+    if len(shapes) != 1:
+        raise RecipeError(
+            f"{folder}: its preprocessor settings do not make all images one size; set size to "
+            "height and width, or crop"
+        )
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, *shapes.pop(), generator=generator)
+
+
+@lru_cache(maxsize=4)
+def image_processor(folder: Path) -> Any:
+    """The folder's image processor, on Pillow: the same pixels on every machine.
+
+    Raises:
+        RecipeError: there are no settings for one, or none that runs on Pillow.
+    """
+    from transformers import AutoImageProcessor
+    from transformers.image_processing_backends import PilBackend
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    file = folder / "preprocessor_config.json"
+    settings = preprocessor_config(folder)
+    if settings is None:
+        raise RecipeError(f"{file} is missing; it says how images become pixel_values")
+    if is_open_clip(folder):
+        return CLIPImageProcessorPil.from_dict(settings)
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except (ValueError, ImportError, OSError) as error:
+        raise RecipeError(f"{file}: {str(error).splitlines()[0]}") from error
+    if not isinstance(processor, PilBackend):
+        raise RecipeError(f"{file}: {type(processor).__name__} does not run on Pillow")
+    return processor

@@ -1,0 +1,230 @@
+"""Tiny random models of many architectures, two experts of each and data, as users have them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from tiny_text import SPECIAL, WORDS
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
+
+# Task to its number of classes.
+FAMILY_TASKS = {"first": 3, "second": 2}
+SIZE = 16
+PROCESSORS = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": SIZE, "width": SIZE}},
+    # As old files name it.
+    "deit": {"feature_extractor_type": "ViTFeatureExtractor", "size": SIZE},
+    # Smaller images than the position embeddings are for, as published DINOv2 models take them.
+    "dinov2": {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 18},
+        "crop_size": {"height": SIZE, "width": SIZE},
+        "do_center_crop": True,
+    },
+}
+PLAIN = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+VISION = PLAIN | {"image_size": SIZE, "patch_size": 8}
+TEXT = PLAIN | {"vocab_size": len(SPECIAL) + len(WORDS), "max_position_embeddings": 24}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture to build tiny models of.
+
+    Attributes:
+        model_type: as in ``config.json``.
+        settings: of its config.
+        processor: key of ``PROCESSORS``; None for texts.
+    """
+
+    model_type: str
+    settings: Mapping[str, Any]
+    processor: str | None = None
+
+
+ARCHITECTURES = {
+    "vit": Architecture("vit", VISION, "vit"),
+    "deit": Architecture("deit", VISION, "deit"),
+    "dinov2": Architecture("dinov2", VISION | {"image_size": 24, "mlp_ratio": 2}, "dinov2"),
+    "dinov2-registers": Architecture(
+        "dinov2_with_registers",
+        VISION | {"mlp_ratio": 2, "num_register_tokens": 2, "use_swiglu_ffn": True},
+        "dinov2",
+    ),
+    "roberta": Architecture("roberta", TEXT | {"type_vocab_size": 1, "pad_token_id": 1}),
+    "xlm-roberta": Architecture("xlm-roberta", TEXT | {"type_vocab_size": 1, "pad_token_id": 1}),
+    # Those below have no family of their own.
+    "electra": Architecture("electra", TEXT | {"embedding_size": 16, "type_vocab_size": 2}),
+    "mpnet": Architecture("mpnet", TEXT | {"pad_token_id": 1}),
+    "ijepa": Architecture("ijepa", VISION, "vit"),
+    "vit-msn": Architecture("vit_msn", VISION, "vit"),
+    "distilbert": Architecture(
+        "distilbert",
+        {
+            "dim": 32,
+            "hidden_dim": 64,
+            "n_layers": 2,
+            "n_heads": 2,
+            "vocab_size": TEXT["vocab_size"],
+            "max_position_embeddings": 24,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TinyModels:
+    """Where the tiny models and data of one architecture are."""
+
+    folder: Path
+    architecture: Architecture
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe."""
+        return self.folder / "recipe.yaml"
+
+    @property
+    def base(self) -> Path:
+        """The base's folder."""
+        return self.folder / "base"
+
+    def expert(self, task: str) -> Path:
+        """An expert's folder."""
+        return self.folder / "experts" / task
+
+    def expert_model(self, task: str) -> Any:
+        """The expert as ``transformers`` loads it."""
+        return self.classifier_class.from_pretrained(self.expert(task)).eval()
+
+    @property
+    def classifier_class(self) -> Any:
+        """The auto class experts are saved from."""
+        if self.architecture.processor is None:
+            return AutoModelForSequenceClassification
+        return AutoModelForImageClassification
+
+
+def build_tiny_models(folder: Path, architecture: Architecture) -> TinyModels:
+    """Write base, experts, data and recipe into an existing folder."""
+    made = TinyModels(folder, architecture)
+    _write_models(made)
+    if architecture.processor is None:
+        write_word_tokenizer(made.base, architecture.settings.get("pad_token_id", 0))
+    else:
+        settings = {"do_resize": True, "do_rescale": True, "do_normalize": True}
+        settings |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        settings |= PROCESSORS[architecture.processor]
+        (made.base / "preprocessor_config.json").write_text(json.dumps(settings))
+    rng = np.random.default_rng(0)
+    tasks = {}
+    for task, classes in FAMILY_TASKS.items():
+        write = _write_texts if architecture.processor is None else _write_images
+        tasks[task] = {
+            "expert": f"experts/{task}",
+            "calibration": {"path": write(folder, f"{task}-calibration", 16, classes, rng)},
+            "evaluation": {"path": write(folder, f"{task}-test", 11, classes, rng)},
+        }
+    recipe = {
+        "base": {"path": "base"},
+        "tasks": tasks,
+        "quantize": {"method": "epmq", "group_size": 16, "samples": 16, "batch_size": 8},
+        "eval": {"latency_runs": 1, "batch_size": 4},
+    }
+    made.recipe.write_text(yaml.safe_dump(recipe))
+    return made
+
+
+def _write_models(made: TinyModels) -> None:
+    kind, settings = made.architecture.model_type, dict(made.architecture.settings)
+    torch.manual_seed(0)
+    base = AutoModel.from_config(AutoConfig.for_model(kind, **settings))
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            # Fresh weights are so small that every sample would get the same embedding.
+            if parameter.dim() == 2 and "embeddings" not in name:
+                parameter.mul_(6)
+            elif "token" in name or "position" in name:
+                parameter.normal_(std=0.2)
+    base.save_pretrained(made.base)
+    for task, classes in FAMILY_TASKS.items():
+        config = AutoConfig.for_model(kind, **settings, num_labels=classes, architectures=[])
+        expert = made.classifier_class.from_config(config)
+        expert.base_model.load_state_dict(base.state_dict(), strict=False)
+        with torch.no_grad():
+            for parameter in expert.base_model.parameters():
+                noise = torch.randn_like(parameter) * parameter.std().nan_to_num(0.02)
+                parameter.add_(0.3 * noise)
+            for name, parameter in expert.named_parameters():
+                if not name.startswith(expert.base_model_prefix):
+                    parameter.normal_(std=0.3)
+        expert.save_pretrained(made.expert(task))
+
+
+def write_word_tokenizer(folder: Path, padding: int) -> None:
+    """A tokenizer of whole words as ``tokenizer.json``; ``padding`` is the padding token's id."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = list(SPECIAL)
+    special.insert(padding, special.pop(special.index("[PAD]")))
+    vocabulary = {word: index for index, word in enumerate((*special, *WORDS))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    pairs = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=pairs
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=16,
+        model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(folder)
+
+
+def _write_texts(
+    folder: Path, name: str, count: int, classes: int, rng: np.random.Generator
+) -> str:
+    """Texts of 1 to 20 words, so that batches are padded and some texts are cut."""
+    words = WORDS[:-1]
+    rows = (
+        {"text": " ".join(rng.choice(words, size=rng.integers(1, 21))), "label": index % classes}
+        for index in range(count)
+    )
+    (folder / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return f"{name}.jsonl"
+
+
+def _write_images(
+    folder: Path, name: str, count: int, classes: int, rng: np.random.Generator
+) -> str:
+    from datasets import Dataset, Features, Image, Value
+    from PIL import Image as PillowImage
+
+    pixels = rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    rows = {
+        "image": [PillowImage.fromarray(image) for image in pixels],
+        "label": [index % classes for index in range(count)],
+    }
+    features = Features({"image": Image(), "label": Value("int64")})
+    Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}.parquet")
+    return f"{name}.parquet"
