@@ -37,7 +37,7 @@ def allocate(layers: Mapping[str, Choice], budget: float) -> dict[str, int]:
     }
     spent = sum(layers[name].sizes[bits] for name, bits in chosen.items())
     if spent > budget:
-        raise ValueError(f"at least {spent:.0f} bits are needed, the budget is {budget:.0f}")
+        raise ValueError(f"the smallest widths alone take {spent / budget:.2f} times as much")
     while True:
         best, gain = None, 0.0
         for name, choice in layers.items():

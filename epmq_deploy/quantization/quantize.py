@@ -91,9 +91,13 @@ def quantize(
     finished = FinishedWork(output, f"{mark} {device.type}")
     if finished.blocks:
         log.info("going on after %d finished blocks of an interrupted run", finished.blocks)
-    options, plans = _planned(recipe, place, finished)
     try:
+        options, plans = _planned(recipe, place, finished)
         _, quantized = place.calibrate(options, finished=finished)
+    except EpmqError:
+        # The same command would fail again, and another one could not use what there is.
+        finished.remove()
+        raise
     except KeyboardInterrupt:
         log.warning(
             "interrupted with %d blocks finished; the same command goes on from there",

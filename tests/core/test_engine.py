@@ -214,7 +214,16 @@ def test_target_size_is_met(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None
     recipe = override(recipe, "quantize", {"target_size": sizes[4] / 9e6})
     with pytest.raises(RecipeError, match="target_size cannot be met"):
         quantize(recipe, merged, tmp_path / "small")
-    assert not (tmp_path / "small").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("anchor", ["abc", 0, -1, "nan", [1]])
+def test_an_anchor_is_a_positive_number_or_auto(tiny: TinyZoo, anchor: object) -> None:
+    with pytest.raises(RecipeError, match=r"1 problem.*\n.*quantize\.anchor: .*number or auto"):
+        override(load_recipe(tiny.recipe), "quantize", {"anchor": anchor})
+    for given, found in (("0.3", 0.3), (2, 2.0), ("auto", "auto")):
+        recipe = override(load_recipe(tiny.recipe), "quantize", {"anchor": given})
+        assert recipe.quantize.model_dump()["anchor"] == found
 
 
 def test_anchor_auto_reports_its_curve(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:

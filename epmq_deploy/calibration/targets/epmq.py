@@ -7,10 +7,10 @@ needs no calibration data (``epmq_deploy.calibration.data_free``).
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from epmq_deploy.calibration.anchored import anchored_problem
 from epmq_deploy.calibration.hessian import GroupHessian, Hessian
@@ -65,7 +65,7 @@ class EpmqOptions(CalibratedOptions):
         "task vectors where there is no calibration data (weights); sets anchor, alpha, rho, norms "
         "and unpooled_weight unless given",
     )
-    anchor: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+    anchor: float | Literal["auto"] | None = Field(
         None,
         description="lambda, the pull towards the anchor weights, also the damping; auto chooses "
         "it on held-back calibration samples",
@@ -82,6 +82,20 @@ class EpmqOptions(CalibratedOptions):
     normalization: Literal["frobenius", "none"] = Field(
         "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"
     )
+
+    @field_validator("anchor", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        """One message for a value that is neither."""
+        if value is None or value == "auto":
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = 0.0
+        if not number > 0:
+            raise ValueError("must be a positive number or auto")
+        return number
 
     @property
     def values(self) -> Preset:
