@@ -148,6 +148,7 @@ def record(
     norms: Mapping[str, nn.Module],
     cache: ActivationCache,
     dtype: torch.dtype | None = None,
+    answers: torch.dtype | None = None,
 ) -> dict[str, Kept]:
     """Run an expert's block on one batch, take the batch to the next block, and keep what is seen.
 
@@ -157,7 +158,8 @@ def record(
         layers: linear layers by name; their outputs without bias ``[..., N]`` are kept.
         norms: norms by name; their outputs before gain and bias ``[..., K]`` are kept.
         cache: keeps them.
-        dtype: to keep them in; their own when absent.
+        dtype: to keep hidden states and norms' outputs in; their own when absent.
+        answers: to keep layers' outputs in; as ``dtype`` when absent.
 
     Returns:
         What was seen, by layer and norm.
@@ -168,9 +170,9 @@ def record(
     def answer(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             if module.bias is None:
-                seen[name] = cache.keep(output, dtype)
+                seen[name] = cache.keep(output, answers or dtype)
             else:
-                seen[name] = cache.keep(output - module.bias, dtype, owned=True)
+                seen[name] = cache.keep(output - module.bias, answers or dtype, owned=True)
 
         return hook
 

@@ -26,8 +26,8 @@ class Kept:
         return stored.to(self._dtype, copy=True)
 
     def peek(self) -> Tensor:
-        """As ``value``, but the caller may only read it."""
-        return self._load().to(self._dtype)
+        """As ``value``, but in the dtype it is stored in, and the caller may only read it."""
+        return self._load()
 
 
 class ActivationCache:

@@ -90,7 +90,7 @@ class Accumulator:
                 if mix > 0:
                     wanted *= 1 - mix
             if mix > 0:
-                own, _ = weigh((features or {})[layer].to(torch.float32), weights)
+                own, _ = weigh((features or {})[layer], weights)
                 own = own.to(self._dtype)
                 wanted = own if wanted is None else wanted.add_(own, alpha=mix)
             assert wanted is not None

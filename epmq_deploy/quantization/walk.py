@@ -179,6 +179,8 @@ class Walk:
                     {name: inside(name) for name in norms},
                     self._cache,
                     self._cache_dtype,
+                    # Products would round them to this anyway.
+                    torch.bfloat16 if self._products == torch.bfloat16 else None,
                 )
                 for batch in task.expert
             ]
@@ -208,7 +210,7 @@ class Walk:
                 wanted = own
                 if mix and task.seen:
                     theirs, _ = counted(task.seen[index][name].peek(), weights)
-                    wanted = torch.lerp(own, theirs, mix)
+                    wanted = torch.lerp(own, theirs.to(own.dtype), mix)
                 wanted = wanted * expert_gain
                 task_sums.add(
                     own, wanted if expert_bias is None else wanted + expert_bias, token_weights

@@ -18,6 +18,8 @@ def test_gives_back_what_was_kept(
     expected = tensor if dtype is None else tensor.to(dtype).to(torch.float32)
     assert torch.equal(kept.value(), expected)
     assert kept.value().dtype == torch.float32
+    assert kept.peek().dtype == (dtype or torch.float32)
+    assert torch.equal(kept.peek().to(torch.float32), expected)
 
 
 @pytest.mark.parametrize("limit", [None, 0])
