@@ -45,6 +45,8 @@ class _Task:
     expert: list[BlockBatch] = field(default_factory=list)
     # What the expert's current block showed, batch by batch.
     seen: list[dict[str, Kept]] = field(default_factory=list)
+    # What the student's norm before the current group received, batch by batch.
+    entered: list[Kept] = field(default_factory=list)
 
 
 class Walk:
@@ -80,6 +82,8 @@ class Walk:
         self._probe = probe
         self._tasks: list[_Task] = []
         self._result = QuantizedModel()
+        # The norm just re-fitted, whose output is the input of the group that comes next.
+        self._refitted: nn.Module | None = None
         self._device = next(model.parameters()).device
         calibrated = options if isinstance(options, CalibratedOptions) else None
         self._cache = ActivationCache(calibrated.cache_bytes if calibrated else None)
@@ -135,13 +139,20 @@ class Walk:
             if group.norm is not None and self._norm_mix is not None:
                 self._refit_norm(block, group.norm, group.pooled, done)
             self._quantize_group(block, group, done)
+            self._forget_norm()
             done |= {name: _linear(self._model, name) for name in group.layers}
         if block.norm is not None and self._norm_mix is not None:
             self._refit_norm(block, block.norm, block.groups[-1].pooled, done)
+        self._forget_norm()
         for task in self._tasks:
             task.seen.clear()
         self._advance_student(block, done)
         return self._result
+
+    def _forget_norm(self) -> None:
+        self._refitted = None
+        for task in self._tasks:
+            task.entered.clear()
 
     def skip_block(self, block: Block) -> None:
         """Go on to the next block; this one's weights are final."""
@@ -205,6 +216,7 @@ class Walk:
             task_sums = NormSums.zeros(gain.shape[0], gain.device)
             for index, batch in enumerate(task.student):
                 inputs = input_of(student, norm, batch, done, self._cache)
+                task.entered.append(self._cache.keep(inputs))
                 weights = self._token_weights(task, index, inputs, pooled)
                 own, token_weights = counted(pre_affine(norm, inputs), weights)
                 wanted = own
@@ -217,6 +229,7 @@ class Walk:
                 )
             sums.add_mean(task_sums)
         self._apply_norm(name, norm, sums, gain, bias)
+        self._refitted = norm
 
     def _apply_norm(
         self, name: str, norm: nn.Module, sums: NormSums, gain: Tensor, bias: Tensor | None
@@ -312,7 +325,11 @@ class Walk:
                 guides = {name: self._guide.tensor(task.name, f"{name}.weight") for name in names}
         accumulator = Accumulator(self._products)
         for index, batch in enumerate(task.student):
-            inputs = input_of(student, first, batch, done, self._cache)
+            if self._refitted is None:
+                inputs = input_of(student, first, batch, done, self._cache)
+            else:
+                with torch.inference_mode():
+                    inputs = self._refitted(task.entered[index].value())
             features = {}
             if task.seen:
                 features = {name: task.seen[index][name].peek() for name in names}
