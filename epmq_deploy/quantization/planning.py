@@ -80,7 +80,8 @@ def plan_anchor(
     Raises:
         RecipeError: there is nothing to search on.
     """
-    if any(len(chosen) < 2 * _HELD_BACK for chosen in place.samples.values()) or not heads:
+    few = [task for task, chosen in place.samples.items() if len(chosen) < 2 * _HELD_BACK]
+    if few or not place.samples or place.samples.keys() - heads.keys():
         raise RecipeError(
             f"quantize.anchor: auto needs a head and at least {2 * _HELD_BACK} calibration samples "
             "for every task; give a number instead"

@@ -243,9 +243,20 @@ def test_anchor_auto_reports_its_curve(tiny: TinyZoo, merged: Path, tmp_path: Pa
 def test_anchor_auto_needs_samples_to_hold_back(
     tiny: TinyZoo, merged: Path, tmp_path: Path
 ) -> None:
-    recipe = override(load_recipe(tiny.recipe), "quantize", {"anchor": "auto", "samples": 7})
-    with pytest.raises(RecipeError, match="at least 8 calibration samples"):
-        quantize(recipe, merged, tmp_path / "out")
+    plain = load_recipe(tiny.recipe)
+    headless = {
+        name: task.model_copy(update={"head": None} if name == TASKS[0] else {})
+        for name, task in plain.tasks.items()
+    }
+    for recipe, options in (
+        (plain, {"samples": 7}),
+        (plain, {"preset": "weights"}),
+        (plain.model_copy(update={"tasks": headless}), {}),
+    ):
+        asked = override(recipe, "quantize", {"anchor": "auto", **options})
+        with pytest.raises(RecipeError, match="a head and at least 8 calibration samples"):
+            quantize(asked, merged, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_gptaq_without_rounding_is_the_merged_model(tiny: TinyZoo, merged: Path) -> None:
