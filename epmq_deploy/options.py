@@ -1,6 +1,7 @@
 """The base of every option model, and unions of them built from registries."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any
@@ -57,3 +58,12 @@ def numbers_from_text(entries: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"{entry!r} is not of the form NAME=NUMBER")
         found[name.strip()] = number.strip()
     return found
+
+
+def given_for(layers: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Options that patterns give to one name; of two that match the later one counts."""
+    own: dict[str, Any] = {}
+    for pattern, given in layers.items():
+        if fnmatchcase(name, pattern):
+            own |= given
+    return own

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from epmq_deploy.options import Options, layers_from_text
+from epmq_deploy.options import Options, given_for, layers_from_text
 
 
 def _runs_somewhere(value: int) -> int:
@@ -87,10 +87,8 @@ class QuantizeOptions(Options):
 
     def for_layer(self, name: str) -> Self:
         """These options as they hold for one layer; of two patterns the later one counts."""
-        own: dict[str, Any] = {}
-        for pattern, options in self.layers.items():
-            if fnmatchcase(name, pattern):
-                own |= options.given
+        given = {pattern: options.given for pattern, options in self.layers.items()}
+        own = given_for(given, name)
         return self.model_copy(update=own) if own else self
 
     def skips(self, name: str) -> bool:

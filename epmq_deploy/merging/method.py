@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
-from epmq_deploy.options import Options, layers_from_text
+from epmq_deploy.options import Options, given_for, layers_from_text
 
 # Parameters that elementwise methods take at a time: temporaries stay small and in the cache.
 CHUNK = 2**17
@@ -72,10 +71,7 @@ class MergeOptions(Options):
 
     def for_tensor(self, name: str) -> Self:
         """These options as they hold for one tensor."""
-        own: dict[str, Any] = {}
-        for pattern, given in self.layers.items():
-            if fnmatchcase(name, pattern):
-                own |= given
+        own = given_for(self.layers, name)
         return self._with(own) if own else self
 
     def variants(self) -> tuple[Self, ...]:

@@ -137,8 +137,7 @@ def plan_bits(options: QuantizeOptions, place: Workplace) -> dict[str, Any]:
     # they are only chosen where the target asks for less than 4 bits.
     narrow = options.target_bits is not None and options.target_bits < 4
     widths: tuple[int, ...] = (2, 3, 4, 8) if narrow else (4, 8)
-    _, result = place.calibrate(options, rounding=False, probe=widths)
-    model = place.family.load(place.folder)
+    model, result = place.calibrate(options, rounding=False, probe=widths)
     choices = {}
     weights = 0
     for name, errors in result.errors.items():
