@@ -30,19 +30,25 @@ class BlockBatch:
         hidden: hidden states the current block receives.
         args: what else it receives by position.
         kwargs: what else it receives by name.
+        products: dtype in which blocks multiply matrices, float32 or bfloat16; hidden states,
+            norms and softmax are float32 in either case.
         answers: outputs of layers of the current block that will not change any more.
     """
 
     hidden: Kept
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    products: torch.dtype = torch.float32
     answers: dict[str, Kept] = field(default_factory=dict)
 
     def run(self, block: nn.Module) -> Tensor:
         """The block's hidden states for this batch."""
-        output = block(self.hidden.value(), *self.args, **self.kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        hidden = self.hidden.value()
+        low = self.products == torch.bfloat16
+        with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=low):
+            output = block(hidden, *self.args, **self.kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
 
 def capture_block_batch(
@@ -50,6 +56,7 @@ def capture_block_batch(
     run_model: Callable[[], object],
     cache: ActivationCache,
     dtype: torch.dtype | None = None,
+    products: torch.dtype = torch.float32,
 ) -> BlockBatch:
     """What the first block receives while ``run_model`` runs; the model stops there.
 
@@ -58,6 +65,7 @@ def capture_block_batch(
         run_model: runs the model on one batch.
         cache: keeps the hidden states.
         dtype: to keep them in; their own when absent.
+        products: dtype in which blocks are to multiply matrices.
 
     Raises:
         NumericsError: the block does not run.
@@ -67,7 +75,7 @@ def capture_block_batch(
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop("hidden_states")
-        captured.append(BlockBatch(cache.keep(hidden, dtype), args[1:], rest))
+        captured.append(BlockBatch(cache.keep(hidden, dtype), args[1:], rest, products))
         raise _Reached
 
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)
