@@ -95,4 +95,6 @@ class TaskHead(nn.Module):
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().to(torch.float32).contiguous(), requires_grad=False)
+    # Cloned, because what was made in inference mode could not be differentiated through.
+    value = tensor.detach().to(torch.float32).contiguous().clone()
+    return nn.Parameter(value, requires_grad=False)
