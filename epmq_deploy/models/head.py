@@ -95,6 +95,6 @@ class TaskHead(nn.Module):
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
-    # Cloned, because what was made in inference mode could not be differentiated through.
-    value = tensor.detach().to(torch.float32).contiguous().clone()
-    return nn.Parameter(value, requires_grad=False)
+    # A copy: gradients do not flow through tensors that were made in inference mode.
+    copied = tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copied, requires_grad=False)

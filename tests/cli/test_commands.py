@@ -53,6 +53,7 @@ def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
         "preprocessor_config.json",
         "heads.safetensors",
         "manifest.json",
+        "README.md",
         "model_fp32.onnx",
         "model_matmulnbits.onnx",
         "model_qdq.onnx",

@@ -54,6 +54,7 @@ def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
         "vocab.txt",
         "heads.safetensors",
         "manifest.json",
+        "README.md",
         "model_fp32.onnx",
         "model_matmulnbits.onnx",
         "model_qdq.onnx",
