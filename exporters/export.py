@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 from torch import Tensor, nn
 
 from epmq_deploy.exporters.check import check_inputs, check_options
-from epmq_deploy.exporters.files import write_model
+from epmq_deploy.exporters.files import PROTOBUF_LIMIT, write_model
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.packed_linear import pack_linear
 from epmq_deploy.exporters.read_codes import FORMAT_KEY
@@ -19,7 +20,7 @@ from epmq_deploy.models.family import MultiTaskModel
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 FP32_FORMAT = "fp32"
-FP32_FILE = "model_fp32.onnx"
+FP32_FILE = "model.onnx"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def export_graphs(
     *,
     opset: int = 21,
     accuracy_level: int = 0,
+    file_limit: int = PROTOBUF_LIMIT,
 ) -> tuple[ExportedGraph, ...]:
     """Write the merged model in float32 and its quantized form in every format asked for.
 
@@ -69,6 +71,7 @@ def export_graphs(
         output: an existing, empty folder.
         opset: version of the default operator set.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 in int8.
+        file_limit: bytes of tensors beyond which a graph's tensors go beside it into ``_data``.
 
     Returns:
         The float32 graph, then the formats in the order given.
@@ -85,8 +88,9 @@ def export_graphs(
     check_inputs(model, example_inputs, layers, replaced)
     packed = {name: pack_linear(name, layer) for name, layer in linear.items()}
 
+    write = partial(_write, opset=opset, accuracy_level=accuracy_level, file_limit=file_limit)
     fp32 = trace(export_copy(model), example_inputs, opset)
-    written = [_write(fp32, FP32_FORMAT, output / FP32_FILE, {}, {}, opset, accuracy_level)]
+    written = [write(fp32, FP32_FORMAT, output / FP32_FILE, {}, {})]
     if not chosen:
         return tuple(written)
     twin = swapped_copy(model, packed, rows, replaced, accuracy_level)
@@ -95,8 +99,7 @@ def export_graphs(
         # A copy shares the tensors, so that each format lowers the same codes.
         lowered = graph.clone()
         fmt.lower(lowered)
-        file = output / fmt.file_name
-        written.append(_write(lowered, fmt.name, file, linear, rows, opset, accuracy_level))
+        written.append(write(lowered, fmt.name, output / fmt.file_name, linear, rows))
     return tuple(written)
 
 
@@ -119,12 +122,14 @@ def _write(
     path: Path,
     linear: Mapping[str, QuantizedLinear],
     rows: Mapping[str, QuantizedLinear],
+    *,
     opset: int,
     accuracy_level: int,
+    file_limit: int,
 ) -> ExportedGraph:
     """Write one file and verify what it holds and how it runs."""
     graph.metadata_props[FORMAT_KEY] = name
-    size = write_model(graph, path)
+    size = write_model(graph, path, limit=file_limit)
     if linear or rows:
         verify_codes(path, {**linear, **rows})
         verify_int8_rows(path, rows)

@@ -13,19 +13,21 @@ class GraphFormat(ABC):
     """One way to write quantized layers into an ONNX file.
 
     Attributes:
-        name: what recipes call it; the file is ``model_<name>.onnx``.
+        name: what recipes call it.
+        suffix: the file is ``model<suffix>.onnx``; transformers.js and optimum look for these.
         summary: one line for listings.
         min_opset: lowest version of the default operator set it can be written in.
     """
 
     name: ClassVar[str]
+    suffix: ClassVar[str]
     summary: ClassVar[str]
     min_opset: ClassVar[int]
 
     @property
     def file_name(self) -> str:
         """Name of the exported file."""
-        return f"model_{self.name}.onnx"
+        return f"model{self.suffix}.onnx"
 
     @abstractmethod
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:

@@ -14,6 +14,7 @@ class MatMulNBitsFormat(GraphFormat):
     """The graph that is exported, as it is."""
 
     name = "matmulnbits"
+    suffix = "_q4"
     summary = "MatMulNBits nodes: onnxruntime on CPU, CUDA and in the browser (WebGPU)"
     min_opset = 18
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from epmq_deploy.exporters import format_names, read_codes
-from epmq_deploy.exporters.files import write_model
 from epmq_deploy.quantization.grid import expand_groups
 
 # onnxruntime and torch add up in different orders; logits here are below 20 and agree to 1e-6.
@@ -153,14 +152,18 @@ def test_callers_model_is_left_alone(tools: types.SimpleNamespace, tmp_path: Pat
     assert backbone.config._attn_implementation == attention
 
 
-def test_tensors_go_beside_the_file_when_too_large(exported, tmp_path: Path) -> None:
-    import onnx_ir as ir
-
-    model = ir.load(exported.graphs["qdq"].path)
-    path = tmp_path / "model_qdq.onnx"
-    size = write_model(model, path, limit=1000)
-    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.data"}
-    assert size == sum(file.stat().st_size for file in tmp_path.iterdir())
-    stored = read_codes(path)
-    for name, layer in exported.case.layers.items():
-        assert torch.equal(stored[name].codes, layer.codes)
+def test_tensors_go_beside_the_file_when_too_large(
+    tools: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    case = tools.make_case(lambda name, weight: (4, 32, False))
+    graphs = tools.export(case, format_names(), tmp_path, file_limit=1000)
+    files = {graph.path.name for graph in graphs}
+    assert {file.name for file in tmp_path.iterdir()} == files | {f"{name}_data" for name in files}
+    expected = tools.dequantized_model(case)(case.images)
+    for graph in graphs:
+        data = graph.path.with_name(f"{graph.path.name}_data")
+        assert graph.bytes == graph.path.stat().st_size + data.stat().st_size
+        if graph.format != "fp32":
+            assert read_codes(graph.path).keys() == case.layers.keys()
+            for one, other in zip(tools.run(graph.path, case.images), expected, strict=True):
+                np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=TOLERANCE)
