@@ -87,6 +87,7 @@ def export(
             place,
             opset=recipe.export.opset,
             accuracy_level=recipe.export.accuracy_level,
+            two_bit_containers=recipe.export.two_bit_containers,
         )
         copy_settings(merged, folder)
         save_heads(folder, heads)
