@@ -95,6 +95,7 @@ def preflight(recipe: Recipe) -> Sources:
     Raises:
         MismatchError: every problem found.
     """
+    from epmq_deploy.exporters.browser_demo import check_demo
     from epmq_deploy.exporters.targets import check_export, check_target, planned_grids
     from epmq_deploy.merging.merge import check_options
     from epmq_deploy.merging.preflight import check_experts
@@ -126,6 +127,7 @@ def preflight(recipe: Recipe) -> Sources:
         lambda: check_experts(sources, mixed_dtypes=recipe.merge.mixed_dtypes),
         lambda: calibration_samples(recipe, family, folder),
         lambda: check_export(recipe.export),
+        lambda: check_demo(recipe.export),
         lambda: evaluation_samples(recipe, family, folder),
         check_model,
     )

@@ -102,6 +102,15 @@ class ExportOptions(Options):
         "several times as slow at accuracy level 0; when absent only at level 4",
     )
 
+    demo: bool = Field(
+        False, description="write a page that runs the graph in the browser (webgpu and wasm)"
+    )
+    demo_libraries: str | None = Field(
+        None,
+        description="folder where npm has installed what the page needs; "
+        "~/.cache/epmq-deploy/web when absent",
+    )
+
 
 class EvalOptions(Options):
     """Options of ``epmq eval``."""

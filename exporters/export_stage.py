@@ -10,6 +10,7 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints import copy_settings
 from epmq_deploy.experts import check_unchanged, open_sources
+from epmq_deploy.exporters.browser_demo import check_demo, write_demo
 from epmq_deploy.exporters.export import ExportedGraph, by_kind, export_graphs
 from epmq_deploy.exporters.formats import all_formats
 from epmq_deploy.exporters.parity import (
@@ -60,7 +61,9 @@ def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, s
             heads[name] = task.head.model_dump(mode="json")
             if task.head.matrix is not None and Path(task.head.matrix).is_file():
                 inputs[f"head:{name}"] = file_sha256(Path(task.head.matrix))
-    options = {"export": recipe.export.model_dump(mode="json"), "heads": heads}
+    # Where libraries are copied from does not decide what is copied.
+    export = recipe.export.model_dump(mode="json", exclude={"demo_libraries"})
+    options = {"export": export, "heads": heads}
     return fingerprint("export", options, inputs), inputs
 
 
@@ -85,6 +88,7 @@ def export(
     progress = progress or NoProgress()
     refuse_existing(output, "export", overwrite=overwrite, source=quantized)
     check_export(recipe.export)
+    check_demo(recipe.export)
     options = recipe.export
     made = open_output(quantized, "quantize")
     mark, inputs = export_fingerprint(recipe, made.fingerprint)
@@ -101,6 +105,7 @@ def export(
     heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
     model = MultiTaskModel(family, backbone, heads)
     samples = parity_inputs(recipe.tasks, family, merged, example)
+    chosen = chosen_formats(options)
     with atomic_folder(output) as folder:
         place = folder / GRAPHS_FOLDER
         place.mkdir()
@@ -109,7 +114,7 @@ def export(
             example,
             layers,
             replaced,
-            chosen_formats(options),
+            chosen,
             place,
             opset=options.opset,
             accuracy_level=options.accuracy_level,
@@ -118,6 +123,9 @@ def export(
         parities = _parities(graphs, model, layers, replaced, samples, options)
         copy_settings(merged, folder)
         save_heads(folder, heads)
+        if options.demo:
+            shown = next(graph for graph in graphs if graph.format == chosen[0])
+            write_demo(folder, family, recipe.tasks, list(heads), shown.path, options)
         details = {
             "target": options.target and asdict(target_of(options.target)),
             "graphs": [
