@@ -1,19 +1,41 @@
 """The export stage: the quantized artifact in, a folder of verified ONNX files out."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from epmq_deploy.checkpoints import copy_settings
 from epmq_deploy.experts import check_unchanged, open_sources
-from epmq_deploy.exporters.export import export_graphs
-from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.browser_demo import check_demo, write_demo
+from epmq_deploy.exporters.export import ExportedGraph, by_kind, export_graphs
+from epmq_deploy.exporters.formats import all_formats
+from epmq_deploy.exporters.parity import (
+    Parity,
+    ParityInputs,
+    measure_parity,
+    parity_inputs,
+    torch_outputs,
+)
 from epmq_deploy.exporters.session import session_config
+from epmq_deploy.exporters.targets import (
+    LayerGrid,
+    check_export,
+    check_target,
+    chosen_formats,
+    chosen_two_bit_containers,
+    target_of,
+)
 from epmq_deploy.models import MultiTaskModel, family_of
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.model import apply_quantized
 from epmq_deploy.quantization.quantize import MERGED_FOLDER
-from epmq_deploy.recipe import Recipe
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.recipe import ExportOptions, Recipe
 from epmq_deploy.stage import (
     Manifest,
     atomic_folder,
@@ -39,7 +61,9 @@ def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, s
             heads[name] = task.head.model_dump(mode="json")
             if task.head.matrix is not None and Path(task.head.matrix).is_file():
                 inputs[f"head:{name}"] = file_sha256(Path(task.head.matrix))
-    options = {"export": recipe.export.model_dump(mode="json"), "heads": heads}
+    # Where libraries are copied from does not decide what is copied.
+    export = recipe.export.model_dump(mode="json", exclude={"demo_libraries"})
+    options = {"export": export, "heads": heads}
     return fingerprint("export", options, inputs), inputs
 
 
@@ -58,12 +82,14 @@ def export(
         RecipeError: the output exists, the input is no quantized artifact, or a format cannot
             hold a layer.
         MismatchError: a head does not fit the model, or is that of an expert that was changed.
-        NumericsError: a written file does not hold the solver's codes or does not run them in a
-            low-bit kernel.
+        NumericsError: a written file does not hold the solver's codes, does not run them in a
+            low-bit kernel, or differs from torch by more than its format's tolerance.
     """
     progress = progress or NoProgress()
     refuse_existing(output, "export", overwrite=overwrite, source=quantized)
-    formats_of(recipe.export.formats)
+    check_export(recipe.export)
+    check_demo(recipe.export)
+    options = recipe.export
     made = open_output(quantized, "quantize")
     mark, inputs = export_fingerprint(recipe, made.fingerprint)
     merged = quantized / MERGED_FOLDER
@@ -72,38 +98,80 @@ def export(
     if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
         check_unchanged(open_sources(recipe), made)
     backbone = family.load(merged)
+    linear, _ = by_kind(backbone, layers)
+    check_target(options, {name: LayerGrid.of(layer) for name, layer in linear.items()})
     example = family.example_inputs(merged, 2)
     features = family.embedding_width(backbone, merged)
     heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
+    model = MultiTaskModel(family, backbone, heads)
+    samples = parity_inputs(recipe.tasks, family, merged, example)
+    chosen = chosen_formats(options)
     with atomic_folder(output) as folder:
         place = folder / GRAPHS_FOLDER
         place.mkdir()
         graphs = export_graphs(
-            MultiTaskModel(family, backbone, heads),
+            model,
             example,
             layers,
             replaced,
-            recipe.export.formats,
+            chosen,
             place,
-            opset=recipe.export.opset,
-            accuracy_level=recipe.export.accuracy_level,
-            two_bit_containers=recipe.export.two_bit_containers,
+            opset=options.opset,
+            accuracy_level=options.accuracy_level,
+            two_bit_containers=chosen_two_bit_containers(options),
         )
+        parities = _parities(graphs, model, layers, replaced, samples, options)
         copy_settings(merged, folder)
         save_heads(folder, heads)
+        if options.demo:
+            shown = next(graph for graph in graphs if graph.format == chosen[0])
+            write_demo(folder, family, recipe.tasks, list(heads), shown.path, options)
         details = {
+            "target": options.target and asdict(target_of(options.target)),
             "graphs": [
-                {
-                    "format": graph.format,
-                    "file": graph.path.relative_to(folder).as_posix(),
-                    "bytes": graph.bytes,
-                    "opset": graph.opset,
-                    "low_bit_nodes": graph.low_bit_nodes,
-                    "session_config": session_config(recipe.export.accuracy_level),
-                }
-                for graph in graphs
+                _described(graph, parities[graph.format], folder, options) for graph in graphs
             ],
+            "parity_inputs": samples.kind,
+            "tasks_without_parity": dict(samples.missing),
             "codes": {name: layers[name].codes_sha256() for name in sorted(layers)},
         }
         inputs |= model_inputs(made)
         return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))
+
+
+def _described(
+    graph: ExportedGraph, parity: Parity, folder: Path, options: ExportOptions
+) -> dict[str, Any]:
+    """What the manifest says of a graph."""
+    return {
+        "format": graph.format,
+        "file": graph.path.relative_to(folder).as_posix(),
+        "bytes": graph.bytes,
+        "opset": graph.opset,
+        "low_bit_nodes": graph.low_bit_nodes,
+        "session_config": session_config(options.accuracy_level),
+        "parity": asdict(parity),
+    }
+
+
+def _parities(
+    graphs: Sequence[ExportedGraph],
+    model: MultiTaskModel,
+    layers: Mapping[str, QuantizedLinear],
+    replaced: Mapping[str, Tensor],
+    inputs: ParityInputs,
+    options: ExportOptions,
+) -> dict[str, Parity]:
+    """Compare every graph with torch, by format; ``model`` becomes the quantized one."""
+    low_bit = {fmt.name for fmt in all_formats() if fmt.low_bit}
+    found = {}
+    for quantized in (False, True):
+        if quantized:
+            apply_quantized(model.backbone, layers, replaced)
+        expected = torch_outputs(model, inputs.batches)
+        for graph in graphs:
+            if (graph.format in low_bit) == quantized:
+                found[graph.format] = measure_parity(
+                    graph, expected, inputs.batches, options.accuracy_level
+                )
+    return found
