@@ -18,7 +18,8 @@ from epmq_deploy.checkpoints import (
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.recipe import Recipe
-from epmq_deploy.stage import Manifest, files_sha256
+from epmq_deploy.scan import scan
+from epmq_deploy.stage import Manifest, file_sha256, files_sha256
 
 # No task's name: those have no space.
 _BASE = "the base"
@@ -43,9 +44,14 @@ class Sources:
         folders = {"base": self.base.folder}
         folders |= {f"expert:{name}": expert.folder for name, expert in self.experts.items()}
         return {
-            role: files_sha256(folder, [*expert_files(folder), *setting_files(folder)])
+            role: files_sha256(folder, [*expert_files(folder), *setting_files(folder)], _sha256)
             for role, folder in folders.items()
         }
+
+
+def _sha256(file: Path) -> str:
+    # Checking the values of weights has read them already.
+    return scan(file).sha256 if file.suffix == ".safetensors" else file_sha256(file)
 
 
 def open_sources(recipe: Recipe) -> Sources:

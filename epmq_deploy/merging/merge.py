@@ -203,13 +203,12 @@ def _write(
     """Write settings and tensors in the dtypes asked for."""
     base = sources.base
     copy_settings(base.folder, folder)
-    dtypes = {name: _output_dtype(options, info.dtype) for name, info in base.tensors.items()}
-    sizes = {
-        name: dtypes[name].itemsize * torch.Size(info.shape).numel()
+    layout = {
+        name: (_output_dtype(options, info.dtype), info.shape)
         for name, info in base.tensors.items()
     }
-    stored = ((name, _stored(name, value, dtypes[name])) for name, value in merged)
-    save_sharded(folder, sizes, progress.track(stored, "merging", total=len(sizes)))
+    stored = ((name, _stored(name, value, layout[name][0])) for name, value in merged)
+    save_sharded(folder, layout, progress.track(stored, "merging", total=len(layout)))
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

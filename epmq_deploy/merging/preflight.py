@@ -8,6 +8,8 @@ import torch
 from epmq_deploy.checkpoints import Checkpoint, model_config
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import Sources
+from epmq_deploy.scan import scan
+from epmq_deploy.tensors import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +130,7 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def _finite(checkpoint: Checkpoint, name: str) -> bool:
-    if not checkpoint.tensors[name].dtype.is_floating_point:
-        return True
-    return bool(torch.isfinite(checkpoint.load(name)).all())
+    info = checkpoint.tensors[name]
+    if isinstance(info, StoredTensor):
+        return info.key not in scan(info.file).not_finite
+    return not info.dtype.is_floating_point or bool(torch.isfinite(info.load()).all())
