@@ -1,7 +1,7 @@
 """The recipe: one YAML file, one frozen model per section."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
@@ -30,6 +30,11 @@ class Base(Options):
     """The model all experts were fine-tuned from."""
 
     path: str = Field(description="folder or hub id of the base model")
+    part: Literal["image", "text", "both"] | None = Field(
+        None,
+        description="of CLIP: the tower that is merged, image (default), text or both; heads from "
+        "class names are made by the merged text tower",
+    )
 
 
 class DataSource(Options):

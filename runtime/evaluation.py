@@ -19,7 +19,7 @@ from epmq_deploy.runtime.sessions import Graph
 from epmq_deploy.stage import Manifest, fingerprint, open_output
 from epmq_deploy.tasks.accuracy import count_hits, embeddings
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
-from epmq_deploy.tasks.heads import head_of_expert, load_heads
+from epmq_deploy.tasks.heads import head_of_expert, heads_of_experts, load_heads
 
 
 def eval_fingerprint(recipe: Recipe, exported: str) -> str:
@@ -63,6 +63,8 @@ def evaluate(
         for item in files
     }
     experts = _experts(recipe, made, device or torch.device("cpu"))
+    if experts is not None:
+        heads = heads_of_experts(recipe, heads, experts.device)
     scorer = _Scorer(family, exported, recipe.eval.batch_size, graphs, heads, experts)
     scores = {
         task: scorer.accuracies(task, chosen)

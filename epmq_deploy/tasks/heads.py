@@ -10,9 +10,10 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints import Checkpoint, fetch_model
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
+from epmq_deploy.experts import open_sources
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.recipe import Task
+from epmq_deploy.recipe import Recipe, Task
 
 HEADS_FILE = "heads.safetensors"
 
@@ -55,6 +56,36 @@ def build_heads(
     if problems:
         raise MismatchError("heads do not fit", problems)
     return heads
+
+
+def heads_of_experts(
+    recipe: Recipe, heads: Mapping[str, TaskHead], device: torch.device
+) -> dict[str, TaskHead]:
+    """The heads to evaluate experts with.
+
+    Args:
+        recipe: names base and experts.
+        heads: of the merged model, by task.
+        device: where to run text towers.
+
+    Returns:
+        ``heads``, but those from class names through each expert's own text tower where text towers
+        are merged.
+    """
+    sources = open_sources(recipe)
+    own = dict(heads)
+    if sources.family.merges_text_tower:
+        for name, task in recipe.tasks.items():
+            if name in own and task.head is not None and task.head.classes is not None:
+                found = sources.family.expert_zero_shot_head(
+                    sources.base.folder,
+                    sources.experts[name],
+                    task.head.classes,
+                    task.head.templates,
+                    device,
+                )
+                own[name] = TaskHead(found)
+    return own
 
 
 def leaves_head_to_expert(task: Task, family: ModelFamily) -> bool:
