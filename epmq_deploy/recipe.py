@@ -1,7 +1,7 @@
 """The recipe: one YAML file, one frozen model per section."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
@@ -88,6 +88,15 @@ class ExportOptions(Options):
     opset: int = Field(21, ge=21, description="ONNX opset (21 is the first with 4-bit types)")
     accuracy_level: int = Field(
         0, ge=0, le=4, description="arithmetic of MatMulNBits: 0 float32, 4 int8 (faster)"
+    )
+    int8_activations: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="ranges of int8-expand's activations: of each run, or those of calibration",
+    )
+    int8_error_budget: float = Field(
+        0.05,
+        ge=0,
+        description="int8-expand leaves layers with a larger relative error to MatMulNBits",
     )
 
 

@@ -1,8 +1,9 @@
 """Export a merged model and its quantized layers as ONNX graphs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from epmq_deploy.exporters.check import check_inputs, check_options
 from epmq_deploy.exporters.files import write_model
 from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.formats.format import ExportContext
+from epmq_deploy.exporters.int8_matmul import integer_layers
 from epmq_deploy.exporters.packed_linear import pack_linear
 from epmq_deploy.exporters.read_codes import FORMAT_KEY
 from epmq_deploy.exporters.swap import export_copy, swapped_copy
@@ -31,7 +34,8 @@ class ExportedGraph:
         path: the ``.onnx`` file.
         bytes: size on disk, external data included.
         opset: version of the default operator set.
-        low_bit_nodes: MatMulNBits nodes in the graph onnxruntime runs.
+        low_bit_nodes: nodes that multiply by a quantized layer in the graph onnxruntime runs.
+        layers: what the format decided for each layer, by dotted name.
     """
 
     format: str
@@ -39,6 +43,7 @@ class ExportedGraph:
     bytes: int
     opset: int
     low_bit_nodes: int
+    layers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export_graphs(
@@ -51,6 +56,7 @@ def export_graphs(
     *,
     opset: int = 21,
     accuracy_level: int = 0,
+    context: ExportContext | None = None,
 ) -> tuple[ExportedGraph, ...]:
     """Write the merged model in float32 and its quantized form in every format asked for.
 
@@ -69,6 +75,7 @@ def export_graphs(
         output: an existing, empty folder.
         opset: version of the default operator set.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 in int8.
+        context: what formats may want to know besides; nothing when absent.
 
     Returns:
         The float32 graph, then the formats in the order given.
@@ -79,8 +86,9 @@ def export_graphs(
             runs more than once.
         NumericsError: a written file does not hold the codes or would not run in low bits.
     """
-    chosen = formats_of(formats)
     linear, rows = _by_kind(model, layers)
+    known = context or ExportContext()
+    chosen = [fmt.planned(linear, known) for fmt in formats_of(formats)]
     check_options(chosen, linear, opset, accuracy_level)
     check_inputs(model, example_inputs, layers, replaced)
     packed = {name: pack_linear(name, layer) for name, layer in linear.items()}
@@ -96,7 +104,8 @@ def export_graphs(
         lowered = graph.clone()
         fmt.lower(lowered)
         file = output / fmt.file_name
-        written.append(_write(lowered, fmt.name, file, linear, rows, opset, accuracy_level))
+        made = _write(lowered, fmt.name, file, linear, rows, opset, accuracy_level)
+        written.append(replace(made, layers=fmt.details()))
     return tuple(written)
 
 
@@ -128,5 +137,5 @@ def _write(
     if linear or rows:
         verify_codes(path, {**linear, **rows})
         verify_int8_rows(path, rows)
-    nodes = verify_runs_low_bit(path, linear, accuracy_level)
+    nodes = verify_runs_low_bit(path, linear, accuracy_level, integer_layers(graph.graph))
     return ExportedGraph(name, path, size, opset, nodes)

@@ -8,10 +8,11 @@ from epmq_deploy.checkpoints import copy_settings
 from epmq_deploy.experts import check_unchanged, open_sources
 from epmq_deploy.exporters.export import export_graphs
 from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.formats.format import ExportContext
 from epmq_deploy.exporters.session import session_config
 from epmq_deploy.models import MultiTaskModel, family_of
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.artifact import load_artifact, load_inputs
 from epmq_deploy.quantization.quantize import MERGED_FOLDER
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.stage import (
@@ -69,6 +70,7 @@ def export(
     if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
         check_unchanged(open_sources(recipe), made)
     backbone = family.load(merged)
+    groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
     example = family.example_inputs(merged, 2)
     features = family.embedding_width(backbone, merged)
     heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
@@ -82,6 +84,7 @@ def export(
             folder,
             opset=recipe.export.opset,
             accuracy_level=recipe.export.accuracy_level,
+            context=ExportContext(recipe.export, load_inputs(quantized), groups),
         )
         copy_settings(merged, folder)
         save_heads(folder, heads)
@@ -94,6 +97,7 @@ def export(
                     "opset": graph.opset,
                     "low_bit_nodes": graph.low_bit_nodes,
                     "session_config": session_config(recipe.export.accuracy_level),
+                    "layers": graph.layers,
                 }
                 for graph in graphs
             ]
