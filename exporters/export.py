@@ -34,7 +34,7 @@ class ExportedGraph:
         path: the ``.onnx`` file.
         bytes: size on disk, external data included.
         opset: version of the default operator set.
-        low_bit_nodes: nodes that multiply by a quantized layer in the graph onnxruntime runs.
+        low_bit_nodes: nodes that multiply by a linear layer's codes in the graph onnxruntime runs.
         layers: what the format decided for each layer, by dotted name.
     """
 

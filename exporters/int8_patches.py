@@ -4,31 +4,56 @@ onnxruntime would dequantize such a kernel on every run and convolve in float32.
 one scale per output channel are an int8 weight as they are.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from epmq_deploy.exporters.int8_matmul import INT8_SUFFIX, Emitter, multiply, quantize_input
+from epmq_deploy.exporters.int8_matmul import (
+    INT8_SUFFIX,
+    Emitter,
+    multiply,
+    quantize_input,
+    weight_source,
+)
 from epmq_deploy.exporters.int8_rows import row_layer
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class _Patches:
+    """A convolution that can be replaced.
+
+    Attributes:
+        image: its input, ``[B, C, H, W]``.
+        codes: INT8 ``[N, C, kh, kw]``.
+        scales: float32 ``[N]``.
+        bias: ``[N]``, where there is one.
+        kernel: ``N``, ``C``, ``kh``, ``kw``.
+        grid: patches down and across.
+    """
+
+    image: ir.Value
+    codes: ir.Value
+    scales: ir.Value
+    bias: ir.Value | None
+    kernel: tuple[int, ...]
+    grid: tuple[int, int]
 
 
 def expand_patches(graph: ir.Graph) -> None:
     """Replace every such convolution of a kernel stored as rows (`int8_rows`), in place."""
     for node in list(graph):
-        kernel = _kernel(node)
-        if kernel is not None and _is_patchwise(node, kernel.shape):
-            _lower(graph, node, kernel)
+        patches = _patches(node) if node.op_type == "Conv" else None
+        if patches is not None:
+            _lower(graph, node, patches)
 
 
 def read_patches(graph: ir.Graph) -> dict[str, QuantizedLinear]:
     """Such layers by dotted name, 8 bits with one group per row."""
     layers = {}
     for node in graph:
-        if node.op_type != "MatMulInteger":
-            continue
-        transpose = node.inputs[1].producer()  # type: ignore[union-attr]
+        transpose = weight_source(node)
         if transpose is None or transpose.op_type != "Transpose":
             continue
         codes = transpose.inputs[0].producer().inputs[0].const_value  # type: ignore[union-attr]
@@ -38,60 +63,59 @@ def read_patches(graph: ir.Graph) -> dict[str, QuantizedLinear]:
     return layers
 
 
-def _kernel(conv: ir.Node) -> ir.TensorProtocol | None:
-    """The INT8 codes ``[N, C, kh, kw]`` of a convolution's weight."""
-    weight = conv.inputs[1] if conv.op_type == "Conv" else None
-    dequantize = weight.producer() if weight is not None else None
-    if dequantize is None or dequantize.op_type != "DequantizeLinear":
+def _patches(conv: ir.Node) -> _Patches | None:
+    """What to replace; None where windows overlap or do not cover an image of fixed size."""
+    image, weight, bias = (*conv.inputs, None)[:3]
+    dequantize = None if weight is None else weight.producer()
+    if image is None or image.shape is None or dequantize is None or not _is_plain(conv):
         return None
-    codes = dequantize.inputs[0].const_value  # type: ignore[union-attr]
-    return codes if codes is not None and codes.dtype == ir.DataType.INT8 else None
+    codes, scales = dequantize.inputs[:2]
+    if codes is None or scales is None or codes.const_value is None:
+        return None
+    kernel = codes.const_value.shape.numpy()
+    sizes = [size for size in image.shape[2:] if isinstance(size, int)]
+    if codes.const_value.dtype != ir.DataType.INT8 or len(sizes) != 2 or len(kernel) != 4:
+        return None
+    window = kernel[2:]
+    if tuple(conv.attributes.get_ints("strides", (1, 1))) != window:
+        return None
+    if any(size % step for size, step in zip(sizes, window, strict=True)):
+        return None
+    grid = (sizes[0] // window[0], sizes[1] // window[1])
+    return _Patches(image, codes, scales, bias, tuple(kernel), grid)
 
 
-def _is_patchwise(conv: ir.Node, kernel: ir.ShapeProtocol) -> bool:
-    """Whether windows lie side by side and cover an image of fixed size."""
-    attributes, window = conv.attributes, tuple(kernel[2:])
-    image = None if conv.inputs[0] is None else conv.inputs[0].shape
-    plain = (
+def _is_plain(conv: ir.Node) -> bool:
+    """Neither padding, nor dilation, nor groups."""
+    attributes = conv.attributes
+    return (
         not any(attributes.get_ints("pads", (0,)))
         and set(attributes.get_ints("dilations", (1,))) == {1}
         and attributes.get_int("group", 1) == 1
         and attributes.get_string("auto_pad", "NOTSET") == "NOTSET"
     )
-    if not plain or image is None or len(window) != 2:
-        return False
-    sizes = tuple(image[2:])
-    return tuple(attributes.get_ints("strides", (1, 1))) == window and all(
-        isinstance(size, int) and size % step == 0 for size, step in zip(sizes, window, strict=True)
-    )
 
 
-def _lower(graph: ir.Graph, conv: ir.Node, kernel: ir.TensorProtocol) -> None:
+def _lower(graph: ir.Graph, conv: ir.Node, layer: _Patches) -> None:
     emit = Emitter(graph, str(conv.name))
-    image, weight = conv.inputs[0], conv.inputs[1]
-    assert image is not None and weight is not None, "checked before"
-    dequantize = weight.producer()
-    assert dequantize is not None, "checked before"
-    codes, scales = dequantize.inputs[:2]
-    channels, planes, height, width = kernel.shape.numpy()
-    sizes = zip(image.shape[2:], (height, width), strict=True)
-    down, across = (int(size) // step for size, step in sizes)
+    channels, planes, height, width = layer.kernel
+    down, across = layer.grid
 
     def shape(suffix: str, *sizes: int) -> ir.Value:
         return emit.tensor(suffix, np.array(sizes, np.int64))
 
     # Quantized first: moving bytes is cheaper than moving floats.
-    pixels = quantize_input(emit, image, None)
+    pixels = quantize_input(emit, layer.image, None)
     split = shape("windows_shape", 0, planes, down, height, across, width)
     windows = emit.value("Reshape", [pixels.values, split], "windows")
     ordered = emit.value("Transpose", [windows], "patches", {"perm": [0, 2, 4, 1, 3, 5]})
     flat = shape("rows_shape", 0, down * across, planes * height * width)
     rows = emit.value("Reshape", [ordered, flat], "rows")
-    matrix = emit.value("Reshape", [codes, shape("matrix_shape", channels, -1)], "matrix")
+    matrix = emit.value("Reshape", [layer.codes, shape("matrix_shape", channels, -1)], "matrix")
     int8 = emit.value("Transpose", [matrix], INT8_SUFFIX.removeprefix("."), {"perm": [1, 0]})
-    output = multiply(emit, replace(pixels, values=rows), int8, scales)
-    if len(conv.inputs) > 2 and conv.inputs[2] is not None:
-        output = emit.value("Add", [output, conv.inputs[2]], "biased")
+    output = multiply(emit, replace(pixels, values=rows), int8, layer.scales)
+    if layer.bias is not None:
+        output = emit.value("Add", [output, layer.bias], "biased")
     tokens = _tokens(conv, channels)
     if tokens is not None:
         graph.insert_before(conv, emit.nodes)

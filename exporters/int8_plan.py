@@ -112,7 +112,7 @@ def int8_error(weight: Tensor, inputs: LayerInputs, factors: Tensor | None = Non
         inputs: of the layer.
         factors: what inputs are divided and weights multiplied by, ``[K]``.
     """
-    return (_squared_error(weight, inputs, factors) / max(inputs.output, 1e-30)) ** 0.5
+    return math.sqrt(_squared_error(weight, inputs, factors) / max(inputs.output, 1e-30))
 
 
 def channel_scales(weight: Tensor, factors: Tensor | None = None) -> Tensor:

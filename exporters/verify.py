@@ -91,7 +91,7 @@ def verify_runs_low_bit(
         integer: layers, by dotted name, that are to run as integer GEMM instead.
 
     Returns:
-        Number of nodes that multiply by a quantized layer in the graph onnxruntime runs.
+        Number of nodes that multiply by one of ``layers`` in the graph onnxruntime runs.
 
     Raises:
         NumericsError: the file is invalid, cannot be loaded, or a layer runs as anything but one
@@ -116,7 +116,7 @@ def verify_runs_low_bit(
             f"{path.name}: these layers would not run at accuracy level {accuracy_level}: "
             f"{', '.join(other)}"
         )
-    return len(levels) + len(integer)
+    return len(levels) + len(layers.keys() & set(integer))
 
 
 def executed_low_bit_layers(graph: onnx.GraphProto, file: str) -> dict[str, int]:

@@ -56,7 +56,9 @@ def load_inputs(folder: Path) -> dict[str, LayerInputs]:
     names = [key.removesuffix(".output") for key in tensors if key.endswith(".output")]
     return {
         name: LayerInputs(
-            *(tensors[f"{name}.{part}"] for part in ("low", "high", "square")),
+            low=tensors[f"{name}.low"],
+            high=tensors[f"{name}.high"],
+            square=tensors[f"{name}.square"],
             output=float(tensors[f"{name}.output"]),
         )
         for name in names

@@ -20,13 +20,14 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 from epmq_deploy.exporters.formats.format import ExportContext, GraphFormat
-from epmq_deploy.exporters.graph import add_initializer, constant, low_bit_nodes, read_packed
+from epmq_deploy.exporters.graph import constant, low_bit_nodes, read_packed
 from epmq_deploy.exporters.int8_matmul import (
     INT8_SUFFIX,
     Emitter,
     QuantizedInput,
     multiply,
     quantize_input,
+    weight_source,
 )
 from epmq_deploy.exporters.int8_patches import expand_patches, read_patches
 from epmq_deploy.exporters.int8_plan import (
@@ -152,7 +153,7 @@ def _expand(
     padded = np.pad(layer.codes.numpy(), ((0, 0), (0, padding)))
     stored = integer_tensor(f"{emit.name}.codes", padded.T.reshape(blocks, size, rows), dtype)
     codes = _as_int8(emit, stored, "codes_int8")
-    zero = emit.tensor("zero", np.array(0, np.int8))
+    zero = emit.shared("zero_int8", np.array(0, np.int8))
     zero_points = zero
     if not layer.symmetric:
         zeros = layer.zero_points.numpy().T.reshape(blocks, 1, rows)
@@ -165,11 +166,11 @@ def _expand(
         tensor_levels, unit = factor_levels(factors)
         levels = tensor_levels.numpy()
     smoothing = np.pad(levels, (0, padding), constant_values=1).reshape(blocks, 1, size)
-    diagonal = emit.value(
-        "BitwiseAnd", [_diagonal(emit.graph, size), emit.tensor("smoothing", smoothing)], "diagonal"
-    )
+    # All bits set on the diagonal: ands with the factors of each column.
+    mask = emit.shared(f"diagonal_{size}", -np.eye(size, dtype=np.int8))
+    diagonal = emit.value("BitwiseAnd", [mask, emit.tensor("smoothing", smoothing)], "diagonal")
     unit_value = emit.tensor("smoothing_unit", np.array(unit, np.float32))
-    one = emit.tensor("one", np.array(1, np.float32))
+    one = emit.shared("one", np.array(1, np.float32))
     operands = [diagonal, unit_value, zero, codes, steps, zero_points, one, zero]
     blocked = emit.value("QLinearMatMul", operands, "blocked")
     shape = emit.tensor("int8_shape", np.array([blocks * size, rows]))
@@ -188,17 +189,9 @@ def _as_int8(emit: Emitter, stored: ir.TensorProtocol, suffix: str) -> ir.Value:
     return emit.value("Cast", [value], suffix, {"to": ir.DataType.INT8})
 
 
-def _diagonal(graph: ir.Graph, size: int) -> ir.Value:
-    """A mask with all bits of the diagonal set, int8 ``[size, size]``, one for all layers."""
-    name = f"diagonal_{size}"
-    if name not in graph.initializers:
-        add_initializer(graph, ir.Tensor(-np.eye(size, dtype=np.int8), name=name))
-    return graph.initializers[name]
-
-
 def _expansion(node: ir.Node) -> tuple[ir.Node, int | None] | None:
     """The expanding product of a MatMulInteger's weight and, where it is cut, its length."""
-    made = _producer(node.inputs[1]) if node.op_type == "MatMulInteger" else None
+    made = weight_source(node)
     columns = None
     if made is not None and made.op_type == "Slice":
         columns = int(constant(made, 2)[0])  # type: ignore[index]

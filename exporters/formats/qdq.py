@@ -81,7 +81,7 @@ def _read_node(dequantize: ir.Node) -> QuantizedLinear:
     if codes is None or scales is None:
         raise ValueError(f"node {dequantize.name}: codes or scales are missing")
     block = dequantize.attributes.get_int("block_size")
-    return read_layer(codes, scales, constant(dequantize, 2), codes.shape[0], block)
+    return read_layer(codes, scales, constant(dequantize, 2), codes.shape.numpy()[0], block)
 
 
 FORMAT = QdqFormat()

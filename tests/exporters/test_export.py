@@ -58,7 +58,7 @@ def test_fp32_graph_equals_the_model_given(exported, tools: types.SimpleNamespac
 
 def test_every_layer_runs_in_low_bits(exported) -> None:
     count = len(exported.case.linear)
-    expected = {"fp32": 0, "matmulnbits": count, "qdq": count}
+    expected = {"fp32": 0} | dict.fromkeys(format_names(), count)
     assert {name: graph.low_bit_nodes for name, graph in exported.graphs.items()} == expected
 
 
@@ -87,7 +87,9 @@ def test_no_ballast(exported, fmt: str) -> None:
     assert not {"Constant", "Identity"} & operators.keys()
     # Tables are cast row by row.
     lookups = operators["Gather"] // 2 if fmt != "fp32" else 0
-    assert operators["Cast"] <= lookups
+    # Those of int8-expand are folded when a session is created, but for one a layer.
+    expanded = 3 * len(exported.case.linear) + 1 if fmt == "int8-expand" else 0
+    assert operators["Cast"] <= lookups + expanded
     used = {name for node in model.graph.node for name in node.input}
     assert {tensor.name for tensor in model.graph.initializer} <= used
     # Stack traces would carry the exporting machine's paths.
@@ -110,7 +112,8 @@ def test_size_is_that_of_the_packed_layers(exported, fmt: str) -> None:
         grid += codes + 4 * blocks + blocks
     expected = exported.graphs["fp32"].bytes - weights + grid
     # Room for names and nodes; one float32 weight left over would be 16 KiB.
-    assert exported.graphs[fmt].bytes < expected + 12_000
+    nodes = 5_000 * len(exported.case.linear) if fmt == "int8-expand" else 12_000
+    assert exported.graphs[fmt].bytes < expected + nodes
 
 
 def test_nothing_reaches_stdout(exported) -> None:
