@@ -4,7 +4,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from epmq_deploy.runtime.report import REFERENCE, EvalReport
-from epmq_deploy.stage import Manifest
+from epmq_deploy.stage import MANIFEST, Manifest
 
 
 def eval_table(report: EvalReport) -> Table:
@@ -64,6 +64,8 @@ def export_table(manifest: Manifest, folder: str) -> Table:
 
 
 def _listed(value: object) -> str:
+    if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+        return f"{len(value)}, see {MANIFEST}"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_listed(item)}" for key, item in value.items())
     return f"{value:.5f}" if isinstance(value, float) else str(value)

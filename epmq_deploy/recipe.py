@@ -106,7 +106,6 @@ class ExportOptions(Options):
         description="store 2-bit codes of MatMulNBits in 2 bits instead of 4: half the size, but "
         "several times as slow at accuracy level 0; when absent only at level 4",
     )
-
     demo: bool = Field(
         False, description="write a page that runs the graph in the browser (webgpu and wasm)"
     )
@@ -114,6 +113,15 @@ class ExportOptions(Options):
         None,
         description="folder where npm has installed what the page needs; "
         "~/.cache/epmq-deploy/web when absent",
+    )
+    int8_activations: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="ranges of int8-expand's activations: of each run, or those of calibration",
+    )
+    int8_error_budget: float = Field(
+        0.05,
+        ge=0,
+        description="int8-expand leaves layers with a larger relative error to MatMulNBits",
     )
 
 

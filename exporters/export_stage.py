@@ -13,6 +13,7 @@ from epmq_deploy.experts import check_unchanged, open_sources
 from epmq_deploy.exporters.browser_demo import check_demo, write_demo
 from epmq_deploy.exporters.export import ExportedGraph, by_kind, export_graphs
 from epmq_deploy.exporters.formats import all_formats
+from epmq_deploy.exporters.formats.format import ExportContext
 from epmq_deploy.exporters.parity import (
     Parity,
     ParityInputs,
@@ -31,7 +32,7 @@ from epmq_deploy.exporters.targets import (
 )
 from epmq_deploy.models import MultiTaskModel, family_of
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.artifact import load_artifact, load_inputs
 from epmq_deploy.quantization.model import apply_quantized
 from epmq_deploy.quantization.quantize import MERGED_FOLDER
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
@@ -100,6 +101,7 @@ def export(
     backbone = family.load(merged)
     linear, _ = by_kind(backbone, layers)
     check_target(options, {name: LayerGrid.of(layer) for name, layer in linear.items()})
+    groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
     example = family.example_inputs(merged, 2)
     features = family.embedding_width(backbone, merged)
     heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
@@ -119,6 +121,7 @@ def export(
             opset=options.opset,
             accuracy_level=options.accuracy_level,
             two_bit_containers=chosen_two_bit_containers(options),
+            context=ExportContext(options, load_inputs(quantized), groups),
         )
         parities = _parities(graphs, model, layers, replaced, samples, options)
         copy_settings(merged, folder)
@@ -151,6 +154,7 @@ def _described(
         "low_bit_nodes": graph.low_bit_nodes,
         "session_config": session_config(options.accuracy_level),
         "parity": asdict(parity),
+        "layers": graph.layers,
     }
 
 
