@@ -1,0 +1,78 @@
+"""Load time and peak memory of each graph's session, measured in child processes."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from epmq_deploy.errors import NumericsError
+
+_PROBE = Path(__file__).with_name("session_probe.py")
+_LOADS = 3
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one graph's session takes.
+
+    Attributes:
+        load_ms: median milliseconds to create it from a file the system has read before.
+        peak_bytes: resident memory that creating it and running one sample added at most, in a
+            process with nothing else; None where the system does not say.
+    """
+
+    load_ms: float
+    peak_bytes: int | None
+
+
+def measure_footprint(
+    file: Path,
+    feed: Mapping[str, np.ndarray[Any, Any]],
+    *,
+    provider: str,
+    threads: int | None,
+    session_config: Mapping[str, str],
+) -> Footprint:
+    """Create a graph's session in a process of its own.
+
+    Args:
+        file: the ONNX file.
+        feed: one sample, arrays by input name.
+        provider: onnxruntime's name of it.
+        threads: intra-op threads; onnxruntime's default when absent.
+        session_config: session options the graph was exported for.
+
+    Raises:
+        NumericsError: the process failed; with what it said last.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = Path(folder) / "inputs.npz"
+        np.savez(inputs, allow_pickle=False, **feed)
+        task = {
+            "file": str(file),
+            "inputs": str(inputs),
+            "provider": provider,
+            "threads": threads,
+            "session_config": dict(session_config),
+            "loads": _LOADS,
+        }
+        # -P keeps the script's own folder off the path, where modules have names of common use.
+        done = subprocess.run(
+            [sys.executable, "-P", str(_PROBE)],
+            input=json.dumps(task),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise NumericsError(
+            f"{file}: measuring its session in a process of its own failed ({said})"
+        )
+    return Footprint(**json.loads(done.stdout))

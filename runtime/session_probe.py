@@ -1,0 +1,55 @@
+"""What creating and running one session costs, in a process of its own.
+
+Run as a script: it imports nothing but numpy and onnxruntime, so that what the process holds is the
+session's. Reads its task as JSON from stdin, writes its findings as JSON to stdout.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+_STATUS = Path("/proc/self/status")
+
+
+def peak_bytes() -> int | None:
+    """Largest resident memory of this process so far; None where the system does not say.
+
+    Not ``getrusage``: its figure survives ``exec``, so that of a large parent would be reported.
+    """
+    if not _STATUS.is_file():
+        return None
+    line = next(text for text in _STATUS.read_text().splitlines() if text.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    """Create the session several times, run the first once."""
+    task = json.load(sys.stdin)
+    with np.load(task["inputs"]) as arrays:
+        feed = {name: arrays[name] for name in arrays.files}
+    before = peak_bytes()
+    peak, seconds = None, []
+    for turn in range(task["loads"]):
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if task["threads"] is not None:
+            options.intra_op_num_threads = task["threads"]
+        for key, value in task["session_config"].items():
+            options.add_session_config_entry(key, value)
+        started = time.perf_counter()
+        session = ort.InferenceSession(task["file"], options, providers=[task["provider"]])
+        seconds.append(time.perf_counter() - started)
+        if turn == 0:
+            session.run(None, feed)
+            peak = peak_bytes()
+        del session
+    memory = None if before is None or peak is None else peak - before
+    json.dump({"load_ms": 1000 * float(np.median(seconds)), "peak_bytes": memory}, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
