@@ -1,5 +1,6 @@
 """The export stage: the quantized artifact in, a folder of verified ONNX files out."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.session import session_config
 from epmq_deploy.models import MultiTaskModel, family_of
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact
 from epmq_deploy.quantization.quantize import MERGED_FOLDER
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.stage import (
@@ -85,6 +86,8 @@ def export(
         )
         copy_settings(merged, folder)
         save_heads(folder, heads)
+        # The evaluation's page shows how each layer fared.
+        shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
         details = {
             "graphs": [
                 {
