@@ -100,7 +100,8 @@ def mcnemar(gained: int, lost: int) -> float:
     count, fewer = gained + lost, min(gained, lost)
     tail = sum(math.comb(count, k) for k in range(fewer + 1))
     # Integers divide to the nearest float however large they are.
-    return min(1.0, 2 * tail / 2**count)
+    p_value: float = 2 * tail / 2**count
+    return min(1.0, p_value)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
