@@ -75,7 +75,7 @@ def evaluate_to(
 
 def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None:
     """Write a report as JSON, Markdown and a page, print it, then hold its gates."""
-    from epmq_deploy.cli.tables import eval_table
+    from epmq_deploy.cli.eval_table import eval_table
     from epmq_deploy.runtime.eval_json import report_dict
     from epmq_deploy.runtime.gates import check_gates
     from epmq_deploy.runtime.markdown import markdown_table

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
 from epmq_deploy.models import family_of
 from epmq_deploy.progress import NoProgress, Progress
@@ -55,7 +56,7 @@ def evaluate(
 
     Raises:
         RecipeError: ``exported`` is no export, or the provider is not there or not really used.
-        MismatchError: tasks without data or head, or labels beyond it; all at once.
+        MismatchError: no fp32 graph, tasks without data or head, or labels beyond it; all at once.
     """
     progress = progress or NoProgress()
     made = open_output(exported, "export")
@@ -63,6 +64,8 @@ def evaluate(
     family = family_of(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
     entries = tuple(made.details["graphs"])
+    if REFERENCE not in {entry["format"] for entry in entries}:
+        raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
     asked = provider or recipe.eval.provider
     bench = Bench(exported, family, samples, recipe.eval, asked, entries, progress)
     experts = _experts(recipe, made, device or torch.device("cpu"))
