@@ -25,7 +25,7 @@ from epmq_deploy.stage import (
     refuse_existing,
     write_manifest,
 )
-from epmq_deploy.tasks.heads import build_heads, leaves_head_to_expert, save_heads
+from epmq_deploy.tasks.heads import build_heads, class_names, leaves_head_to_expert, save_heads
 
 
 def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
@@ -89,6 +89,9 @@ def export(
         # The evaluation's page shows how each layer fared.
         shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
         details = {
+            "classes": {
+                name: class_names(recipe.tasks[name], head) for name, head in heads.items()
+            },
             "graphs": [
                 {
                     "format": graph.format,
@@ -99,7 +102,7 @@ def export(
                     "session_config": session_config(recipe.export.accuracy_level),
                 }
                 for graph in graphs
-            ]
+            ],
         }
         inputs |= model_inputs(made)
         return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))

@@ -19,7 +19,6 @@ from PIL import Image, UnidentifiedImageError
 
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, family_of
-from epmq_deploy.recipe import Recipe
 from epmq_deploy.runtime.providers import AUTO
 from epmq_deploy.runtime.report import REFERENCES
 from epmq_deploy.runtime.sessions import Graph
@@ -33,7 +32,8 @@ class Prediction:
     """What a model says of one input for one task.
 
     Attributes:
-        label: name of the most likely class; its number as text where the recipe names none.
+        label: name of the most likely class; its number as text where neither recipe nor expert
+            names it.
         score: its probability.
         scores: probabilities of all classes, float32 ``[C]``.
         labels: their names.
@@ -52,12 +52,17 @@ class DeployedModel:
         graph: the graph.
         family: of the model.
         folder: of the export.
-        recipe: names the classes, where it does.
+        classes: names of each task's classes, where they are known.
         batch_size: inputs per run.
     """
 
     def __init__(
-        self, graph: Graph, family: ModelFamily, folder: Path, recipe: Recipe, batch_size: int
+        self,
+        graph: Graph,
+        family: ModelFamily,
+        folder: Path,
+        classes: Mapping[str, Sequence[str] | None],
+        batch_size: int,
     ) -> None:
         self._graph, self._family, self._folder = graph, family, folder
         self._batch_size = batch_size
@@ -65,8 +70,8 @@ class DeployedModel:
         for output in graph.output_names:
             if output.startswith(_LOGITS):
                 name = output.removeprefix(_LOGITS)
-                task = recipe.tasks.get(name)
-                self._names[name] = task.head.classes if task and task.head else None
+                names = classes.get(name)
+                self._names[name] = None if names is None else tuple(names)
         self.provider = graph.provider
 
     @property
@@ -164,7 +169,7 @@ def load(
     )
     if not any(name.startswith(_LOGITS) for name in graph.output_names):
         raise RecipeError(f"{place / chosen['file']} gives no logits of any task")
-    return DeployedModel(graph, family_of(place), place, made.recipe, batch_size)
+    return DeployedModel(graph, family_of(place), place, made.details["classes"], batch_size)
 
 
 def _recommended(folder: Path, entries: Mapping[str, Any]) -> str:

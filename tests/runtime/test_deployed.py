@@ -109,11 +109,12 @@ def test_only_the_tasks_asked_for(images: Path) -> None:
         model(PIXELS[0], tasks=["cars", "blue"])
 
 
-def test_classes_have_the_recipe_s_names(images: Path, tmp_path: Path) -> None:
+def test_classes_have_names_where_they_are_known(images: Path, tmp_path: Path) -> None:
     for file in images.iterdir():
         (tmp_path / file.name).symlink_to(file)
     content = json.loads((images / "manifest.json").read_text())
-    content["recipe"]["tasks"]["red"]["head"] = {"classes": ["a", "b", "c"]}
+    assert content["details"]["classes"] == dict.fromkeys(TASKS)
+    content["details"]["classes"]["red"] = ["a", "b", "c"]
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     found = load(tmp_path)(PIXELS[0])
