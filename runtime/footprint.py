@@ -4,9 +4,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ import numpy as np
 from epmq_deploy.errors import NumericsError
 
 _PROBE = Path(__file__).with_name("session_probe.py")
-_LOADS = 3
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,22 @@ class Footprint:
     """What one graph's session takes.
 
     Attributes:
-        load_ms: median milliseconds to create it from a file the system has read before.
+        load_ms: milliseconds to create it from a file the system has read before.
         peak_bytes: resident memory that creating it and running one sample added at most, in a
             process with nothing else; None where the system does not say.
     """
 
     load_ms: float
     peak_bytes: int | None
+
+
+def median_footprint(measured: Sequence[Footprint]) -> Footprint:
+    """Medians of several measurements of one graph."""
+    peaks = [item.peak_bytes for item in measured if item.peak_bytes is not None]
+    return Footprint(
+        load_ms=median(item.load_ms for item in measured),
+        peak_bytes=int(median(peaks)) if peaks else None,
+    )
 
 
 def measure_footprint(
@@ -60,7 +69,6 @@ def measure_footprint(
             "provider": provider,
             "threads": threads,
             "session_config": dict(session_config),
-            "loads": _LOADS,
         }
         # -P keeps the script's own folder off the path, where modules have names of common use.
         done = subprocess.run(
