@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from epmq_deploy.runtime.markup import Markup, element, figure
-from epmq_deploy.runtime.report import EvalReport, Row
+from epmq_deploy.runtime.report import EXPERTS, REFERENCE, EvalReport, Row
 from epmq_deploy.runtime.significance import Interval
 
 # In units of the drawing, which the page shows at about their size.
@@ -19,8 +19,12 @@ Scale = Callable[[float], float]
 
 
 def color(report: EvalReport, row: Row) -> str:
-    """CSS class of a model's colour; colours repeat after eight models."""
-    return f"m{report.rows.index(row) % 8}"
+    """CSS class of a model's colour: the same on every page for experts and fp32 merged."""
+    fixed = (EXPERTS, REFERENCE)
+    if row.name in fixed:
+        return f"m{fixed.index(row.name)}"
+    others = [other for other in report.rows if other.name not in fixed]
+    return f"m{2 + others.index(row) % 6}"
 
 
 def accuracy_plot(report: EvalReport) -> Markup:

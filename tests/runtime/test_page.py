@@ -13,6 +13,7 @@ from browser import look_at
 from eval_report import KINDS, MODELS, TASKS, build_report
 
 from epmq_deploy.runtime.page import html_page
+from epmq_deploy.runtime.plots import color
 from epmq_deploy.runtime.report import Gates
 
 BLOCKS = 24
@@ -41,6 +42,13 @@ def test_names_from_data_are_escaped() -> None:
     assert "<b>&amp;" not in html_page(report)
     assert "&lt;b&gt;&amp;" in html_page(report)
     HTMLParser().feed(html_page(report))
+
+
+def test_models_have_the_same_colours_whichever_others_there_are() -> None:
+    report = build_report()
+    alone = replace(report, rows=report.rows[1:])
+    assert [color(report, row) for row in report.rows] == [f"m{i}" for i in range(len(MODELS))]
+    assert color(alone, report.row("fp32")) == color(report, report.row("fp32"))
 
 
 def test_the_page_says_what_to_deploy_and_what_missed_a_gate() -> None:
