@@ -91,7 +91,13 @@ def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None
 
 
 def views_of(file: Path) -> tuple[Path, Path]:
-    """Where the Markdown table and the page of a report go: beside it."""
+    """Where the Markdown table and the page of a report go: beside it.
+
+    Raises:
+        RecipeError: the report itself is to go there.
+    """
+    if file.suffix in (".md", ".html"):
+        raise RecipeError(f"{file}: name the JSON file; the others are written beside it")
     page = "report.html" if file.name == EVAL_FILE else f"{file.stem}.html"
     return file.with_suffix(".md"), file.with_name(page)
 

@@ -63,31 +63,35 @@ def evaluate(
     heads = load_heads(exported)
     family = family_of(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
-    entries = tuple(made.details["graphs"])
-    if REFERENCE not in {entry["format"] for entry in entries}:
+    formats: dict[str, tuple[Mapping[str, Any], ...]] = {}
+    for entry in made.details["graphs"]:
+        formats[entry["format"]] = (*formats.get(entry["format"], ()), entry)
+    if REFERENCE not in formats:
         raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
-    asked = provider or recipe.eval.provider
-    bench = Bench(exported, family, samples, recipe.eval, asked, entries, progress)
+    options, asked = recipe.eval, provider or recipe.eval.provider
     experts = _experts(recipe, made, device or torch.device("cpu"))
-    graphs = bench.graphs(bench.threads[0])
-    scorer = ClassScorer(family, exported, recipe.eval.batch_size, graphs, heads, experts)
+    graphs, size = made.details["graphs"], options.batch_size
+    scorer = ClassScorer(family, exported, graphs, asked, size, heads, experts)
+    bench = Bench(exported, formats, scorer, samples, options, asked, progress)
+    models = scorer.open(bench.threads[0])
     predictions = {
-        task: scorer.predict(task, chosen)
+        task: scorer.predict(models, task, chosen)
         for task, chosen in progress.track(samples.items(), "evaluating", total=len(samples))
     }
-    used = next(iter(graphs.values())).provider
-    del graphs, scorer
+    used = models[REFERENCE].provider
+    # Timed ones are opened anew, with as many threads as they are timed with.
+    del models
     costs = bench.costs()
     names = ([EXPERTS] if experts else []) + list(costs)
-    rows = (row_of(name, predictions, recipe.eval.margin, **costs.get(name, {})) for name in names)
+    rows = (row_of(name, predictions, options.margin, **costs.get(name, {})) for name in names)
     return EvalReport(
         rows=tuple(rows),
         samples={task: len(chosen) for task, chosen in samples.items()},
         provider=used,
-        gates=gates_of(recipe.eval),
-        margin=recipe.eval.margin,
+        gates=gates_of(options),
+        margin=options.margin,
         fingerprint=eval_fingerprint(recipe, made.fingerprint),
-        diagnoses=bench.diagnoses() if recipe.eval.diagnose else {},
+        diagnoses=bench.diagnoses() if options.diagnose else {},
         layers=tuple(load_reports(exported)) if (exported / REPORT_FILE).is_file() else (),
     )
 

@@ -22,9 +22,9 @@ class Footprint:
     """What one graph's session takes.
 
     Attributes:
-        load_ms: milliseconds to create it from a file the system has read before.
-        peak_bytes: resident memory that creating it and running one sample added at most, in a
-            process with nothing else; None where the system does not say.
+        load_ms: milliseconds to create it from files the system has read before.
+        peak_bytes: resident memory that this and running one sample added at most, in a process
+            with nothing else; None where the system does not say.
     """
 
     load_ms: float
@@ -41,31 +41,31 @@ def median_footprint(measured: Sequence[Footprint]) -> Footprint:
 
 
 def measure_footprint(
-    file: Path,
-    feed: Mapping[str, np.ndarray[Any, Any]],
+    files: Sequence[Path],
+    inputs: Sequence[np.ndarray[Any, Any]] | None,
     *,
     provider: str,
     threads: int | None,
     session_config: Mapping[str, str],
 ) -> Footprint:
-    """Create a graph's session in a process of its own.
+    """Create a format's sessions in a process of their own.
 
     Args:
-        file: the ONNX file.
-        feed: one sample, arrays by input name.
+        files: its ONNX files.
+        inputs: one sample, arrays in the order of the first graph's inputs; None to run nothing.
         provider: onnxruntime's name of it.
         threads: intra-op threads; onnxruntime's default when absent.
-        session_config: session options the graph was exported for.
+        session_config: session options the graphs were exported for.
 
     Raises:
         NumericsError: the process failed; with what it said last.
     """
     with tempfile.TemporaryDirectory() as folder:
-        inputs = Path(folder) / "inputs.npz"
-        np.savez(inputs, allow_pickle=False, **feed)
+        stored = Path(folder) / "inputs.npz"
+        np.savez(stored, *(inputs or ()), allow_pickle=False)
         task = {
-            "file": str(file),
-            "inputs": str(inputs),
+            "files": [str(file) for file in files],
+            "inputs": None if inputs is None else str(stored),
             "provider": provider,
             "threads": threads,
             "session_config": dict(session_config),
@@ -81,6 +81,6 @@ def measure_footprint(
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise NumericsError(
-            f"{file}: measuring its session in a process of its own failed ({said})"
+            f"{files[0]}: measuring its session in a process of its own failed ({said})"
         )
     return Footprint(**json.loads(done.stdout))

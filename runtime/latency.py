@@ -3,13 +3,23 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from epmq_deploy.runtime.sessions import Graph
-
 _WARMUP = 5
+
+
+class Runs(Protocol):
+    """What can be timed: a graph, or graphs that write a text together."""
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use."""
+
+    def run(self, inputs: Sequence[Tensor]) -> object:
+        """Run a batch."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Timing:
 
 
 def measure_latency(
-    graphs: Mapping[str, Graph],
+    graphs: Mapping[str, Runs],
     reference: str,
     inputs: Sequence[Tensor],
     threads: int | None,

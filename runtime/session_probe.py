@@ -1,7 +1,7 @@
-"""What creating and running one session costs, in a process of its own.
+"""What creating and running sessions costs, in a process of its own.
 
-Run as a script: it imports nothing but numpy and onnxruntime, so that what the process holds is the
-session's. Reads its task as JSON from stdin, writes its findings as JSON to stdout.
+Run as a script: it imports nothing but numpy and onnxruntime, so that what the process holds is
+theirs. Reads its task as JSON from stdin, writes its findings as JSON to stdout.
 """
 
 import json
@@ -27,10 +27,12 @@ def peak_bytes() -> int | None:
 
 
 def main() -> None:
-    """Create the session and run it once."""
+    """Create the sessions and run the first of them once, where there are inputs."""
     task = json.load(sys.stdin)
-    with np.load(task["inputs"]) as arrays:
-        feed = {name: arrays[name] for name in arrays.files}
+    arrays = []
+    if task["inputs"] is not None:
+        with np.load(task["inputs"]) as stored:
+            arrays = [stored[name] for name in stored.files]
     before = peak_bytes()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -39,9 +41,13 @@ def main() -> None:
     for key, value in task["session_config"].items():
         options.add_session_config_entry(key, value)
     started = time.perf_counter()
-    session = ort.InferenceSession(task["file"], options, providers=[task["provider"]])
+    sessions = [
+        ort.InferenceSession(file, options, providers=[task["provider"]]) for file in task["files"]
+    ]
     seconds = time.perf_counter() - started
-    session.run(None, feed)
+    if task["inputs"] is not None:
+        names = [item.name for item in sessions[0].get_inputs()]
+        sessions[0].run(None, dict(zip(names, arrays, strict=True)))
     after = peak_bytes()
     memory = None if before is None or after is None else after - before
     json.dump({"load_ms": 1000 * seconds, "peak_bytes": memory}, sys.stdout)

@@ -298,6 +298,8 @@ def test_eval_checks_its_output_before_any_work(
     for target in (tmp_path, tmp_path / "none" / "eval.json"):
         assert run("eval", chain / "onnx", "-o", target) == 2
         assert "expected a file in an existing folder" in capsys.readouterr().err
+    assert run("eval", chain / "onnx", "-o", tmp_path / "e.md") == 2
+    assert "name the JSON file" in capsys.readouterr().err
 
 
 def test_an_expert_changed_after_the_merge_is_noticed(
