@@ -1,5 +1,7 @@
 """Creating onnxruntime sessions."""
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,9 @@ class Graph:
         wanted = provider_named(provider)
         named = name or str(file)
         try:
-            self._session = ort.InferenceSession(file, options, providers=[wanted])
+            # It prints when it falls back, which is noticed below; stdout is for results.
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._session = ort.InferenceSession(file, options, providers=[wanted])
         except Exception as error:  # onnxruntime raises many types
             raise NumericsError(f"{named}: onnxruntime cannot load it ({error})") from error
         self.provider = check_used(self._session, named, wanted, strict=provider != AUTO)

@@ -42,13 +42,17 @@ def test_runs_the_outputs_asked_for(doubling: Path) -> None:
     assert np.array_equal(found["z"], [[1.0, 9.0]])
 
 
-def test_a_provider_that_is_not_used_is_an_error(doubling: Path) -> None:
+@pytest.mark.parametrize("name", ["CUDA", "Tensorrt"])
+def test_a_provider_that_is_not_used_is_an_error(
+    doubling: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has no CUDA")
-    with pytest.raises(RecipeError, match="CUDAExecutionProvider could not be started"):
-        Graph(doubling, provider="cuda")
+    if f"{name}ExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has no {name}")
+    with pytest.raises(RecipeError, match=f"{name}ExecutionProvider could not be started"):
+        Graph(doubling, provider=name)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider", "auto"])
