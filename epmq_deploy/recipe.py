@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
 
 from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
@@ -18,6 +18,17 @@ from epmq_deploy.options import Options, shared_fields, union_by_method
 
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+def _counts(value: Any) -> Any:
+    """None, one number, a list, or numbers separated by commas, as the command line has them."""
+    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return [
+        part for item in items for part in (item.split(",") if isinstance(item, str) else [item])
+    ]
+
+
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_counts)]
 if TYPE_CHECKING:
     MergeChoice = MergeOptions
     QuantizeChoice = QuantizeOptions
@@ -131,13 +142,29 @@ class EvalOptions(Options):
     batch_size: int = Field(64, ge=1, description="samples per run; no effect on accuracy")
     max_samples: int | None = Field(None, ge=1, description="samples per task; all when absent")
     max_drop: float | None = Field(
-        None, description="largest loss of average accuracy against fp32 merged, in points"
+        None, description="gate: largest loss of average accuracy against fp32 merged, in points"
     )
-    latency_runs: int = Field(50, ge=1, description="timed batch-1 runs per graph")
-    threads: int | None = Field(
-        None, ge=1, description="onnxruntime intra-op threads; its default when absent"
+    max_latency_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="gate: largest latency relative to fp32 merged, at the first batch "
+        "size and number of threads",
     )
+    max_size: float | None = Field(None, gt=0, description="gate: largest file, in MB (10^6 bytes)")
+    margin: float = Field(
+        1.0, ge=0, description="points of accuracy that may be lost and still count as no worse"
+    )
+    provider: str = Field(
+        "auto", description="onnxruntime's execution provider; auto is CUDA when there, else CPU"
+    )
+    threads: Counts = Field(
+        (), description="onnxruntime intra-op threads, several to compare; its default when absent"
+    )
+    latency_batches: Counts = Field((1, 8), min_length=1, description="batch sizes to time")
+    latency_runs: int = Field(50, ge=1, description="timed runs per graph and setting")
     experts: bool = Field(True, description="evaluate the experts as reference")
+    diagnose: bool = Field(False, description="compare every layer with fp32 merged")
+    diagnose_samples: int = Field(8, ge=1, description="samples per task for that comparison")
 
 
 class Recipe(Options):

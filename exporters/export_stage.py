@@ -1,5 +1,6 @@
 """The export stage: the quantized artifact in, a folder of verified ONNX files out."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ from epmq_deploy.exporters.targets import (
 )
 from epmq_deploy.models import MultiTaskModel, family_of
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.quantization.artifact import load_artifact, load_inputs
+from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact, load_inputs
 from epmq_deploy.quantization.model import apply_quantized
 from epmq_deploy.quantization.quantize import MERGED_FOLDER
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
@@ -47,7 +48,7 @@ from epmq_deploy.stage import (
     refuse_existing,
     write_manifest,
 )
-from epmq_deploy.tasks.heads import build_heads, leaves_head_to_expert, save_heads
+from epmq_deploy.tasks.heads import build_heads, class_names, leaves_head_to_expert, save_heads
 
 # Where transformers.js and optimum look for graphs.
 GRAPHS_FOLDER = "onnx"
@@ -126,11 +127,16 @@ def export(
         parities = _parities(graphs, model, layers, replaced, samples, options)
         copy_settings(merged, folder)
         save_heads(folder, heads)
+        # The evaluation's page shows how each layer fared.
+        shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
         if options.demo:
             shown = next(graph for graph in graphs if graph.format == chosen[0])
             write_demo(folder, family, recipe.tasks, list(heads), shown.path, options)
         details = {
             "target": options.target and asdict(target_of(options.target)),
+            "classes": {
+                name: class_names(recipe.tasks[name], head) for name, head in heads.items()
+            },
             "graphs": [
                 _described(graph, parities[graph.format], folder, options) for graph in graphs
             ],

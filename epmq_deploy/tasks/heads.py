@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from epmq_deploy.checkpoints import Checkpoint, fetch_model
+from epmq_deploy.checkpoints import Checkpoint, fetch_model, model_config
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.experts import open_sources
 from epmq_deploy.models import ModelFamily, TaskHead
@@ -117,6 +117,19 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
             "give classes or matrix"
         )
     return head
+
+
+def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
+    """Names of a head's classes in label order: the recipe's, or the expert's of an expert's head.
+
+    None where there are none; ``transformers`` numbers the classes it knows no names of.
+    """
+    if task.head is not None and not task.head.from_expert:
+        return task.head.classes
+    stored = (model_config(fetch_model(task.expert)) or {}).get("id2label") or {}
+    names = tuple(str(stored.get(str(index), "")) for index in range(head.classes))
+    numbered = tuple(f"LABEL_{index}" for index in range(head.classes))
+    return names if all(names) and names != numbered else None
 
 
 def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
