@@ -328,7 +328,7 @@ def test_run_skips_what_is_done_and_redoes_what_changed(tiny: TinyZoo, tmp_path:
     # Gates are held against what was measured, without measuring again.
     gate = [*settings, "--set", "eval.max_size=0.001"]
     assert run("run", tiny.recipe, "-o", out, "-q", *gate) == 5
-    assert json.loads((out / "onnx" / "eval.json").read_text())["misses"]
+    assert json.loads((out / "exported" / "eval.json").read_text())["misses"]
     assert stamps() == first
     changed = [*settings, "--set", "quantize.bits=8"]
     assert run("run", tiny.recipe, "-o", out, "-q", *changed) == 2
