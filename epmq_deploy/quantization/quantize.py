@@ -233,6 +233,7 @@ def _summary(quantized: QuantizedModel) -> dict[str, Any]:
         "layers": len(done),
         "kept": [report.layer for report in quantized.reports if report.status == "kept"],
         "status": dict(Counter(report.status for report in quantized.reports)),
+        "input_statistics": len(quantized.inputs),
         "mean_error_before": mean_of(report.error_before for report in done),
         "mean_error_after": mean_of(report.error_after for report in done),
     }

@@ -14,7 +14,7 @@ from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.quantization import quantize as quantize_module
-from epmq_deploy.quantization.artifact import load_artifact, load_reports
+from epmq_deploy.quantization.artifact import load_artifact, load_inputs, load_reports
 from epmq_deploy.quantization.planning import Workplace
 from epmq_deploy.quantization.quantize import calibration_samples, quantize
 from epmq_deploy.quantization.quantized_model import QuantizedModel
@@ -309,6 +309,8 @@ def test_without_data_targets_come_from_weights(
     layers, replaced = load_artifact(tmp_path / "out")
     assert len(layers) == 15
     assert not replaced
+    assert load_inputs(tmp_path / "out") == {}
+    assert read_manifest(tmp_path / "out", "quantize").details["input_statistics"] == 0
     with pytest.raises(RecipeError, match="no calibration data"):
         override(bare, "quantize", {"alpha": 0.5})
 

@@ -8,6 +8,7 @@ from epmq_deploy.calibration import statistics as module
 from epmq_deploy.calibration.statistics import Accumulator, GroupSums
 from epmq_deploy.calibration.tokens import TokenWeights
 from epmq_deploy.errors import NumericsError
+from epmq_deploy.quantization.layer_inputs import layer_inputs
 
 B, T, K, N = 3, 4, 10, 6
 
@@ -102,3 +103,32 @@ def test_no_tokens_at_all_are_refused() -> None:
     accumulator.add(normal(1, B, T, K), torch.zeros(B, T))
     with pytest.raises(NumericsError, match="no calibration tokens"):
         accumulator.statistics()
+
+
+def test_ranges_and_outputs_of_a_layer() -> None:
+    """Padding widens the range, because it is quantized too, and counts for nothing else."""
+    weight = normal(7, N, K)
+    sums = GroupSums.zeros(K, torch.device("cpu"))
+    batches, total, squares = [], torch.zeros(()), torch.zeros(K)
+    for task in range(2):
+        accumulator = Accumulator()
+        x = normal(10 + task, B, T, K)
+        x[0, -1] *= 10
+        real = torch.ones(B, T, dtype=torch.bool)
+        real[0, -1] = False
+        accumulator.add(x, TokenWeights(real).weights(x.shape, 1.0, x.device))
+        sums.add(accumulator.statistics(), 1.0 + task)
+        rows = x[real]
+        total += (1 + task) * (rows @ weight.T).square().sum(dim=1).mean()
+        squares += (1 + task) * rows.square().mean(dim=0)
+        batches.append(x.reshape(-1, K))
+    seen = layer_inputs(sums, weight)
+    assert seen is not None
+    assert torch.equal(seen.low, torch.cat(batches).amin(dim=0))
+    assert torch.equal(seen.high, torch.cat(batches).amax(dim=0))
+    assert torch.allclose(seen.square, squares / 3, atol=1e-6)
+    assert seen.output == pytest.approx(float(total / 3), rel=1e-5)
+
+
+def test_nothing_is_known_without_activations() -> None:
+    assert layer_inputs(GroupSums.zeros(K, torch.device("cpu")), normal(1, N, K)) is None
