@@ -22,8 +22,8 @@ def export_table(manifest: Manifest, folder: str) -> Table:
     """The graphs an export wrote."""
     table = Table(title=escape(f"export: {folder}"))
     for title in ("format", "file"):
-        table.add_column(title)
-    for title in ("MB", "low-bit layers", "from torch", "same answer"):
+        table.add_column(title, no_wrap=True)
+    for title in ("MB", "low-bit", "off torch", "agree"):
         table.add_column(title, justify="right")
     for graph in manifest.details["graphs"]:
         size, layers = f"{graph['bytes'] / 1e6:.2f}", str(graph["low_bit_nodes"])

@@ -8,7 +8,7 @@ are never fetched here.
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,30 @@ def check_demo(options: ExportOptions) -> None:
             f"--demo: {' and '.join(wrong)} not found in {folder} in the version needed; run\n"
             f"  npm install --ignore-scripts --prefix {folder} {packages}"
         )
+
+
+def check_demo_model(
+    options: ExportOptions, family: ModelFamily, folder: Path, tasks: Collection[str]
+) -> None:
+    """Make sure that the page can preprocess for a model and has something to show.
+
+    Args:
+        options: of the export.
+        family: the model's family.
+        folder: a model folder with preprocessor or tokenizer.
+        tasks: those with a head.
+
+    Raises:
+        RecipeError: it cannot, or there is no task with a head.
+    """
+    if not options.demo:
+        return
+    if not tasks:
+        raise RecipeError("--demo: no task has a head, so there is nothing to show")
+    if isinstance(family, TextClassifierFamily):
+        _fast_tokenizer(folder, family)
+    else:
+        image_settings(folder)
 
 
 def write_demo(
@@ -144,9 +168,7 @@ def image_settings(folder: Path) -> dict[str, Any]:
 
 def _text_settings(folder: Path, family: TextClassifierFamily, target: Path) -> dict[str, Any]:
     """Write the tokenizer in one file beside the page, and say what it is."""
-    tokenizer = family.tokenizer(folder)
-    if not tokenizer.is_fast:
-        raise RecipeError(f"--demo: {type(tokenizer).__name__} has no form the page can run")
+    tokenizer = _fast_tokenizer(folder, family)
     tokenizer.save_pretrained(target / "tokenizer")
     return {
         "library": "vendor/tokenizers.min.mjs",
@@ -154,6 +176,13 @@ def _text_settings(folder: Path, family: TextClassifierFamily, target: Path) -> 
         "config": "tokenizer/tokenizer_config.json",
         "max_length": tokenizer.model_max_length,
     }
+
+
+def _fast_tokenizer(folder: Path, family: TextClassifierFamily) -> Any:
+    tokenizer = family.tokenizer(folder)
+    if not tokenizer.is_fast:
+        raise RecipeError(f"--demo: {type(tokenizer).__name__} has no form the page can run")
+    return tokenizer
 
 
 def _classes(task: Task) -> list[str] | None:

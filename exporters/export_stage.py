@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints import copy_settings
 from epmq_deploy.experts import check_unchanged, open_sources
-from epmq_deploy.exporters.browser_demo import check_demo, write_demo
+from epmq_deploy.exporters.browser_demo import check_demo, check_demo_model, write_demo
 from epmq_deploy.exporters.export import ExportedGraph, by_kind, export_graphs
 from epmq_deploy.exporters.formats import all_formats
 from epmq_deploy.exporters.formats.format import ExportContext
@@ -106,6 +106,7 @@ def export(
     example = family.example_inputs(merged, 2)
     features = family.embedding_width(backbone, merged)
     heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
+    check_demo_model(options, family, merged, heads)
     model = MultiTaskModel(family, backbone, heads)
     samples = parity_inputs(recipe.tasks, family, merged, example)
     chosen = chosen_formats(options)

@@ -164,7 +164,7 @@ TARGETS = {
             "to 256, with and without zero points (measured with 1.30 on a software adapter); they "
             "refuse g_idx, which is never written.",
             two_bit_containers=True,
-            unverified="GPUs; versions before 1.23 or so take 4 bits only.",
+            unverified="GPUs; older versions of onnxruntime-web take 4 bits only.",
         ),
         Target(
             "wasm",
@@ -250,6 +250,8 @@ def check_target(options: ExportOptions, layers: Mapping[str, LayerGrid]) -> Non
         RecipeError: no such target, or layers it cannot run; names what to change.
     """
     if options.target is None:
+        return
+    if not any(fmt.low_bit for fmt in formats_of(chosen_formats(options))):
         return
     problems = target_of(options.target).problems(layers)
     if problems:

@@ -17,7 +17,12 @@ from tiny_zoo import CLASSES, TASKS, TinyZoo
 
 from epmq_deploy.cli.main import main
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.exporters.browser_demo import check_demo, default_libraries, image_settings
+from epmq_deploy.exporters.browser_demo import (
+    check_demo,
+    check_demo_model,
+    default_libraries,
+    image_settings,
+)
 from epmq_deploy.models import family_of
 from epmq_deploy.recipe import ExportOptions
 
@@ -306,5 +311,9 @@ def test_preprocessing_the_page_lacks_is_refused(
     settings = json.loads((tiny.base / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings | change))
     (tmp_path / "config.json").write_text((tiny.base / "config.json").read_text())
+    options, family = ExportOptions(target="wasm", demo=True), family_of(tiny.base)
     with pytest.raises(RecipeError, match=message):
-        image_settings(tmp_path)
+        check_demo_model(options, family, tmp_path, ["red"])
+    with pytest.raises(RecipeError, match="no task has a head"):
+        check_demo_model(options, family, tiny.base, [])
+    check_demo_model(options, family, tiny.base, ["red"])

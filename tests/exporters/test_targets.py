@@ -33,7 +33,7 @@ def grid(**changes: Any) -> LayerGrid:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_portable_grid_suits_every_target(target: str) -> None:
-    check_target(ExportOptions(target=target), {"layer": GOOD})
+    check_target(ExportOptions(target=target, formats=("matmulnbits",)), {"layer": GOOD})
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,8 @@ def test_what_a_target_refuses(target: str, layer: LayerGrid, message: str) -> N
     with pytest.raises(RecipeError, match=rf"target {target}: .*{message}"):
         check_target(ExportOptions(target=target), {"fc1": layer})
     check_target(ExportOptions(), {"fc1": layer})
-    check_target(ExportOptions(target="cpu"), {"fc1": layer})
+    check_target(ExportOptions(target=target, formats=("fp16",)), {"fc1": layer})
+    check_target(ExportOptions(target="cpu", formats=("matmulnbits",)), {"fc1": layer})
 
 
 def test_every_kind_of_problem_is_named_at_once() -> None:
