@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_text import TinyText
 from tiny_zoo import TASKS, TinyZoo
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
@@ -370,3 +371,28 @@ def test_activations_on_disk_give_the_same(tiny: TinyZoo, tmp_path: Path) -> Non
     in_memory = merged(recipe_of(tiny, "regmean_pp"), tmp_path / "memory")
     on_disk = merged(recipe_of(tiny, "regmean_pp", cache_limit=0.0), tmp_path / "disk")
     assert all(torch.equal(value, on_disk[name]) for name, value in in_memory.items())
+
+
+def test_batches_of_texts_do_not_matter_so_padding_does_not_count(
+    tiny_text: TinyText, tmp_path: Path
+) -> None:
+    for method in ("regmean", "regmean_pp"):
+        found = []
+        for size in (1, 24):
+            flags = {"method": method, "batch_size": size, "off_diagonal": 0.9}
+            folder = tmp_path / f"{method}{size}"
+            merge(override(load_recipe(tiny_text.recipe), "merge", flags), folder)
+            found.append(load_file(folder / "model.safetensors"))
+        for name, value in found[0].items():
+            assert torch.allclose(found[1][name], value, atol=1e-4), name
+
+
+@pytest.mark.parametrize("method", ["fisher", "adamerging"])
+def test_classifiers_bring_their_own_heads(
+    tiny_text: TinyText, tmp_path: Path, method: str
+) -> None:
+    flags = {"method": method, "samples": 4, **QUICK[method]}
+    manifest = merge(override(load_recipe(tiny_text.recipe), "merge", flags), tmp_path / "merged")
+    assert manifest.details["method"] == method
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert all(bool(torch.isfinite(value).all()) for value in found.values())
