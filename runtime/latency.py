@@ -31,7 +31,8 @@ class Timing:
         threads: intra-op threads, None for onnxruntime's default.
         p50_ms: median milliseconds per run; p95 and p99 likewise.
         throughput: samples per second at the median.
-        ratio: median over turns of this graph's time to the reference's in the same turn.
+        ratio: of this graph's lower quartile to the reference's, which other programs on the
+            machine disturb less than medians.
     """
 
     batch: int
@@ -74,10 +75,9 @@ def measure_latency(
             if turn >= warmup:
                 times[name].append(elapsed)
     batch = len(inputs[0])
-    base = np.array(times[reference])
+    base = float(np.percentile(times[reference], 25))
     timings = {}
     for name, values in times.items():
-        p50, p95, p99 = (float(value) for value in np.percentile(values, (50, 95, 99)))
-        ratio = float(np.median(np.array(values) / base))
-        timings[name] = Timing(batch, threads, p50, p95, p99, 1000 * batch / p50, ratio)
+        p25, p50, p95, p99 = (float(value) for value in np.percentile(values, (25, 50, 95, 99)))
+        timings[name] = Timing(batch, threads, p50, p95, p99, 1000 * batch / p50, p25 / base)
     return timings

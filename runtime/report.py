@@ -61,7 +61,7 @@ class Gates:
     Attributes:
         max_drop: points of average accuracy lost against fp32 merged (the point estimate; its
             interval is reported beside it).
-        max_latency_ratio: median latency relative to fp32 merged, of the first timing.
+        max_latency_ratio: latency relative to fp32 merged, of the first timing.
         max_size: file size in MB (10^6 bytes).
     """
 

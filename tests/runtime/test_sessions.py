@@ -109,15 +109,15 @@ def test_latency_takes_turns_and_ignores_warmup(
 ) -> None:
     order: list[str] = []
     clock = iter(range(1000))
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock) ** 2 / 1000)
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock) ** 3 / 1000)
     graphs = {name: Graph(doubling, provider="cpu", threads=1) for name in ("a", "b")}
     for name, graph in graphs.items():
         monkeypatch.setattr(graph, "run", lambda inputs, name=name: order.append(name))
     found = measure_latency(graphs, "a", [torch.zeros(4, 2)], None, runs=3, warmup=2)
     # Who begins changes with every turn.
     assert "".join(order) == "abbaabbaab"
-    # The n-th run takes 4n + 1 ms; the first two turns do not count.
-    times = {"a": (17, 29, 33), "b": (21, 25, 37)}
+    # The n-th run takes 12n^2 + 6n + 1 ms; the first two turns do not count.
+    times = {"a": (217, 631, 817), "b": (331, 469, 1027)}
     for name, values in times.items():
         timing = found[name]
         assert timing.p50_ms == pytest.approx(sorted(values)[1])
@@ -125,7 +125,7 @@ def test_latency_takes_turns_and_ignores_warmup(
         assert timing.throughput == pytest.approx(4000 / sorted(values)[1])
         assert (timing.batch, timing.threads) == (4, None)
     assert found["a"].ratio == 1
-    assert found["b"].ratio == pytest.approx(37 / 33)
+    assert found["b"].ratio == pytest.approx((331 + 469) / (217 + 631))
 
 
 def test_footprint_is_measured_in_a_process_of_its_own(doubling: Path, tmp_path: Path) -> None:
