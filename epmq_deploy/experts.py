@@ -60,13 +60,13 @@ def open_sources(recipe: Recipe) -> Sources:
     where = folders.pop(_BASE)
     family = family_of(where)
     try:
-        base = Checkpoint.open(where, family.canonical_key)
+        base = Checkpoint.open(where, family.canonical_key, family.tied)
     except EpmqError as error:
         raise MismatchError("models cannot be opened", [f"{_BASE}: {error}"]) from error
     experts = {}
     for name, folder in folders.items():
         try:
-            experts[name] = Checkpoint.open_expert(folder, base, family.canonical_key)
+            experts[name] = Checkpoint.open_expert(folder, base, family.canonical_key, family.tied)
         except EpmqError as error:
             problems.append(f"expert {name!r}: {error}")
     if problems:

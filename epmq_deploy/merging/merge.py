@@ -39,7 +39,7 @@ def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
     if isinstance(options, ScaledOptions) and options.search:
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
-                decisive[f"calibration:{name}"] = data_sha256(task.calibration)
+                decisive[f"calibration:{name}"] = data_sha256(task.calibration, task.prompt)
             if task.head is not None:
                 decisive[f"head:{name}"] = fingerprint("head", task.head.model_dump(), {})
     return fingerprint("merge", options.model_dump(mode="json"), decisive)

@@ -133,7 +133,11 @@ def _judge(recipe: Recipe, sources: Sources, options: ScaledOptions, device: tor
             continue
         try:
             samples[task] = load_samples(
-                task, given.calibration, family, limit=options.search_samples
+                task,
+                given.calibration,
+                family,
+                prompt=given.prompt,
+                limit=options.search_samples,
             )
         except EpmqError as error:
             problems.append(str(error))

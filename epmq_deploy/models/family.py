@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -23,16 +24,19 @@ class Group:
         norm: dotted name of the LayerNorm or RMSNorm whose output that input is, where there is
             one.
         pooled: only what these layers give for the pooled token reaches the heads.
+        stream: whose tokens that input holds, where not its block's: the encoder's output, of which
+            cross attention takes keys and values.
     """
 
     layers: tuple[str, ...]
     norm: str | None = None
     pooled: bool = False
+    stream: str | None = None
 
     def inside(self, block: str) -> "Group":
         """The group with names relative to ``block`` made absolute."""
         norm = None if self.norm is None else f"{block}.{self.norm}"
-        return Group(tuple(f"{block}.{layer}" for layer in self.layers), norm, self.pooled)
+        return replace(self, layers=tuple(f"{block}.{layer}" for layer in self.layers), norm=norm)
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,17 @@ class Block:
         name: dotted module name, e.g. ``vision_model.encoder.layers.0``.
         groups: its linear layers, in the order they run.
         norm: dotted name of a norm that runs after all of them, where there is one.
+        stream: the sequence of blocks it belongs to, where a model has several (encoder, decoder);
+            blocks of one follow each other, and later ones see the finished earlier ones.
+        passes_on: outputs besides the hidden states that the next block takes: pairs of the place
+            in the output and the place among the arguments after the hidden states.
     """
 
     name: str
     groups: tuple[Group, ...]
     norm: str | None = None
+    stream: str = ""
+    passes_on: tuple[tuple[int, int], ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -67,6 +77,10 @@ class ModelFamily(ABC):
     modality: Literal["image", "text"]
     experts_carry_heads: bool = False
     """Whether a task without ``head`` in the recipe takes what ``expert_head`` finds."""
+    writes_texts: bool = False
+    """Whether tasks are answered in words; see ``epmq_deploy.models.writer``."""
+    tied: Mapping[str, str] = MappingProxyType({})
+    """Tensors that checkpoints may hold a copy of under a second name: that name to the first."""
 
     @abstractmethod
     def recognises(self, config: dict[str, Any]) -> bool:
@@ -104,8 +118,13 @@ class ModelFamily(ABC):
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
         """The blocks in the order they run, with the linear layers to quantize."""
 
-    def tokens(self, *inputs: Tensor) -> TokenWeights:
-        """Which tokens of a batch of model inputs are real, and which one the heads read."""
+    def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
+        """Which tokens of a batch of model inputs are real, and which one the heads read.
+
+        Args:
+            inputs: as ``input_names``.
+            stream: of a block or group.
+        """
         return TokenWeights()
 
     @abstractmethod
