@@ -41,8 +41,8 @@ def command(
 
     \b
     Examples:
-      epmq eval onnx
-      epmq eval onnx --max-drop 0.5 --threads 2 --overwrite
+      epmq eval exported
+      epmq eval exported --max-drop 0.5 --threads 2 --overwrite
     """
     terminal = Terminal(as_json, quiet)
     carried = load_recipe(recipe) if recipe else read_manifest(exported, "export").recipe

@@ -8,7 +8,7 @@ import typer
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
-from epmq_deploy.cli.tables import stage_table
+from epmq_deploy.cli.tables import export_table
 from epmq_deploy.device import pick_device
 from epmq_deploy.recipe import ExportOptions, load_recipe, override
 
@@ -29,8 +29,8 @@ def command(
 
     \b
     Examples:
-      epmq export quantized -o onnx
-      epmq export quantized -o onnx --formats matmulnbits --accuracy-level 4
+      epmq export quantized -o exported
+      epmq export quantized -o exported --formats matmulnbits --accuracy-level 4
     """
     from epmq_deploy.exporters.export_stage import export
     from epmq_deploy.stage import read_manifest
@@ -47,4 +47,4 @@ def command(
         progress=terminal,
     )
     data = {"output": str(output), **manifest.details}
-    terminal.result(data, stage_table(manifest, str(output)))
+    terminal.result(data, export_table(manifest, str(output)))

@@ -47,7 +47,7 @@ def run_all(
     sources = preflight(recipe)
     common = {"overwrite": overwrite, "device": pick_device(device), "progress": terminal}
     stages = _stages(recipe, output, sources, common)
-    file = output / "onnx" / EVAL_FILE
+    file = output / "exported" / EVAL_FILE
     waiting = [stage for stage in stages if not stage.is_done()]
     for stage in waiting:
         refuse_existing(stage.folder, stage.name, overwrite=overwrite)
@@ -67,7 +67,7 @@ def run_all(
         show(report, recipe.eval.max_drop, terminal)
     else:
         log.info("eval -> %s", file)
-        evaluate_to(file, recipe, output / "onnx", device, overwrite, terminal)
+        evaluate_to(file, recipe, output / "exported", device, overwrite, terminal)
 
 
 def _stages(recipe: Recipe, output: Path, sources: Sources, common: dict[str, Any]) -> list[_Stage]:
@@ -76,7 +76,7 @@ def _stages(recipe: Recipe, output: Path, sources: Sources, common: dict[str, An
     from epmq_deploy.merging.merge import merge, merge_fingerprint
     from epmq_deploy.quantization.quantize import quantize, quantize_fingerprint
 
-    merged, quantized, exported = output / "merged", output / "quantized", output / "onnx"
+    merged, quantized, exported = output / "merged", output / "quantized", output / "exported"
     first = merge_fingerprint(recipe, sources.sha256())
     second, _ = quantize_fingerprint(recipe, first)
     third, _ = export_fingerprint(recipe, second)

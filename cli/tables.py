@@ -46,6 +46,19 @@ def stage_table(manifest: Manifest, folder: str) -> Table:
     return table
 
 
+def export_table(manifest: Manifest, folder: str) -> Table:
+    """The graphs an export wrote."""
+    table = Table(title=escape(f"export: {folder}"))
+    for title in ("format", "file"):
+        table.add_column(title)
+    for title in ("MB", "low-bit layers"):
+        table.add_column(title, justify="right")
+    for graph in manifest.details["graphs"]:
+        size, layers = f"{graph['bytes'] / 1e6:.2f}", str(graph["low_bit_nodes"])
+        table.add_row(graph["format"], escape(graph["file"]), size, layers)
+    return table
+
+
 def _listed(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_listed(item)}" for key, item in value.items())

@@ -143,6 +143,11 @@ class ExportOptions(Options):
     accuracy_level: int = Field(
         0, ge=0, le=4, description="arithmetic of MatMulNBits: 0 float32, 4 int8 (faster)"
     )
+    two_bit_containers: bool | None = Field(
+        None,
+        description="store 2-bit codes of MatMulNBits in 2 bits instead of 4: half the size, but "
+        "several times as slow at accuracy level 0; when absent only at level 4",
+    )
 
 
 class EvalOptions(Options):

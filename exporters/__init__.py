@@ -1,18 +1,23 @@
 """ONNX export: one graph with low-bit layers, lowered to every format asked for."""
 
-from epmq_deploy.exporters.export import FP32_FILE, FP32_FORMAT, ExportedGraph, export_graphs
-from epmq_deploy.exporters.formats import all_formats, format_names, formats_of
+from epmq_deploy.exporters.export import FP32_FORMAT, ExportedGraph, export_graphs
+from epmq_deploy.exporters.formats import (
+    all_formats,
+    format_names,
+    formats_of,
+    low_bit_format_names,
+)
 from epmq_deploy.exporters.read_codes import read_codes
 from epmq_deploy.exporters.session import session_config
 
 __all__ = [
-    "FP32_FILE",
     "FP32_FORMAT",
     "ExportedGraph",
     "all_formats",
     "export_graphs",
     "format_names",
     "formats_of",
+    "low_bit_format_names",
     "read_codes",
     "session_config",
 ]

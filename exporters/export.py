@@ -2,24 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
 from torch import Tensor, nn
 
 from epmq_deploy.exporters.check import check_inputs, check_options
-from epmq_deploy.exporters.files import write_model
-from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.files import PROTOBUF_LIMIT, write_model
+from epmq_deploy.exporters.formats import GraphFormat, formats_of
 from epmq_deploy.exporters.packed_linear import pack_linear
 from epmq_deploy.exporters.read_codes import FORMAT_KEY
 from epmq_deploy.exporters.swap import export_copy, swapped_copy
 from epmq_deploy.exporters.trace import trace
+from epmq_deploy.exporters.two_bits import narrow_to_two_bits
 from epmq_deploy.exporters.verify import verify_codes, verify_int8_rows, verify_runs_low_bit
 from epmq_deploy.models.family import MultiTaskModel
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 FP32_FORMAT = "fp32"
-FP32_FILE = "model_fp32.onnx"
+# Level at which the CPU kernel for 2-bit containers is fast.
+_INT8_LEVEL = 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class ExportedGraph:
     """One file that was written and verified.
 
     Attributes:
-        format: a registered format's name, or ``fp32``.
+        format: a registered format's name.
         path: the ``.onnx`` file.
         bytes: size on disk, external data included.
         opset: version of the default operator set.
@@ -51,6 +54,8 @@ def export_graphs(
     *,
     opset: int = 21,
     accuracy_level: int = 0,
+    two_bit_containers: bool | None = None,
+    file_limit: int = PROTOBUF_LIMIT,
 ) -> tuple[ExportedGraph, ...]:
     """Write the merged model in float32 and its quantized form in every format asked for.
 
@@ -65,13 +70,17 @@ def export_graphs(
             (``[V, D]``), which become INT8 tensors in standard operators whatever the format.
         replaced: float32 parameters that quantization changed besides the weights, by the
             backbone's parameter name; not part of the float32 graph.
-        formats: names from `epmq_deploy.exporters.formats.format_names`.
+        formats: names from `epmq_deploy.exporters.formats.format_names`; ``fp32`` is written
+            in any case.
         output: an existing, empty folder.
         opset: version of the default operator set.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 in int8.
+        two_bit_containers: whether formats that can store 2-bit codes in 2 bits, not 4; when absent
+            at accuracy level 4 (see `epmq_deploy.exporters.two_bits`).
+        file_limit: bytes of tensors beyond which a graph's tensors go beside it into ``_data``.
 
     Returns:
-        The float32 graph, then the formats in the order given.
+        The float32 graph, other float formats, then the low-bit ones in the order given.
 
     Raises:
         RecipeError: an unknown format, or options or group sizes a format cannot hold.
@@ -84,19 +93,25 @@ def export_graphs(
     check_options(chosen, linear, opset, accuracy_level)
     check_inputs(model, example_inputs, layers, replaced)
     packed = {name: pack_linear(name, layer) for name, layer in linear.items()}
+    two_bits = accuracy_level == _INT8_LEVEL if two_bit_containers is None else two_bit_containers
+    write = partial(
+        _write, output=output, opset=opset, accuracy_level=accuracy_level, file_limit=file_limit
+    )
 
-    fp32 = trace(export_copy(model), example_inputs, opset)
-    written = [_write(fp32, FP32_FORMAT, output / FP32_FILE, {}, {}, opset, accuracy_level)]
-    if not chosen:
+    graph = trace(export_copy(model), example_inputs, opset)
+    floats = [fmt for fmt in chosen if not fmt.low_bit and fmt.name != FP32_FORMAT]
+    written = [write(graph.clone(), fmt, {}, {}) for fmt in (*formats_of([FP32_FORMAT]), *floats)]
+    quantized = [fmt for fmt in chosen if fmt.low_bit]
+    if not quantized:
         return tuple(written)
     twin = swapped_copy(model, packed, rows, replaced, accuracy_level)
     graph = trace(twin, example_inputs, opset)
-    for fmt in chosen:
+    for fmt in quantized:
         # A copy shares the tensors, so that each format lowers the same codes.
         lowered = graph.clone()
-        fmt.lower(lowered)
-        file = output / fmt.file_name
-        written.append(_write(lowered, fmt.name, file, linear, rows, opset, accuracy_level))
+        if two_bits and fmt.stores_two_bits:
+            narrow_to_two_bits(lowered.graph)
+        written.append(write(lowered, fmt, linear, rows))
     return tuple(written)
 
 
@@ -115,18 +130,22 @@ def _by_kind(
 
 def _write(
     graph: ir.Model,
-    name: str,
-    path: Path,
+    fmt: GraphFormat,
     linear: Mapping[str, QuantizedLinear],
     rows: Mapping[str, QuantizedLinear],
+    *,
+    output: Path,
     opset: int,
     accuracy_level: int,
+    file_limit: int,
 ) -> ExportedGraph:
-    """Write one file and verify what it holds and how it runs."""
-    graph.metadata_props[FORMAT_KEY] = name
-    size = write_model(graph, path)
+    """Lower a graph, write it, and verify what the file holds and how it runs."""
+    fmt.lower(graph)
+    graph.metadata_props[FORMAT_KEY] = fmt.name
+    path = output / fmt.file_name
+    size = write_model(graph, path, limit=file_limit)
     if linear or rows:
         verify_codes(path, {**linear, **rows})
         verify_int8_rows(path, rows)
     nodes = verify_runs_low_bit(path, linear, accuracy_level)
-    return ExportedGraph(name, path, size, opset, nodes)
+    return ExportedGraph(fmt.name, path, size, opset, nodes)

@@ -26,6 +26,9 @@ from epmq_deploy.stage import (
 )
 from epmq_deploy.tasks.heads import build_heads, leaves_head_to_expert, save_heads
 
+# Where transformers.js and optimum look for graphs.
+GRAPHS_FOLDER = "onnx"
+
 
 def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
     """What decides the files, after a quantization of that fingerprint; also input hashes."""
@@ -73,15 +76,18 @@ def export(
     features = family.embedding_width(backbone, merged)
     heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
     with atomic_folder(output) as folder:
+        place = folder / GRAPHS_FOLDER
+        place.mkdir()
         graphs = export_graphs(
             MultiTaskModel(family, backbone, heads),
             example,
             layers,
             replaced,
             recipe.export.formats,
-            folder,
+            place,
             opset=recipe.export.opset,
             accuracy_level=recipe.export.accuracy_level,
+            two_bit_containers=recipe.export.two_bit_containers,
         )
         copy_settings(merged, folder)
         save_heads(folder, heads)
@@ -89,14 +95,15 @@ def export(
             "graphs": [
                 {
                     "format": graph.format,
-                    "file": graph.path.name,
+                    "file": graph.path.relative_to(folder).as_posix(),
                     "bytes": graph.bytes,
                     "opset": graph.opset,
                     "low_bit_nodes": graph.low_bit_nodes,
                     "session_config": session_config(recipe.export.accuracy_level),
                 }
                 for graph in graphs
-            ]
+            ],
+            "codes": {name: layers[name].codes_sha256() for name in sorted(layers)},
         }
         inputs |= model_inputs(made)
         return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))

@@ -5,11 +5,13 @@ from pathlib import Path
 import onnx_ir as ir
 
 # protobuf refuses messages of 2 GiB; the rest is room for everything but tensors.
-_PROTOBUF_LIMIT = 2**31 - 2**24
+PROTOBUF_LIMIT = 2**31 - 2**24
 
 
-def write_model(model: ir.Model, path: Path, *, limit: int = _PROTOBUF_LIMIT) -> int:
-    """Save a model, its tensors in ``<path>.data`` if they exceed ``limit`` bytes.
+def write_model(model: ir.Model, path: Path, *, limit: int = PROTOBUF_LIMIT) -> int:
+    """Save a model, its tensors in ``<path>_data`` if they exceed ``limit`` bytes.
+
+    transformers.js and optimum look for external data under that name.
 
     Returns:
         Bytes written in all.
@@ -22,6 +24,6 @@ def write_model(model: ir.Model, path: Path, *, limit: int = _PROTOBUF_LIMIT) ->
     if size <= limit:
         ir.save(model, path)
         return path.stat().st_size
-    data = path.with_name(f"{path.name}.data")
+    data = path.with_name(f"{path.name}_data")
     ir.save(model, path, external_data=data.name)
     return path.stat().st_size + data.stat().st_size

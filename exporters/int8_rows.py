@@ -7,7 +7,9 @@ A row is what one scale belongs to: an output channel of a convolution, an entry
 
 Only the rows that are looked up are dequantized. In front of the Gather, ``DequantizeLinear`` would
 compute the whole table on every run; behind it, blocked (opset 21), it is slower than Cast and Mul
-(measured on onnxruntime 1.31, CPU).
+(measured on onnxruntime 1.31, CPU). ``com.microsoft::GatherBlockQuantized`` gives the same numbers,
+but needs its scales repeated per block (2.8% more bytes) and saves 0.1 ms for 1024 tokens, nothing
+for 32 (``benchmarks/low_bit_kernels.py``): not worth leaving standard ONNX for.
 
 Naming is that of `epmq_deploy.exporters.graph`: initializers ``<layer>.codes`` and
 ``<layer>.scales``, and the layer's name on the Conv or Mul.

@@ -1,5 +1,6 @@
 """What quantizing one linear layer yields: integer codes and the grid they live on."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,10 @@ class QuantizedLinear:
     def in_features(self) -> int:
         """``K``."""
         return self.codes.shape[1]
+
+    def codes_sha256(self) -> str:
+        """sha256 of the codes: one byte each, row by row, whatever they are packed to in a file."""
+        return hashlib.sha256(self.codes.cpu().contiguous().numpy().tobytes()).hexdigest()
 
     def dequantize(self) -> Tensor:
         """The weight the codes stand for, float32 ``[N, K]``."""

@@ -7,7 +7,7 @@ from pkgutil import iter_modules
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.exporters.formats.format import GraphFormat
 
-__all__ = ["GraphFormat", "all_formats", "format_names", "formats_of"]
+__all__ = ["GraphFormat", "all_formats", "format_names", "formats_of", "low_bit_format_names"]
 
 
 def all_formats() -> tuple[GraphFormat, ...]:
@@ -19,6 +19,11 @@ def all_formats() -> tuple[GraphFormat, ...]:
 def format_names() -> tuple[str, ...]:
     """Names that recipes may use."""
     return tuple(fmt.name for fmt in all_formats())
+
+
+def low_bit_format_names() -> tuple[str, ...]:
+    """Names of the formats that hold quantized layers."""
+    return tuple(fmt.name for fmt in all_formats() if fmt.low_bit)
 
 
 def formats_of(names: Sequence[str]) -> tuple[GraphFormat, ...]:

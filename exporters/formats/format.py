@@ -10,22 +10,28 @@ from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 
 class GraphFormat(ABC):
-    """One way to write quantized layers into an ONNX file.
+    """One way to write a model into an ONNX file.
 
     Attributes:
-        name: what recipes call it; the file is ``model_<name>.onnx``.
+        name: what recipes call it.
+        suffix: the file is ``model<suffix>.onnx``; transformers.js and optimum look for these.
         summary: one line for listings.
         min_opset: lowest version of the default operator set it can be written in.
+        low_bit: whether it holds the quantized layers; otherwise it is the merged model in float.
+        stores_two_bits: whether it may hold codes in 2-bit containers.
     """
 
     name: ClassVar[str]
+    suffix: ClassVar[str]
     summary: ClassVar[str]
     min_opset: ClassVar[int]
+    low_bit: ClassVar[bool] = True
+    stores_two_bits: ClassVar[bool] = False
 
     @property
     def file_name(self) -> str:
         """Name of the exported file."""
-        return f"model_{self.name}.onnx"
+        return f"model{self.suffix}.onnx"
 
     @abstractmethod
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
@@ -45,3 +51,18 @@ class GraphFormat(ABC):
         Convolutions and embeddings are stored alike in all formats
         (`epmq_deploy.exporters.int8_rows`).
         """
+
+
+class FloatFormat(GraphFormat):
+    """The merged model before quantization, for comparison; ``lower`` is given its float graph."""
+
+    low_bit = False
+    min_opset = 18
+
+    def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
+        """Nothing: it holds no layers."""
+        return []
+
+    def read(self, model: ir.Model) -> dict[str, QuantizedLinear]:
+        """See base: none."""
+        return {}

@@ -14,8 +14,10 @@ class MatMulNBitsFormat(GraphFormat):
     """The graph that is exported, as it is."""
 
     name = "matmulnbits"
+    suffix = "_q4"
     summary = "MatMulNBits nodes: onnxruntime on CPU, CUDA and in the browser (WebGPU)"
     min_opset = 18
+    stores_two_bits = True
 
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
         """Nothing beyond what packing itself demands."""

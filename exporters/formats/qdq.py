@@ -26,6 +26,7 @@ class QdqFormat(GraphFormat):
     """Signed codes without zero points where symmetric, else unsigned codes with zero points."""
 
     name = "qdq"
+    suffix = "_qdq"
     summary = "DequantizeLinear + MatMul in standard ONNX: onnxruntime, TensorRT, OpenVINO"
     min_opset = 21
 

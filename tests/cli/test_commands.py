@@ -1,5 +1,6 @@
 """The command line: results, exit codes, one clear sentence for bad input."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from tiny_zoo import TASKS, TinyZoo
 
 from epmq_deploy.cli.main import main
+from epmq_deploy.exporters import read_codes
 
 
 def run(*arguments: object) -> int:
@@ -48,14 +50,15 @@ def recipe_with(tiny: TinyZoo, target: Path, **changes: object) -> Path:
 
 
 def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
-    assert {path.name for path in (chain / "onnx").iterdir()} == {
+    out = chain / "onnx"
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
         "config.json",
         "preprocessor_config.json",
         "heads.safetensors",
         "manifest.json",
-        "model_fp32.onnx",
-        "model_matmulnbits.onnx",
-        "model_qdq.onnx",
+        "onnx/model.onnx",
+        "onnx/model_q4.onnx",
+        "onnx/model_qdq.onnx",
         "eval.json",
     }
     report = json.loads((chain / "onnx" / "eval.json").read_text())
@@ -65,11 +68,24 @@ def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
     assert rows["matmulnbits"]["accuracy"] == rows["qdq"]["accuracy"]
     assert rows["fp32"]["drop"] == 0
     assert rows["qdq"]["latency"]["p50_ms"] <= rows["qdq"]["latency"]["p95_ms"]
-    session = onnxruntime.InferenceSession(chain / "onnx" / "model_qdq.onnx")
+    session = onnxruntime.InferenceSession(chain / "onnx" / "onnx" / "model_qdq.onnx")
     assert [item.name for item in session.get_outputs()] == [
         "embedding",
         *(f"logits_{task}" for task in sorted(TASKS)),
     ]
+
+
+def test_the_manifest_identifies_the_codes(chain: Path) -> None:
+    """One byte a code, row by row; the layers are those of every low-bit file."""
+    details = json.loads((chain / "onnx" / "manifest.json").read_text())["details"]
+    for graph in details["graphs"]:
+        if graph["low_bit_nodes"]:
+            stored = read_codes(chain / "onnx" / graph["file"])
+            digests = {
+                name: hashlib.sha256(bytes(layer.codes.flatten().tolist())).hexdigest()
+                for name, layer in stored.items()
+            }
+            assert digests == details["codes"]
 
 
 def test_json_goes_to_stdout_alone(
@@ -217,7 +233,7 @@ def test_run_skips_what_is_done_and_redoes_what_changed(tiny: TinyZoo, tmp_path:
     out = tmp_path / "out"
 
     def stamps() -> dict[str, int]:
-        names = ("merged/manifest.json", "quantized/manifest.json", "onnx/manifest.json")
+        names = ("merged/manifest.json", "quantized/manifest.json", "exported/manifest.json")
         return {name: (out / name).stat().st_mtime_ns for name in names}
 
     settings = ["--set", "export.formats=[qdq]"]
@@ -232,7 +248,7 @@ def test_run_skips_what_is_done_and_redoes_what_changed(tiny: TinyZoo, tmp_path:
     second = stamps()
     assert second["merged/manifest.json"] == first["merged/manifest.json"]
     assert second["quantized/manifest.json"] != first["quantized/manifest.json"]
-    assert second["onnx/manifest.json"] != first["onnx/manifest.json"]
+    assert second["exported/manifest.json"] != first["exported/manifest.json"]
 
 
 @pytest.mark.parametrize("command", ["merge", "quantize", "export", "eval", "run", "demo"])

@@ -85,7 +85,7 @@ def test_the_float_graph_is_transformers_model_of_the_merge(chain: Chain) -> Non
     assert all("pooler" in name for name in problems.missing_keys)
     with torch.inference_mode():
         expected = merged(**dict(zip(family.input_names, inputs, strict=True))).logits
-    session = onnxruntime.InferenceSession(chain.out / "onnx" / "model_fp32.onnx")
+    session = onnxruntime.InferenceSession(chain.out / "onnx" / "onnx" / "model.onnx")
     feed = {name: value.numpy() for name, value in zip(family.input_names, inputs, strict=True)}
     (logits,) = session.run([f"logits_{task}"], feed)
     assert np.allclose(logits, expected, atol=2e-4)
@@ -129,7 +129,7 @@ def test_the_four_commands_take_adapters(tmp_path: Path) -> None:
         settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "modules_to_save": ["classifier"]}
         (folder / "adapter_config.json").write_text(json.dumps(settings))
     assert run("run", models.recipe, "-o", tmp_path / "out", "--quiet") == 0
-    rows = json.loads((tmp_path / "out" / "onnx" / "eval.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "out" / "exported" / "eval.json").read_text())["rows"]
     assert all(set(row["accuracy"]) == set(FAMILY_TASKS) for row in rows)
 
 

@@ -121,6 +121,6 @@ def test_recipes_run_on_local_folders_of_the_same_layout(file: Path, tmp_path: P
     with pytest.raises(SystemExit) as ended:
         main(["run", str(recipe), "-o", str(tmp_path / "out"), "--quiet", *flags])
     assert not ended.value.code
-    report = json.loads((tmp_path / "out" / "onnx" / "eval.json").read_text())
+    report = json.loads((tmp_path / "out" / "exported" / "eval.json").read_text())
     assert report["samples"] == CLASSES
     assert {row["name"] for row in report["rows"]} == {"experts", "fp32", "matmulnbits", "qdq"}

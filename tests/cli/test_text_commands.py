@@ -48,15 +48,16 @@ def copied(tiny_text: TinyText, target: Path) -> Path:
 
 
 def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
-    assert {path.name for path in (chain / "onnx").iterdir()} == {
+    out = chain / "onnx"
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
         "config.json",
         "tokenizer_config.json",
         "vocab.txt",
         "heads.safetensors",
         "manifest.json",
-        "model_fp32.onnx",
-        "model_matmulnbits.onnx",
-        "model_qdq.onnx",
+        "onnx/model.onnx",
+        "onnx/model_q4.onnx",
+        "onnx/model_qdq.onnx",
         "eval.json",
     }
     report = json.loads((chain / "onnx" / "eval.json").read_text())
@@ -162,5 +163,5 @@ def test_labels_beyond_the_expert_s_classifier_stop_before_any_work(
 
 
 def test_the_embedding_has_the_encoder_s_width(chain: Path) -> None:
-    session = onnxruntime.InferenceSession(chain / "onnx" / "model_fp32.onnx")
+    session = onnxruntime.InferenceSession(chain / "onnx" / "onnx" / "model.onnx")
     assert session.get_outputs()[0].shape[1] == WIDTH

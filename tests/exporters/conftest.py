@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from epmq_deploy.exporters import ExportedGraph, export_graphs, format_names, session_config
+from epmq_deploy.exporters import (
+    ExportedGraph,
+    export_graphs,
+    format_names,
+    low_bit_format_names,
+    session_config,
+)
 from epmq_deploy.models import MultiTaskModel, TaskHead
 from epmq_deploy.models.clip import FAMILY
 from epmq_deploy.quantization.grid import expand_groups, fit_grid, quantize_to_codes
@@ -198,7 +204,7 @@ def outside_case() -> Case:
 @pytest.fixture(scope="session")
 def outside_files(outside_case: Case, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Its graphs, by format name."""
-    graphs = export(outside_case, format_names(), tmp_path_factory.mktemp("outside_files"))
+    graphs = export(outside_case, low_bit_format_names(), tmp_path_factory.mktemp("outside_files"))
     return {graph.format: graph.path for graph in graphs}
 
 

@@ -20,11 +20,11 @@ def case(tools: types.SimpleNamespace) -> Any:
 
 
 def test_formats_are_discovered() -> None:
-    assert format_names() == ("matmulnbits", "qdq")
+    assert format_names() == ("fp16", "fp32", "matmulnbits", "qdq")
 
 
 def test_unknown_format() -> None:
-    with pytest.raises(RecipeError, match="'gguf'; known: matmulnbits, qdq"):
+    with pytest.raises(RecipeError, match="'gguf'; known: fp16, fp32, matmulnbits, qdq"):
         formats_of(["qdq", "gguf"])
 
 

@@ -9,8 +9,7 @@ import onnx
 import pytest
 import torch
 
-from epmq_deploy.exporters import format_names, read_codes
-from epmq_deploy.exporters.files import write_model
+from epmq_deploy.exporters import format_names, low_bit_format_names, read_codes
 from epmq_deploy.quantization.grid import expand_groups
 
 # onnxruntime and torch add up in different orders; logits here are below 20 and agree to 1e-6.
@@ -18,7 +17,7 @@ from epmq_deploy.quantization.grid import expand_groups
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("fmt", format_names())
+@pytest.mark.parametrize("fmt", low_bit_format_names())
 def test_codes_are_the_solvers(exported, fmt: str) -> None:
     stored = read_codes(exported.graphs[fmt].path)
     assert stored.keys() == exported.case.layers.keys()
@@ -56,13 +55,60 @@ def test_fp32_graph_equals_the_model_given(exported, tools: types.SimpleNamespac
         np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=TOLERANCE)
 
 
+def test_fp16_graph_is_the_model_given_rounded(exported, tools: types.SimpleNamespace) -> None:
+    images = torch.randn(3, 3, 16, 16)
+    graph = exported.graphs["fp16"]
+    model = onnx.load(str(graph.path))
+    floats = [tensor for tensor in model.graph.initializer if tensor.data_type in (1, 10)]
+    assert sum(tensor.data_type == 1 for tensor in floats) == 0
+    assert graph.bytes < 0.6 * exported.graphs["fp32"].bytes
+    for one, other in zip(tools.run(graph.path, images), exported.case.model(images), strict=True):
+        difference = np.abs(one - other.numpy()).max() / np.abs(other.numpy()).max()
+        assert 0 < difference < 5e-3
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_two_bit_codes_in_two_bits(
+    tools: types.SimpleNamespace, tmp_path: Path, symmetric: bool
+) -> None:
+    """All but one layer have 2 bits; that one keeps its 4."""
+    case = tools.make_case(lambda name, _: (4 if name.endswith("fc2") else 2, 16, symmetric))
+    for name in ("two", "four"):
+        (tmp_path / name).mkdir()
+    formats = ["matmulnbits", "qdq"]
+    four = tools.export(case, formats, tmp_path / "four")
+    two = tools.export(case, formats, tmp_path / "two", two_bit_containers=True)
+    saved = sum(layer.codes.numel() // 4 for layer in case.layers.values() if layer.bits == 2)
+    assert saved < four[1].bytes - two[1].bytes < 1.2 * saved
+    assert four[2].bytes == two[2].bytes  # its operators have no such type
+    stored = read_codes(two[1].path)
+    for name, layer in case.layers.items():
+        assert stored[name].bits == layer.bits
+        assert torch.equal(stored[name].codes, layer.codes)
+        assert torch.equal(stored[name].dequantize(), layer.dequantize())
+    expected = tools.dequantized_model(case)(case.images)
+    for one, other in zip(tools.run(two[1].path, case.images), expected, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=TOLERANCE)
+
+
+def test_two_bit_codes_go_into_two_bits_where_that_is_fast(
+    tools: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    case = tools.make_case(lambda name, weight: (2, 32, False))
+    for level, bits in ((0, 4), (4, 2)):
+        folder = tmp_path / str(level)
+        folder.mkdir()
+        _, graph = tools.export(case, ["matmulnbits"], folder, accuracy_level=level)
+        assert {layer.bits for layer in read_codes(graph.path).values()} == {bits}
+
+
 def test_every_layer_runs_in_low_bits(exported) -> None:
     count = len(exported.case.linear)
-    expected = {"fp32": 0, "matmulnbits": count, "qdq": count}
+    expected = {"fp32": 0, "fp16": 0, "matmulnbits": count, "qdq": count}
     assert {name: graph.low_bit_nodes for name, graph in exported.graphs.items()} == expected
 
 
-@pytest.mark.parametrize("fmt", ["fp32", *format_names()])
+@pytest.mark.parametrize("fmt", format_names())
 def test_interface(exported, fmt: str) -> None:
     model = onnx.load(str(exported.graphs[fmt].path))
     shapes = {
@@ -79,15 +125,16 @@ def test_interface(exported, fmt: str) -> None:
     assert (model.producer_name, bool(model.producer_version)) == ("epmq-deploy", True)
 
 
-@pytest.mark.parametrize("fmt", ["fp32", *format_names()])
+@pytest.mark.parametrize("fmt", format_names())
 def test_no_ballast(exported, fmt: str) -> None:
     path = exported.graphs[fmt].path
     model = onnx.load(str(path))
     operators = Counter(node.op_type for node in model.graph.node)
     assert not {"Constant", "Identity"} & operators.keys()
-    # Tables are cast row by row.
-    lookups = operators["Gather"] // 2 if fmt != "fp32" else 0
-    assert operators["Cast"] <= lookups
+    # Tables are cast row by row; float16 graphs take and give float32.
+    lookups = operators["Gather"] // 2 if fmt in low_bit_format_names() else 0
+    converted = len(model.graph.input) + len(model.graph.output) if fmt == "fp16" else 0
+    assert operators["Cast"] <= lookups + converted
     used = {name for node in model.graph.node for name in node.input}
     assert {tensor.name for tensor in model.graph.initializer} <= used
     # Stack traces would carry the exporting machine's paths.
@@ -100,7 +147,7 @@ def test_qdq_is_standard_onnx(exported) -> None:
     assert {entry.domain for entry in model.opset_import} == {""}
 
 
-@pytest.mark.parametrize("fmt", format_names())
+@pytest.mark.parametrize("fmt", low_bit_format_names())
 def test_size_is_that_of_the_packed_layers(exported, fmt: str) -> None:
     weights = grid = 0
     for layer in read_codes(exported.graphs[fmt].path).values():
@@ -153,14 +200,18 @@ def test_callers_model_is_left_alone(tools: types.SimpleNamespace, tmp_path: Pat
     assert backbone.config._attn_implementation == attention
 
 
-def test_tensors_go_beside_the_file_when_too_large(exported, tmp_path: Path) -> None:
-    import onnx_ir as ir
-
-    model = ir.load(exported.graphs["qdq"].path)
-    path = tmp_path / "model_qdq.onnx"
-    size = write_model(model, path, limit=1000)
-    assert {file.name for file in tmp_path.iterdir()} == {path.name, f"{path.name}.data"}
-    assert size == sum(file.stat().st_size for file in tmp_path.iterdir())
-    stored = read_codes(path)
-    for name, layer in exported.case.layers.items():
-        assert torch.equal(stored[name].codes, layer.codes)
+def test_tensors_go_beside_the_file_when_too_large(
+    tools: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    case = tools.make_case(lambda name, weight: (4, 32, False))
+    graphs = tools.export(case, low_bit_format_names(), tmp_path, file_limit=1000)
+    files = {graph.path.name for graph in graphs}
+    assert {file.name for file in tmp_path.iterdir()} == files | {f"{name}_data" for name in files}
+    expected = tools.dequantized_model(case)(case.images)
+    for graph in graphs:
+        data = graph.path.with_name(f"{graph.path.name}_data")
+        assert graph.bytes == graph.path.stat().st_size + data.stat().st_size
+        if graph.format != "fp32":
+            assert read_codes(graph.path).keys() == case.layers.keys()
+            for one, other in zip(tools.run(graph.path, case.images), expected, strict=True):
+                np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=TOLERANCE)

@@ -15,7 +15,7 @@ from tiny_text import TinyText
 from torch import Tensor, nn
 
 from epmq_deploy.errors import MismatchError
-from epmq_deploy.exporters import export_graphs, format_names, read_codes, session_config
+from epmq_deploy.exporters import export_graphs, low_bit_format_names, read_codes, session_config
 from epmq_deploy.models import MultiTaskModel, TaskHead
 from epmq_deploy.models.bert import FAMILY as BERT
 from epmq_deploy.models.clip import ClipFamily
@@ -33,7 +33,7 @@ TABLES = (
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("fmt", format_names())
+@pytest.mark.parametrize("fmt", low_bit_format_names())
 def test_standard_operators_over_int8(outside_files: dict[str, Path], fmt: str) -> None:
     model = onnx.load(str(outside_files[fmt]))
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -52,7 +52,7 @@ def test_standard_operators_over_int8(outside_files: dict[str, Path], fmt: str) 
     assert not [entry for entry in model.opset_import if entry.domain == "epmq_deploy"]
 
 
-@pytest.mark.parametrize("fmt", format_names())
+@pytest.mark.parametrize("fmt", low_bit_format_names())
 def test_no_float_weight_is_left(outside_files: dict[str, Path], fmt: str) -> None:
     model = onnx.load(str(outside_files[fmt]))
     floats = {
@@ -63,7 +63,7 @@ def test_no_float_weight_is_left(outside_files: dict[str, Path], fmt: str) -> No
     assert not floats & {(64, 3, 8, 8), (64, 192), (5, 64), (1, 5, 64), (64, 32), (32, 64)}
 
 
-@pytest.mark.parametrize("fmt", format_names())
+@pytest.mark.parametrize("fmt", low_bit_format_names())
 def test_convolution_gets_the_dequantized_weight(
     outside_case: Any,
     outside_files: dict[str, Path],
@@ -112,7 +112,7 @@ def test_equal_tables_keep_their_own_codes(
     names = [f"{TABLE}.first", f"{TABLE}.second"]
     layers = dict.fromkeys(names, tools.quantize_rows(twin.weight.detach()))
     both = dataclasses.replace(outside_case, model=model, layers=layers, replaced={})
-    for graph in tools.export(both, format_names(), tmp_path)[1:]:
+    for graph in tools.export(both, low_bit_format_names(), tmp_path)[1:]:
         assert set(read_codes(graph.path)) == set(names)
 
 
@@ -160,7 +160,7 @@ def test_table_that_is_never_looked_up(
     name = f"{TABLE}.table"
     layer = tools.quantize_rows(table.weight)
     changed = dataclasses.replace(outside_case, model=model, layers={name: layer}, replaced={})
-    graphs = tools.export(changed, format_names(), tmp_path)[1:]
+    graphs = tools.export(changed, low_bit_format_names(), tmp_path)[1:]
     table.weight.copy_(layer.dequantize())
     expected = model(outside_case.images)
     for graph in graphs:
@@ -182,7 +182,7 @@ def test_output_of_the_graph_keeps_its_name(
 ) -> None:
     raw = MultiTaskModel(_RawProjection(), outside_case.model.backbone, {}).eval()
     changed = dataclasses.replace(outside_case, model=raw)
-    for graph in tools.export(changed, format_names(), tmp_path)[1:]:
+    for graph in tools.export(changed, low_bit_format_names(), tmp_path)[1:]:
         assert [value.name for value in onnx.load(str(graph.path)).graph.output] == ["embedding"]
         assert graph.low_bit_nodes == len(outside_case.linear)
 
@@ -196,7 +196,7 @@ def text(tiny_text: TinyText, tools: types.SimpleNamespace, tmp_path_factory: An
     model = MultiTaskModel(BERT, backbone, {"topic": TaskHead(torch.randn(3, 32))}).eval()
     example = BERT.example_inputs(tiny_text.base, 2)
     with torch.no_grad():
-        graphs = export_graphs(model, example, layers, {}, format_names(), folder)
+        graphs = export_graphs(model, example, layers, {}, low_bit_format_names(), folder)
         for name, layer in layers.items():
             backbone.get_submodule(name).weight.copy_(layer.dequantize())
     return types.SimpleNamespace(model=model, layers=layers, graphs=graphs[1:])

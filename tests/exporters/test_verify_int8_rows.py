@@ -10,7 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.exporters import format_names
+from epmq_deploy.exporters import low_bit_format_names
 from epmq_deploy.exporters.verify import verify_codes, verify_int8_rows
 
 CONV = "vision_model.embeddings.patch_embedding"
@@ -20,7 +20,7 @@ PROJECTION = "visual_projection"
 
 @pytest.mark.parametrize("layer", [CONV, TABLE, PROJECTION])
 @pytest.mark.parametrize("part", ["codes", "scales"])
-@pytest.mark.parametrize("fmt", format_names())
+@pytest.mark.parametrize("fmt", low_bit_format_names())
 def test_changed_number_is_found(
     outside_case: Any,
     outside_files: dict[str, Path],
@@ -40,7 +40,7 @@ def test_changed_number_is_found(
 
 
 @pytest.mark.parametrize("layer", [CONV, TABLE, PROJECTION])
-@pytest.mark.parametrize("fmt", format_names())
+@pytest.mark.parametrize("fmt", low_bit_format_names())
 def test_missing_and_unexpected_are_found(
     outside_case: Any, outside_files: dict[str, Path], layer: str, fmt: str
 ) -> None:
