@@ -32,7 +32,7 @@ from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.quantization.model import quantize_model
-from epmq_deploy.quantization.planning import Workplace, plan_anchor
+from epmq_deploy.quantization.planning import Workplace, plan_anchor, plan_bits, with_bits
 from epmq_deploy.quantization.quantize import calibration_samples
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.tasks.accuracy import torch_accuracy
@@ -131,16 +131,18 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
     recipe = override(suite.recipe, "quantize", {"method": method, **flags})
     options = recipe.quantize
     experts = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
+    place = Workplace(
+        suite.family,
+        suite.folder,
+        calibration_samples(recipe, suite.family, suite.folder),
+        experts,
+        torch.device("cpu"),
+    )
     if flags.get("anchor") == "auto":
-        place = Workplace(
-            suite.family,
-            suite.folder,
-            calibration_samples(recipe, suite.family, suite.folder),
-            experts,
-            torch.device("cpu"),
-        )
         found = plan_anchor(options, place, suite.heads)["anchor"]
         options = options.model_copy(update={"anchor": found})
+    if options.target_bits or options.target_size:
+        options = with_bits(options, plan_bits(options, place)["layers"])
     model = suite.family.load(suite.folder)
     started = time.perf_counter()
     quantize_model(

@@ -37,9 +37,11 @@ METHODS = {
 # Measured below 4 bits too.
 NARROW = ("RTN", "GPTQ", "E-PMQ paper", "E-PMQ default")
 # Measured with several seeds and sample counts.
-FOLLOWED = ("GPTQ", "E-PMQ default")
+FOLLOWED = ("GPTQ", "E-PMQ paper", "E-PMQ default")
 DEFAULT = "E-PMQ default"
 BITS = (4, 3, 2)
+# Bits per weight on average, chosen per layer.
+MIXED = (3.0, 2.5)
 SEEDS = (0, 1, 2)
 SAMPLES = (8, 32, 128)
 # Seeds choose among a task's calibration samples, so not all of them may be used.
@@ -92,9 +94,12 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
             if bits == BITS[0] or (first and method in NARROW):
                 figure(f"{method}/{bits}", f"{variant},bits={bits}", suite)
     figure(f"{DEFAULT}/unrounded", "epmq,rounding=false", suite)
+    figure(f"{DEFAULT}/float32", "epmq,products=float32", suite)
     if not first:
         return
     figure(f"{DEFAULT}/auto", "epmq,anchor=auto", suite)
+    for mean in MIXED:
+        figure(f"{DEFAULT}/mixed {mean}", f"epmq,target_bits={mean}", suite)
     runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
     for samples, seed in dict.fromkeys(runs):
         missing = [
@@ -126,9 +131,12 @@ def tables(store: Store, merges: list[str]) -> str:
             lines.append(f"| {merge} | {shown(f'{merge}/fp32')} | {bits} | {' | '.join(row)} |")
     first = merges[0]
     for merge in merges:
-        unrounded = shown(f"{merge}/{DEFAULT}/unrounded")
+        unrounded, exact = (shown(f"{merge}/{DEFAULT}/{what}") for what in ("unrounded", "float32"))
         lines += ["", f"{merge}: the default's targets without rounding {unrounded}"]
+        lines += [f"(products of activations in float32: {exact})"]
     lines += ["", f"{first}: anchor auto {shown(f'{first}/{DEFAULT}/auto')}"]
+    for mean in MIXED:
+        lines += [f"{mean} bits on average: {shown(f'{first}/{DEFAULT}/mixed {mean}')}"]
     runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
     columns = list(dict.fromkeys(runs))
     named = [f"{samples} samples, seed {seed}" for samples, seed in columns]

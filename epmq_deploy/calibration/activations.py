@@ -34,18 +34,24 @@ class BlockBatch:
         hidden: hidden states the current block receives.
         args: what else it receives by position; floating-point tensors in it are ``Kept``.
         kwargs: what else it receives by name, likewise.
+        products: dtype in which blocks multiply matrices, float32 or bfloat16; hidden states,
+            norms and softmax are float32 in either case.
         answers: outputs of layers of the current block that will not change any more.
     """
 
     hidden: Kept
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
+    products: torch.dtype = torch.float32
     answers: dict[str, Kept] = field(default_factory=dict)
 
     def run(self, block: nn.Module) -> tuple[Any, ...]:
         """What the block gives for this batch, hidden states first."""
+        hidden = self.hidden.value()
         args, kwargs = tree_map_only(Kept, Kept.peek, (self.args, self.kwargs))
-        output = block(self.hidden.value(), *args, **kwargs)
+        low = self.products == torch.bfloat16
+        with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=low):
+            output = block(hidden, *args, **kwargs)
         return output if isinstance(output, tuple) else (output,)
 
     def take(self, outputs: tuple[Any, ...], passed_on: PassedOn, cache: ActivationCache) -> None:
@@ -62,6 +68,7 @@ def capture_block_batch(
     run_model: Callable[[], object],
     cache: ActivationCache,
     dtype: torch.dtype | None = None,
+    products: torch.dtype = torch.float32,
 ) -> BlockBatch:
     """What the first block receives while ``run_model`` runs; the model stops there.
 
@@ -70,6 +77,7 @@ def capture_block_batch(
         run_model: runs the model on one batch.
         cache: keeps the hidden states.
         dtype: to keep them in; their own when absent.
+        products: dtype in which blocks are to multiply matrices.
 
     Raises:
         NumericsError: the block does not run.
@@ -83,7 +91,7 @@ def capture_block_batch(
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop("hidden_states")
         others = tree_map_only(Tensor, kept, (args[1:], rest))
-        captured.append(BlockBatch(cache.keep(hidden, dtype), *others))
+        captured.append(BlockBatch(cache.keep(hidden, dtype), *others, products))
         raise _Reached
 
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)

@@ -155,4 +155,5 @@ class GroupHessian:
         if self._weight <= 0:
             return self.plain
         matrix = torch.addr(self.plain.matrix, self._mean, self._mean, alpha=-1 / self._weight)
-        return Hessian(matrix, act_order=self.plain.act_order, dtype=matrix.dtype)
+        dtype = self.plain.matrix.dtype
+        return Hessian(matrix, act_order=self.plain.act_order, dtype=dtype)

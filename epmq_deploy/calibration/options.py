@@ -124,9 +124,9 @@ class CalibratedOptions(QuantizeOptions):
     )
     products: Literal["auto", "float32", "bfloat16"] | None = Field(
         None,
-        description="dtype in which products of activations are computed (sums stay float32); auto "
-        "takes bfloat16 where the processor has units for it, which is two to three times as fast; "
-        "auto for epmq, else float32",
+        description="dtype in which blocks are run and products of activations computed (hidden "
+        "states and sums stay float32); auto takes bfloat16 where the processor has units for it, "
+        "which is two to three times as fast; auto for epmq, else float32",
     )
     solver: Literal["float32", "float64"] | None = Field(
         None,
@@ -159,7 +159,8 @@ class Arithmetic:
     """In which dtypes a method computes.
 
     Attributes:
-        products: of activations: ``auto``, ``float32`` or ``bfloat16``.
+        products: of activations, in blocks and in statistics: ``auto``, ``float32`` or
+            ``bfloat16``.
         solver: of Hessians and codes: ``float32`` or ``float64``.
     """
 

@@ -103,7 +103,7 @@ class CalibrationTarget(ABC, Generic[O]):
         return self.guide is Guide.EXPERTS
 
     def products_dtype(self, options: QuantizeOptions) -> torch.dtype:
-        """In which dtype products of activations are computed."""
+        """In which dtype blocks are run and products of activations computed."""
         given = getattr(options, "products", None)
         return replace(self.arithmetic, products=given or self.arithmetic.products).products_dtype
 

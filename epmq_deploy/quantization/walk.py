@@ -144,6 +144,7 @@ class Walk:
             lambda: self._family.embed(model, *placed),
             self._cache,
             self._cache_dtype,
+            self._products,
         )
 
     def quantize_block(self, block: Block) -> QuantizedModel:

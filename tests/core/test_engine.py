@@ -124,6 +124,16 @@ def test_activations_on_disk_change_nothing(tiny: TinyZoo, merged: Path) -> None
     assert same(in_memory, on_disk)
 
 
+def test_bfloat16_products_change_targets_little(tiny: TinyZoo, merged: Path) -> None:
+    recipe = load_recipe(tiny.recipe)
+    exact, low = (
+        run(recipe, merged, {"rounding": False}, products=dtype)[0].get_parameter(f"{FC2}.weight")
+        for dtype in ("float32", "bfloat16")
+    )
+    # bfloat16 rounds to 8 bits, each product by itself.
+    assert 0 < (exact - low).norm() < 2**-6 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_activations_change_little(tiny: TinyZoo, merged: Path, dtype: str) -> None:
     recipe = load_recipe(tiny.recipe)

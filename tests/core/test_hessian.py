@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_deploy.calibration.hessian import Hessian, Identity
+from epmq_deploy.calibration.hessian import GroupHessian, Hessian, Identity
 
 
 def matrix_of(columns: int = 40, samples: int = 200, seed: int = 0) -> Tensor:
@@ -77,6 +77,17 @@ def test_what_cannot_be_factored_gives_the_anchor(matrix: Tensor) -> None:
     assert hessian.factor is None
     assert torch.equal(hessian.solve(torch.ones(5, 4).double(), anchor), anchor)
     assert hessian.finite == bool(torch.isfinite(matrix).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_eliminating_a_bias_leaves_the_quadratic_of_its_best_value(dtype: torch.dtype) -> None:
+    matrix, error = matrix_of(), right_of()
+    mean = matrix.mean(dim=0)
+    centred = GroupHessian(Hessian(matrix, dtype=dtype), mean, 2.0).centred
+    assert centred.matrix.dtype == dtype
+    bias = -(error @ mean) / 2.0
+    best = torch.trace(error @ matrix @ error.T) + 2 * bias @ (error @ mean) + 2 * bias @ bias
+    assert centred.quadratic(error) == pytest.approx(float(best), rel=1e-5)
 
 
 def test_identity_is_the_identity() -> None:
