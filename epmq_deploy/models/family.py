@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -174,7 +174,33 @@ class ModelFamily(ABC):
         """
 
 
-class MultiTaskModel(nn.Module):
+class Deployable(nn.Module, ABC):
+    """What becomes one graph.
+
+    Attributes:
+        stem: begins the name of the graph's file.
+        backbone: holds the layers, by dotted name.
+    """
+
+    stem: ClassVar[str] = "model"
+    backbone: nn.Module
+
+    @property
+    @abstractmethod
+    def input_names(self) -> tuple[str, ...]:
+        """As ``forward`` takes them."""
+
+    @property
+    @abstractmethod
+    def output_names(self) -> tuple[str, ...]:
+        """As ``forward`` gives them."""
+
+    @abstractmethod
+    def dynamic_axes(self) -> tuple[dict[int, str], ...]:
+        """Names of the axes that the graph leaves open, per input as ``input_names``."""
+
+
+class MultiTaskModel(Deployable):
     """A backbone with one head per task: what gets exported and evaluated.
 
     Args:
@@ -191,6 +217,20 @@ class MultiTaskModel(nn.Module):
         self.backbone = backbone
         self.tasks = tuple(heads)
         self.heads = nn.ModuleList(heads.values())
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The family's."""
+        return self.family.input_names
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """``embedding`` and ``logits_<task>``."""
+        return ("embedding", *(f"logits_{task}" for task in self.tasks))
+
+    def dynamic_axes(self) -> tuple[dict[int, str], ...]:
+        """The family's."""
+        return self.family.dynamic_axes()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The embedding ``[batch, D]``, then logits ``[batch, C_t]`` in the order of ``tasks``."""

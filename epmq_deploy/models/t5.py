@@ -49,6 +49,7 @@ class T5Family(WriterFamily):
         "vocab_size",
     )
     tokenizer_files = ("spiece.model",)
+    has_encoder = True
     input_names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
     tied = MappingProxyType(
         dict.fromkeys(

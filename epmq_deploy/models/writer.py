@@ -57,6 +57,7 @@ class WriterFamily(ModelFamily):
         model_types: what ``model_type`` of a ``config.json`` may be.
         architecture: keys of ``config.json`` that define the model.
         tokenizer_files: what makes up the tokenizer where there is no ``tokenizer.json``.
+        has_encoder: whether texts are read by an encoder of their own.
         cuts: the side on which texts that are too long are cut.
     """
 
@@ -65,6 +66,7 @@ class WriterFamily(ModelFamily):
     model_types: tuple[str, ...]
     architecture: tuple[str, ...]
     tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
+    has_encoder: bool = False
     cuts: Literal["left", "right"] = "right"
 
     @abstractmethod

@@ -28,11 +28,6 @@ class GraphFormat(ABC):
     low_bit: ClassVar[bool] = True
     stores_two_bits: ClassVar[bool] = False
 
-    @property
-    def file_name(self) -> str:
-        """Name of the exported file."""
-        return f"model{self.suffix}.onnx"
-
     @abstractmethod
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
         """What keeps linear layers, by dotted name, from being exported: one sentence each."""
