@@ -31,12 +31,13 @@ from epmq_deploy.cli.run import assign
 from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
+from epmq_deploy.quantization.distill import distill
 from epmq_deploy.quantization.model import quantize_model
 from epmq_deploy.quantization.planning import Workplace, plan_anchor, plan_bits, with_bits
 from epmq_deploy.quantization.quantize import calibration_samples
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.tasks.accuracy import torch_accuracy
-from epmq_deploy.tasks.data import batches, load_samples
+from epmq_deploy.tasks.data import Samples, batches, load_samples
 from epmq_deploy.tasks.heads import build_heads
 
 ZOO = Path(epmq_deploy.__file__).parent / "zoo" / "recipe.yaml"
@@ -61,7 +62,8 @@ class Suite:
         recipe: what was merged.
         folder: the merged model.
         family: its family.
-        calibration: batches of inputs by task.
+        samples: calibration samples by task.
+        calibration: batches of inputs of them.
         scored: batches of inputs and labels by task.
         heads: by task.
     """
@@ -69,6 +71,7 @@ class Suite:
     recipe: Recipe
     folder: Path
     family: ModelFamily
+    samples: dict[str, Samples]
     calibration: dict[str, list[tuple[Tensor, ...]]]
     scored: dict[str, tuple[list[tuple[Tensor, ...]], Tensor]]
     heads: dict[str, TaskHead]
@@ -89,7 +92,7 @@ class Suite:
             task: list(batches(samples, self.family, self.folder, 32))
             for task, samples in chosen.items()
         }
-        return replace(self, recipe=recipe, calibration=loaded)
+        return replace(self, recipe=recipe, samples=chosen, calibration=loaded)
 
     def experts_average(self) -> float:
         """Each expert on its own task, averaged."""
@@ -103,10 +106,12 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool, limit: int | None 
     merge(recipe, folder)
     family = family_of(folder)
     calibration, scored = {}, {}
-    for task, chosen in calibration_samples(recipe, family, folder).items():
+    used = calibration_samples(recipe, family, folder)
+    for task, chosen in used.items():
         inputs = list(batches(chosen, family, folder, 32))
         if held_back:
             half = len(inputs) // 2
+            used[task] = replace(chosen, indices=chosen.indices[: half * 32])
             calibration[task] = inputs[:half]
             scored[task] = inputs[half:], chosen.labels()[half * 32 :]
             continue
@@ -117,7 +122,7 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool, limit: int | None 
         scored[task] = list(batches(test, family, folder, 64)), test.labels()
     features = family.embedding_width(family.load(folder), folder)
     heads = build_heads(recipe.tasks, family, folder, features)
-    return Suite(recipe, folder, family, calibration, scored, heads)
+    return Suite(recipe, folder, family, used, calibration, scored, heads)
 
 
 def measure(suite: Suite, variant: str) -> dict[str, Any]:
@@ -131,13 +136,7 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
     recipe = override(suite.recipe, "quantize", {"method": method, **flags})
     options = recipe.quantize
     experts = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
-    place = Workplace(
-        suite.family,
-        suite.folder,
-        calibration_samples(recipe, suite.family, suite.folder),
-        experts,
-        torch.device("cpu"),
-    )
+    place = Workplace(suite.family, suite.folder, suite.samples, experts, torch.device("cpu"))
     if flags.get("anchor") == "auto":
         found = plan_anchor(options, place, suite.heads)["anchor"]
         options = options.model_copy(update={"anchor": found})
@@ -145,7 +144,7 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
         options = with_bits(options, plan_bits(options, place)["layers"])
     model = suite.family.load(suite.folder)
     started = time.perf_counter()
-    quantize_model(
+    quantized = quantize_model(
         model,
         suite.family,
         TARGETS[options.method],
@@ -156,8 +155,15 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
         experts=experts,
         rounding=rounding,
     )
+    distilled = None
+    if flags.get("distill"):
+        products = TARGETS[options.method].products_dtype(options)
+        _, distilled = distill(
+            model, quantized, place, suite.heads, epochs=flags["distill"], products=products
+        )
     return {
         "variant": variant,
+        "distilled": distilled,
         "options": options.model_dump(),
         "average": suite.average(model),
         "seconds": time.perf_counter() - started,

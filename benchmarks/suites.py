@@ -44,6 +44,8 @@ BITS = (4, 3, 2)
 MIXED = (3.0, 2.5)
 SEEDS = (0, 1, 2)
 SAMPLES = (8, 32, 128)
+# Epochs of distillation.
+EPOCHS = 2
 # Seeds choose among a task's calibration samples, so not all of them may be used.
 SEED_SAMPLES = 128
 
@@ -95,6 +97,7 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
                 figure(f"{method}/{bits}", f"{variant},bits={bits}", suite)
     figure(f"{DEFAULT}/unrounded", "epmq,rounding=false", suite)
     figure(f"{DEFAULT}/float32", "epmq,products=float32", suite)
+    figure(f"{DEFAULT}/distill", f"epmq,distill={EPOCHS}", suite)
     if not first:
         return
     figure(f"{DEFAULT}/auto", "epmq,anchor=auto", suite)
@@ -134,6 +137,7 @@ def tables(store: Store, merges: list[str]) -> str:
         unrounded, exact = (shown(f"{merge}/{DEFAULT}/{what}") for what in ("unrounded", "float32"))
         lines += ["", f"{merge}: the default's targets without rounding {unrounded}"]
         lines += [f"(products of activations in float32: {exact})"]
+        lines += [f"after {EPOCHS} epochs of distillation: {shown(f'{merge}/{DEFAULT}/distill')}"]
     lines += ["", f"{first}: anchor auto {shown(f'{first}/{DEFAULT}/auto')}"]
     for mean in MIXED:
         lines += [f"{mean} bits on average: {shown(f'{first}/{DEFAULT}/mixed {mean}')}"]

@@ -24,7 +24,8 @@ from epmq_deploy.tensors import Rename, TensorInfo, same_values, stored_tensors
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model"]
+# The card says under which license a model is.
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
 _SETTINGS = {".json", ".txt", ".model", ".jinja"}
 _NOT_SETTINGS = {INDEX_FILE, "manifest.json", "report.json", "eval.json"}
 _FILES = (".parquet", ".json", ".jsonl", ".csv", ".safetensors", ".yaml")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq_deploy import __version__
+from epmq_deploy.card import CARD, write_card
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import Recipe, parse_recipe
 
@@ -31,7 +32,7 @@ class Manifest:
         fingerprint: sha256 over stage, options and inputs; equal fingerprints mean equal outputs.
         recipe: the whole recipe, paths absolute, flags applied.
         inputs: sha256 by role, e.g. ``base``, ``expert:mnist``, ``merge``.
-        outputs: sha256 by file name, of every file beside the manifest.
+        outputs: sha256 by file name, of every file beside the manifest and the model card.
         details: what the stage reports about its result.
         versions: of this package, Python and the libraries that shape the result.
         format_version: of this folder layout.
@@ -139,16 +140,17 @@ def is_done(folder: Path, stage: str, expected: str) -> bool:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Complete a manifest with output hashes and versions, and write it into ``folder``."""
+    """Complete a manifest with output hashes and versions; write it and a card into ``folder``."""
     outputs = {
         file.relative_to(folder).as_posix(): file_sha256(file)
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST
+        if file.is_file() and file.name != MANIFEST and file != folder / CARD
     }
     content = {**vars(manifest), "outputs": outputs, "versions": _versions()}
     complete = Manifest(**content)
     plain = asdict(complete) | {"recipe": manifest.recipe.model_dump(mode="json")}
     (folder / MANIFEST).write_text(json.dumps(plain, indent=2) + "\n")
+    write_card(folder, complete)
     return complete
 
 

@@ -120,8 +120,8 @@ class DecoderGraph(WriterGraph):
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """See base."""
-        width = self.backbone.get_submodule("shared").weight.shape[1]
-        return _mask(), _ids()[:, :3], torch.randn(_BATCH, _LENGTH, width)
+        config: Any = self.backbone.config
+        return _mask(), _ids()[:, :3], torch.randn(_BATCH, _LENGTH, config.d_model)
 
     def runs(self, layer: str) -> bool:
         """Blocks of the decoder, embedding and output layer."""

@@ -90,8 +90,8 @@ def capture_block_batch(
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop("hidden_states")
-        others = tree_map_only(Tensor, kept, (args[1:], rest))
-        captured.append(BlockBatch(cache.keep(hidden, dtype), *others, products))
+        more, named = tree_map_only(Tensor, kept, (args[1:], rest))
+        captured.append(BlockBatch(cache.keep(hidden, dtype), more, named, products))
         raise _Reached
 
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)

@@ -12,10 +12,18 @@ from torch import Tensor
 from epmq_deploy.checkpoints import copy_settings, save_sharded
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.experts import Sources, open_sources
+from epmq_deploy.merging.calibrated import Calibrated
 from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
-from epmq_deploy.merging.method import Context, MergeMethod, MergeOptions, ScaledOptions
+from epmq_deploy.merging.method import (
+    Context,
+    DataOptions,
+    MergeMethod,
+    MergeOptions,
+    ScaledOptions,
+)
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.preflight import check_experts
+from epmq_deploy.merging.recipe_data import load_data
 from epmq_deploy.merging.search import search_scaling
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
@@ -36,13 +44,14 @@ def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
     """What decides the merge; ``inputs`` are the hashes of base and experts by role."""
     options: MergeOptions = recipe.merge
     decisive = dict(inputs)
-    if isinstance(options, ScaledOptions) and options.search:
+    searched = isinstance(options, ScaledOptions) and options.search
+    if searched or isinstance(options, DataOptions):
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
                 decisive[f"calibration:{name}"] = data_sha256(task.calibration, task.prompt)
             if task.head is not None:
                 decisive[f"head:{name}"] = fingerprint("head", task.head.model_dump(), {})
-    return fingerprint("merge", options.model_dump(mode="json"), decisive)
+    return fingerprint("merge", options.deciding, decisive)
 
 
 def check_options(recipe: Recipe) -> None:
@@ -94,6 +103,10 @@ def merge(
         "copied_tensors": len(sources.base.tensors) - len(names),
     }
     statistics = method.statistics(vectors, options) if method.statistics else None
+    if method.calibrate is not None:
+        found_in_data = _calibrated(recipe, sources, method, vectors, progress)
+        statistics = found_in_data.statistics
+        details |= found_in_data.details
     if isinstance(options, ScaledOptions) and options.search:
         found = search_scaling(recipe, sources, method, vectors, statistics, progress)
         options = options.at(found.value)
@@ -102,6 +115,30 @@ def merge(
         merged = _merged_tensors(sources, vectors, method, options, statistics)
         _write(sources, merged, options, folder, progress)
         return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
+
+
+def _calibrated(
+    recipe: Recipe,
+    sources: Sources,
+    method: MergeMethod[Any],
+    vectors: CheckpointTaskVectors,
+    progress: Progress,
+) -> Calibrated:
+    """What the method's pass over calibration data finds."""
+    options = recipe.merge
+    assert isinstance(options, DataOptions), "methods with such a pass have options for it"
+    assert method.calibrate is not None
+    data = load_data(
+        recipe,
+        sources,
+        samples=options.samples,
+        seed=options.seed,
+        heads=method.needs_heads,
+        purpose=f"merge.method {method.name}",
+        device=vectors.device,
+        progress=progress,
+    )
+    return method.calibrate(data, vectors, options)
 
 
 def _check_patterns(options: MergeOptions, names: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
+from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.options import Options, given_for, layers_from_text
 
 # Parameters that elementwise methods take at a time: temporaries stay small and in the cache.
@@ -63,6 +64,11 @@ class MergeOptions(Options):
                 raise ValueError(f"layers.{where}: {text}") from error
         return self
 
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the merged weights, as plain data."""
+        return self.model_dump(mode="json")
+
     @classmethod
     def by_layer(cls) -> tuple[str, ...]:
         """The options that ``layers`` may hold: the method's own, less ``whole_model``."""
@@ -114,6 +120,15 @@ class ScaledOptions(MergeOptions):
         return self.model_copy(update={"scaling": scaling})
 
 
+class DataOptions(MergeOptions):
+    """Options of methods that need calibration data."""
+
+    samples: int = Field(256, ge=1, description="calibration samples per task")
+    seed: int = Field(0, description="seed of the choice of samples, and of other random draws")
+
+    whole_model: ClassVar[frozenset[str]] = frozenset({"samples", "seed"})
+
+
 O = TypeVar("O", bound=MergeOptions)  # noqa: E741
 
 
@@ -150,7 +165,7 @@ class Context:
     Attributes:
         name: of the tensor.
         tasks: names of the experts, in the order of the task vectors.
-        statistics: what the method's global pass found.
+        statistics: what the method's global pass, or its pass over calibration data, found.
     """
 
     name: str
@@ -170,6 +185,9 @@ class MergeMethod(Generic[O]):
             none of its arguments.
         statistics: streaming passes over all task vectors for what must be known globally;
             its result is handed to every ``merge`` call.
+        calibrate: pass over calibration data, instead of ``statistics``; its result is handed to
+            every ``merge`` call likewise. Options are ``DataOptions``.
+        needs_heads: whether ``calibrate`` needs the tasks' heads.
         elementwise: whether each parameter is merged without regard to the others of its tensor.
         check: one sentence for each thing in the options that does not fit these tasks.
     """
@@ -179,6 +197,8 @@ class MergeMethod(Generic[O]):
     source: str
     merge: Callable[[Tensor, Tensor, O, Context], Tensor]
     statistics: Callable[[TaskVectors, O], Any] | None = None
+    calibrate: Callable[[CalibrationData, TaskVectors, O], Calibrated] | None = None
+    needs_heads: bool = False
     elementwise: bool = False
     check: Callable[[O, Sequence[str]], list[str]] | None = None
 

@@ -14,16 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.errors import EpmqError, MismatchError
-from epmq_deploy.experts import ExpertBackbone, Sources
+from epmq_deploy.experts import Sources
 from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
 from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
+from epmq_deploy.merging.recipe_data import load_data
 from epmq_deploy.models import TaskHead
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.tasks.agreement import Scores, Tuned, divergence, logits_of, mean_divergence, tune
-from epmq_deploy.tasks.data import Samples, load_samples
-from epmq_deploy.tasks.heads import build_heads
+from epmq_deploy.tasks.data import Samples
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,7 @@ def search_scaling(
     """
     options = recipe.merge
     assert isinstance(options, ScaledOptions), "only those can ask for a search"
-    judge = _judge(recipe, sources, options, vectors.device)
+    judge = _judge(recipe, sources, options, vectors.device, progress)
     names = progress.track(list(vectors.names), "merging to search")
     fixed, direction = _line(method, vectors, options, statistics, names)
     model = sources.family.load(sources.base.folder).to(vectors.device)
@@ -124,39 +123,26 @@ def _line(
     return fixed, direction
 
 
-def _judge(recipe: Recipe, sources: Sources, options: ScaledOptions, device: torch.device) -> Judge:
+def _judge(
+    recipe: Recipe,
+    sources: Sources,
+    options: ScaledOptions,
+    device: torch.device,
+    progress: Progress,
+) -> Judge:
+    data = load_data(
+        recipe,
+        sources,
+        samples=options.search_samples,
+        seed=0,
+        heads=True,
+        purpose="merge.search",
+        device=device,
+        progress=progress,
+    )
     family, folder = sources.family, sources.base.folder
-    samples, problems = {}, []
-    for task, given in recipe.tasks.items():
-        if given.calibration is None:
-            problems.append(f"task {task!r} has no calibration data to search merge.scaling on")
-            continue
-        try:
-            samples[task] = load_samples(
-                task,
-                given.calibration,
-                family,
-                prompt=given.prompt,
-                limit=options.search_samples,
-            )
-        except EpmqError as error:
-            problems.append(str(error))
-    experts = ExpertBackbone(sources, device)
-    features = family.embedding_width(experts.become(next(iter(recipe.tasks))), folder)
-    heads: dict[str, TaskHead] = {}
-    try:
-        heads = build_heads(recipe.tasks, family, folder, features, device=device)
-        problems += [
-            f"task {task!r} has no head to search merge.scaling with"
-            for task in recipe.tasks
-            if task not in heads
-        ]
-    except MismatchError as error:
-        problems += error.problems
-    if problems:
-        raise MismatchError("merge.search", problems)
     wanted = {
-        task: logits_of(experts.become(task), family, folder, chosen, heads[task])
-        for task, chosen in samples.items()
+        task: logits_of(data.expert(task), family, folder, chosen, data.heads[task])
+        for task, chosen in data.samples.items()
     }
-    return Judge(sources, samples, heads, wanted)
+    return Judge(sources, data.samples, data.heads, wanted)

@@ -95,4 +95,6 @@ class TaskHead(nn.Module):
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().to(torch.float32).contiguous(), requires_grad=False)
+    # A copy: gradients do not flow through tensors that were made in inference mode.
+    copied = tensor.detach().to(torch.float32).clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copied, requires_grad=False)

@@ -81,10 +81,10 @@ def plan_anchor(
         RecipeError: there is nothing to search on.
     """
     few = [task for task, chosen in place.samples.items() if len(chosen) < 2 * _HELD_BACK]
-    if few or not place.samples or place.samples.keys() - heads.keys():
+    if few or not place.samples:
         raise RecipeError(
-            f"quantize.anchor: auto needs a head and at least {2 * _HELD_BACK} calibration samples "
-            "for every task; give a number instead"
+            f"quantize.anchor: auto needs at least {2 * _HELD_BACK} calibration samples for every "
+            "task; give a number instead"
         )
     held, fitted = {}, {}
     for task, chosen in place.samples.items():

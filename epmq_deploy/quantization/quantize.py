@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -14,11 +14,12 @@ import torch
 from epmq_deploy.calibration.options import CalibratedOptions, QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.calibration.targets.epmq import EpmqOptions
-from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
-from epmq_deploy.models import ModelFamily, family_of
+from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.artifact import save_artifact
+from epmq_deploy.quantization.distill import distill
 from epmq_deploy.quantization.planning import Workplace, plan_anchor, plan_bits, with_bits
 from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.quantization.resume import FinishedWork
@@ -92,8 +93,7 @@ def quantize(
     if finished.blocks:
         log.info("going on after %d finished blocks of an interrupted run", finished.blocks)
     try:
-        options, plans = _planned(recipe, place, finished)
-        _, quantized = place.calibrate(options, finished=finished)
+        quantized, plans = _quantized(recipe, place, finished)
     except EpmqError:
         # The same command would fail again, and another one could not use what there is.
         finished.remove()
@@ -116,15 +116,51 @@ def quantize(
     return manifest
 
 
-def _planned(
+def _quantized(
     recipe: Recipe, place: Workplace, finished: FinishedWork
+) -> tuple[QuantizedModel, dict[str, Any]]:
+    """The quantized model, and how what depends on the model was settled."""
+    heads = _heads(recipe, place)
+    options, plans = _planned(recipe.quantize, place, heads, finished)
+    model, quantized = place.calibrate(options, finished=finished)
+    if isinstance(options, EpmqOptions) and options.distill:
+        products = TARGETS[options.method].products_dtype(options)
+        quantized, plans["distill"] = distill(
+            model, quantized, place, heads, epochs=options.distill, products=products
+        )
+    return quantized, plans
+
+
+def _heads(recipe: Recipe, place: Workplace) -> dict[str, TaskHead]:
+    """Heads of all tasks where the options ask for something that needs them.
+
+    Raises:
+        RecipeError: a task has none.
+    """
+    options = recipe.quantize
+    if not isinstance(options, EpmqOptions):
+        return {}
+    asked = {"anchor: auto": options.anchor == "auto", "distill": options.distill}
+    if not any(asked.values()):
+        return {}
+    features = place.family.embedding_width(place.family.load(place.folder), place.folder)
+    heads = build_heads(recipe.tasks, place.family, place.folder, features, device=place.device)
+    missing = ", ".join(task for task in recipe.tasks if task not in heads)
+    if missing:
+        what = ", ".join(f"quantize.{option}" for option, given in asked.items() if given)
+        raise RecipeError(f"{what} needs a head for every task; {missing} has none (tasks.*.head)")
+    return heads
+
+
+def _planned(
+    options: QuantizeOptions,
+    place: Workplace,
+    heads: Mapping[str, TaskHead],
+    finished: FinishedWork,
 ) -> tuple[QuantizeOptions, dict[str, Any]]:
     """The options with everything settled that depends on the model, and how it was settled."""
-    options: QuantizeOptions = recipe.quantize
-    plans = {}
+    plans: dict[str, Any] = {}
     if isinstance(options, EpmqOptions) and options.anchor == "auto":
-        features = place.family.embedding_width(place.family.load(place.folder), place.folder)
-        heads = build_heads(recipe.tasks, place.family, place.folder, features, device=place.device)
         found = finished.once("anchor", partial(plan_anchor, options, place, heads))
         log.info("anchor auto: %g", found["anchor"])
         options, plans["anchor"] = options.model_copy(update={"anchor": found["anchor"]}), found

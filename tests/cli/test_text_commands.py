@@ -55,6 +55,7 @@ def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
         "vocab.txt",
         "heads.safetensors",
         "manifest.json",
+        "README.md",
         "onnx/model.onnx",
         "onnx/model_q4.onnx",
         "onnx/model_qdq.onnx",

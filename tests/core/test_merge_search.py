@@ -62,8 +62,8 @@ def test_every_missing_part_is_named_and_nothing_is_written(tiny: TinyZoo, tmp_p
     with pytest.raises(MismatchError) as caught:
         merge(recipe.model_copy(update={"tasks": tasks}), tmp_path / "merged")
     assert caught.value.problems == (
-        "task 'red' has no calibration data to search merge.scaling on",
-        "task 'blue' has no head to search merge.scaling with",
+        "task 'red' has no calibration data, which merge.search needs",
+        "task 'blue' has no head, which merge.search needs",
     )
     assert not list(tmp_path.iterdir())
 

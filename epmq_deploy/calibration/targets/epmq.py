@@ -79,6 +79,12 @@ class EpmqOptions(CalibratedOptions):
     norms: bool | None = Field(
         None, description="re-fit LayerNorm gains and biases towards the experts' outputs"
     )
+    distill: int = Field(
+        0,
+        ge=0,
+        description="epochs of tuning scales, biases and norms end to end, codes fixed, towards "
+        "the experts' predictions on the calibration samples; needs a head for every task",
+    )
     normalization: Literal["frobenius", "none"] = Field(
         "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"
     )
@@ -112,8 +118,10 @@ class EpmqOptions(CalibratedOptions):
 
     @model_validator(mode="after")
     def _data_free_means_no_activations(self) -> "EpmqOptions":
-        if self.preset == "weights" and (self.alpha or self.norms):
-            raise ValueError("preset weights has no activations: leave out alpha and norms")
+        if self.preset == "weights" and (self.alpha or self.norms or self.distill):
+            raise ValueError(
+                "preset weights has no calibration data: leave out alpha, norms and distill"
+            )
         return self
 
 

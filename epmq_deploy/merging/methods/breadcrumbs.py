@@ -1,4 +1,9 @@
-"""Model Breadcrumbs (Davari and Belilovsky, arXiv 2312.06795): drop outliers and the negligible."""
+"""Model Breadcrumbs (Davari and Belilovsky, arXiv 2312.06795): drop outliers and the negligible.
+
+The authors tune all three options; their search for CLIP starts at 85%, 99.4% and a scaling of 0.2
+(``find_best_hyperparam.py``). Their code masks each row of a tensor by itself, their paper each
+tensor, as here.
+"""
 
 from typing import Literal
 

@@ -1,4 +1,8 @@
-"""Consensus Task Arithmetic with TALL masks (Wang et al., arXiv 2405.07813)."""
+"""Consensus Task Arithmetic with TALL masks (Wang et al., arXiv 2405.07813).
+
+Two active tasks are the authors' choice (``prun_thre_k`` in ``config/method/consensus.yaml``). They
+choose lambda from 0.2 to 0.6 and the scaling on validation data; the default is the middle.
+"""
 
 from collections.abc import Sequence
 from typing import Literal

@@ -1,4 +1,7 @@
-"""DARE (Yu et al., arXiv 2311.03099): drop entries of task vectors at random and rescale."""
+"""DARE (Yu et al., arXiv 2311.03099): drop entries of task vectors at random and rescale.
+
+Density and scaling are FusionBench's for CLIP (``config/method/dare/task_arithmetic.yaml``).
+"""
 
 from typing import Literal
 

@@ -1,4 +1,8 @@
-"""DELLA (Deep et al., arXiv 2406.11617): drop by magnitude at random, elect signs, fuse."""
+"""DELLA (Deep et al., arXiv 2406.11617): drop by magnitude at random, elect signs, fuse.
+
+Defaults are those of the example in the authors' repository (language models: drop rate 0.3, window
+0.14, lambda 1.1, mean of the values of the elected sign); they give none for CLIP.
+"""
 
 from typing import Literal, Self
 
@@ -14,12 +18,12 @@ class DellaOptions(ScaledOptions):
     """DELLA."""
 
     method: Literal["della"] = "della"
-    scaling: float = Field(1.0, description="factor on the merged task vector")
+    scaling: float = Field(1.1, description="factor on the merged task vector")
     density: float = Field(
-        0.5, gt=0, le=1, description="share of each task vector that is kept, on average"
+        0.7, gt=0, le=1, description="share of each task vector that is kept, on average"
     )
     epsilon: float = Field(
-        0.2,
+        0.14,
         ge=0,
         le=1,
         description="how much likelier a row's largest entry is kept than its smallest",

@@ -1,0 +1,160 @@
+"""Model cards: the ``README.md`` of a stage's folder, as the Hugging Face hub reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+from epmq_deploy.checkpoints import looks_like_hub_id, model_config
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.merging.methods import MERGE_METHODS
+
+if TYPE_CHECKING:
+    from epmq_deploy.recipe import DataSource, Recipe
+    from epmq_deploy.stage import Manifest
+
+CARD = "README.md"
+_LIBRARIES = {"merge": "transformers", "quantize": "epmq-deploy", "export": "onnx"}
+_RELATIONS = {"merge": "merge", "quantize": "quantized", "export": "quantized"}
+_SECTIONS = {
+    "merge": ("merge",),
+    "quantize": ("merge", "quantize"),
+    "export": ("merge", "quantize", "export"),
+}
+_KINDS = {
+    "merge": "One model",
+    "quantize": "One model, quantized to integer codes,",
+    "export": "One model, quantized and exported to ONNX,",
+}
+
+
+def model_card(
+    manifest: Manifest, license_name: str | None = None, evaluation: str | None = None
+) -> str:
+    """The card of a stage's folder.
+
+    Local folders are called by their last name only; what the hub can link to is in the metadata.
+
+    Args:
+        manifest: of the folder.
+        license_name: the base's license, as the hub spells it, where it is known.
+        evaluation: Markdown to show under "Evaluation".
+
+    Returns:
+        YAML metadata between lines of dashes, then Markdown; the same for the same arguments.
+    """
+    recipe = manifest.recipe
+    parts = [
+        f"# {len(recipe.tasks)} experts of {_shown(recipe.base.path)} in one model",
+        f"{_KINDS[manifest.stage]} made from {len(recipe.tasks)} fine-tuned experts of "
+        f"`{_shown(recipe.base.path)}` with epmq-deploy.",
+        _tasks_table(recipe),
+        f"## How it was made\n\nMerged by {_method(recipe)}.\n\n{_options(manifest)}",
+    ]
+    if evaluation:
+        parts.append(f"## Evaluation\n\n{evaluation.strip()}")
+    elif manifest.stage == "export":
+        parts.append("## Evaluation\n\nNot evaluated yet; `epmq eval` fills this in.")
+    return f"---\n{_metadata(manifest, license_name)}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def write_card(folder: Path, manifest: Manifest, evaluation: str | None = None) -> None:
+    """Write a stage's ``README.md``, or write it anew with an evaluation.
+
+    Args:
+        folder: of the stage.
+        manifest: of the folder.
+        evaluation: Markdown to show under "Evaluation".
+    """
+    text = model_card(manifest, license_of(manifest.recipe.base.path), evaluation)
+    (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def license_of(path_or_id: str) -> str | None:
+    """The license a model's own card or config names; None where they are not here or name none.
+
+    Args:
+        path_or_id: folder or hub id; nothing is fetched.
+    """
+    file = Path(path_or_id) / CARD
+    if looks_like_hub_id(path_or_id):
+        cached = try_to_load_from_cache(path_or_id, CARD)
+        file = Path(cached) if isinstance(cached, str) else file
+    found: Any = None
+    if file.is_file():
+        try:
+            found = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True)
+            found = found.data.license
+        except (ValueError, yaml.YAMLError):
+            found = None
+    if found is None and file.parent.is_dir():
+        try:
+            found = (model_config(file.parent) or {}).get("license")
+        except RecipeError:
+            found = None
+    return found if isinstance(found, str) else None
+
+
+def _metadata(manifest: Manifest, license_name: str | None) -> str:
+    recipe, stage = manifest.recipe, manifest.stage
+    models = [recipe.base.path, *(task.expert for task in recipe.tasks.values())]
+    linked = list(dict.fromkeys(path for path in models if looks_like_hub_id(path)))
+    datasets = list(
+        dict.fromkeys(
+            source.path
+            for task in recipe.tasks.values()
+            for source in (task.calibration, task.evaluation)
+            if source is not None and looks_like_hub_id(source.path)
+        )
+    )
+    tags = ["merge", "model-merging", recipe.merge.method]
+    if stage != "merge":
+        tags += ["quantized", f"{recipe.quantize.bits}-bit"]
+    if stage == "export":
+        tags.append("onnx")
+    data = ModelCardData(
+        base_model=linked or None,
+        datasets=datasets or None,
+        library_name=_LIBRARIES[stage],
+        license=license_name,
+        tags=tags,
+        **({"base_model_relation": _RELATIONS[stage]} if linked else {}),
+    )
+    return f"{data.to_yaml()}\n"
+
+
+def _tasks_table(recipe: Recipe) -> str:
+    lines = ["| task | expert | calibration data | evaluation data |", "|---|---|---|---|"]
+    lines += [
+        f"| {name} | `{_shown(task.expert)}` | {_source(task.calibration)} "
+        f"| {_source(task.evaluation)} |"
+        for name, task in recipe.tasks.items()
+    ]
+    return "\n".join(lines)
+
+
+def _source(source: DataSource | None) -> str:
+    if source is None:
+        return "none"
+    split = f" ({source.split})" if source.split else ""
+    return f"`{_shown(source.path)}`{split}"
+
+
+def _method(recipe: Recipe) -> str:
+    method = MERGE_METHODS[recipe.merge.method]
+    return f"`{method.name}` ({method.source}): {method.summary}"
+
+
+def _options(manifest: Manifest) -> str:
+    content: dict[str, Mapping[str, Any]] = manifest.recipe.model_dump(mode="json")
+    chosen = {section: dict(content[section]) for section in _SECTIONS[manifest.stage]}
+    return f"```yaml\n{yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)}```"
+
+
+def _shown(path: str) -> str:
+    """A hub id as it is; a local path by its last name, which is all others can make sense of."""
+    return path if looks_like_hub_id(path) else Path(path).name

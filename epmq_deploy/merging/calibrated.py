@@ -1,0 +1,62 @@
+"""What merge methods that need data are given, and what they find."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.progress import Progress
+
+
+class CalibrationData(Protocol):
+    """Calibration samples of every task, and the models to run them through."""
+
+    @property
+    def family(self) -> ModelFamily:
+        """Of base and experts."""
+        ...
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Names of the experts."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """Shows how far a long pass got."""
+        ...
+
+    def batches(self, task: str, size: int) -> Iterator[tuple[Tensor, ...]]:
+        """A task's model inputs, at most ``size`` samples at a time, on the device."""
+        ...
+
+    def head(self, task: str) -> TaskHead:
+        """A task's head, on the device; only for methods that ask for heads."""
+        ...
+
+    def backbone(self) -> nn.Module:
+        """A model of its own with the base's weights, float32, on the device."""
+        ...
+
+    def expert(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
+        """An expert, but for the modules ``without``, until the next call of this or ``module``."""
+        ...
+
+    def module(self, task: str, name: str) -> nn.Module:
+        """One module with an expert's weights, until the next call of this or ``expert``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a pass over calibration data found.
+
+    Attributes:
+        statistics: handed to every ``merge`` call.
+        details: plain data for the manifest.
+    """
+
+    statistics: Any
+    details: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,160 @@
+"""AdaMerging (Yang et al., arXiv 2310.02575): a coefficient per task and tensor, tuned unlabelled.
+
+Start, learning rate, steps, batch size and the bounds 0 and 1 are those of the authors' code for
+CLIP (``main_layer_wise_adamerging.py``), which tunes on test samples; here they are calibration
+samples.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
+from epmq_deploy.merging.method import Context, DataOptions, MergeMethod, TaskVectors
+
+
+class AdaMergingOptions(DataOptions):
+    """Layer-wise AdaMerging."""
+
+    method: Literal["adamerging"] = "adamerging"
+    initial: float = Field(0.3, ge=0, le=1, description="coefficients to start from")
+    steps: int = Field(500, ge=0, description="steps of Adam; each takes a batch of every task")
+    learning_rate: float = Field(1e-3, gt=0, description="of Adam")
+    batch_size: int = Field(16, ge=1, description="samples of a task per step")
+
+    whole_model: ClassVar[frozenset[str]] = DataOptions.whole_model | {
+        "steps",
+        "learning_rate",
+        "batch_size",
+    }
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of predictions ``[n]``, in nats, from logits ``[n, C]``."""
+    scores = logits.log_softmax(dim=1)
+    return -(scores.exp() * scores).sum(dim=1)
+
+
+def combine(base: Tensor, task_vectors: Tensor, coefficients: Tensor) -> Tensor:
+    """``base [*] + sum_t c_t task_vectors_t`` for ``task_vectors [T, *]``, ``coefficients [T]``."""
+    return base + torch.einsum("t,t...->...", coefficients, task_vectors)
+
+
+class _Tuning:
+    """A merged model in memory whose parameters follow the coefficients.
+
+    Task vectors are streamed tensor by tensor, twice a step: for the gradient of a coefficient,
+    which is that of its tensor times the task vector, and for the tensor it gives.
+    """
+
+    def __init__(
+        self, data: CalibrationData, vectors: TaskVectors, options: AdaMergingOptions
+    ) -> None:
+        self._data, self._vectors, self._options = data, vectors, options
+        self._model = data.backbone()
+        parameters = dict(self._model.named_parameters())
+        self._tuned = {name: parameters[name] for name in vectors.names if name in parameters}
+        self._base = {name: value.detach().clone() for name, value in self._tuned.items()}
+        start = [[options.for_tensor(name).initial] * len(data.tasks) for name in self._tuned]
+        self.coefficients = torch.tensor(start)
+
+    def tune(self) -> None:
+        """Adam on the coefficients, kept within 0 and 1."""
+        raw = nn.Parameter(self.coefficients.clone())
+        optimizer = torch.optim.Adam([raw], lr=self._options.learning_rate)
+        streams = {task: self._cycle(task) for task in self._data.tasks}
+        for _ in self._data.progress.track(range(self._options.steps), "tuning coefficients"):
+            self.coefficients = raw.detach().clamp(0, 1)
+            self._apply()
+            self._differentiate(streams)
+            within = (raw.detach() >= 0) & (raw.detach() <= 1)
+            raw.grad = self._gradients() * within
+            optimizer.step()
+        self.coefficients = raw.detach().clamp(0, 1)
+        self._apply()
+
+    def mean_entropy(self) -> float:
+        """Over tasks, of the mean over all samples, with the coefficients as they are."""
+        self._apply()
+        total = 0.0
+        for task in self._data.tasks:
+            with torch.inference_mode():
+                found = [
+                    entropy(self._logits(task, inputs)) for inputs in self._data.batches(task, 64)
+                ]
+            total += float(torch.cat(found).mean())
+        return total / len(self._data.tasks)
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Coefficients ``[T]`` of each tensor."""
+        return dict(zip(self._tuned, self.coefficients, strict=True))
+
+    def _logits(self, task: str, inputs: tuple[Tensor, ...]) -> Tensor:
+        logits: Tensor = self._data.head(task)(self._data.family.embed(self._model, *inputs))
+        return logits
+
+    def _cycle(self, task: str) -> Iterator[tuple[Tensor, ...]]:
+        for _ in itertools.count():
+            yield from self._data.batches(task, self._options.batch_size)
+
+    def _apply(self) -> None:
+        for (name, parameter), row in zip(self._tuned.items(), self.coefficients, strict=True):
+            stack = self._vectors.of_tensor(name)
+            parameter.data.copy_(combine(self._base[name], stack, row.to(stack.device)))
+
+    def _differentiate(self, streams: Mapping[str, Iterator[tuple[Tensor, ...]]]) -> None:
+        """Gradients, in the model, of the sum over tasks of a batch's mean entropy."""
+        for parameter in self._tuned.values():
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        for task, stream in streams.items():
+            entropy(self._logits(task, next(stream))).mean().backward()  # type: ignore[no-untyped-call]
+        for parameter in self._tuned.values():
+            parameter.requires_grad_(False)
+
+    def _gradients(self) -> Tensor:
+        rows = torch.zeros_like(self.coefficients)
+        for (name, parameter), row in zip(self._tuned.items(), rows, strict=True):
+            if parameter.grad is not None:
+                stack = self._vectors.of_tensor(name)
+                row.copy_(torch.einsum("t...,...->t", stack, parameter.grad))
+        return rows
+
+
+def collect(data: CalibrationData, vectors: TaskVectors, options: AdaMergingOptions) -> Calibrated:
+    """Coefficients that lower the entropy of the merged model's predictions."""
+    tuning = _Tuning(data, vectors, options)
+    before = tuning.mean_entropy()
+    tuning.tune()
+    details = {
+        "entropy_before": before,
+        "entropy_after": tuning.mean_entropy(),
+        "mean_coefficients": dict(
+            zip(data.tasks, tuning.coefficients.mean(dim=0).tolist(), strict=True)
+        ),
+    }
+    return Calibrated(tuning.by_name(), details)
+
+
+def merge(
+    base: Tensor, task_vectors: Tensor, options: AdaMergingOptions, context: Context
+) -> Tensor:
+    """``combine`` with the coefficients found; the initial ones where the model has no tensor."""
+    found: Tensor | None = context.statistics.get(context.name)
+    if found is None:
+        found = task_vectors.new_full((len(task_vectors),), options.initial)
+    return combine(base, task_vectors, found.to(task_vectors.device))
+
+
+METHOD = MergeMethod(
+    options=AdaMergingOptions,
+    summary="Task Arithmetic with coefficients by tensor, tuned for certainty (needs data)",
+    source="AdaMerging, arXiv 2310.02575",
+    merge=merge,
+    calibrate=collect,
+    needs_heads=True,
+)

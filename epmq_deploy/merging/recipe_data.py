@@ -1,0 +1,133 @@
+"""The calibration samples, heads and experts a recipe names, loaded for merging."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.experts import ExpertBackbone, Sources
+from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.progress import Progress
+from epmq_deploy.recipe import Recipe
+from epmq_deploy.tasks.data import Samples, batches, load_samples
+from epmq_deploy.tasks.heads import build_heads
+
+
+@dataclass(frozen=True)
+class RecipeData:
+    """The ``CalibrationData`` of a recipe; one expert's weights are in memory at a time.
+
+    Attributes:
+        sources: base and experts.
+        samples: by task.
+        heads: by task, on the CPU; empty where none were asked for.
+        experts: one backbone that takes on each expert's weights in turn.
+        progress: shows how far a long pass got.
+    """
+
+    sources: Sources
+    samples: Mapping[str, Samples]
+    heads: Mapping[str, TaskHead]
+    experts: ExpertBackbone
+    progress: Progress
+
+    @property
+    def family(self) -> ModelFamily:
+        """Of base and experts."""
+        return self.sources.family
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Names of the experts."""
+        return tuple(self.sources.experts)
+
+    def batches(self, task: str, size: int) -> Iterator[tuple[Tensor, ...]]:
+        """A task's model inputs, at most ``size`` samples at a time, on the device."""
+        for inputs in batches(self.samples[task], self.family, self.sources.base.folder, size):
+            yield tuple(value.to(self.experts.device) for value in inputs)
+
+    def head(self, task: str) -> TaskHead:
+        """A task's head, on the device."""
+        return self.heads[task].to(self.experts.device)
+
+    def backbone(self) -> nn.Module:
+        """A model of its own with the base's weights, float32, on the device."""
+        return self.family.load(self.sources.base.folder).to(self.experts.device)
+
+    def expert(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
+        """An expert, but for the modules ``without``, until the next call."""
+        return self.experts.become(task, without=without)
+
+    def module(self, task: str, name: str) -> nn.Module:
+        """One module with an expert's weights, until the next call."""
+        return self.experts.module(task, name)
+
+
+def load_data(
+    recipe: Recipe,
+    sources: Sources,
+    *,
+    samples: int,
+    seed: int,
+    heads: bool,
+    purpose: str,
+    device: torch.device,
+    progress: Progress,
+) -> RecipeData:
+    """Load what a merge needs beside weights.
+
+    Args:
+        recipe: names the data and the heads.
+        sources: base and experts.
+        samples: at most this many per task.
+        seed: of their choice.
+        heads: whether heads are needed.
+        purpose: what needs them, for messages (``merge.search``).
+        device: where models run.
+        progress: shows how far a long pass got.
+
+    Raises:
+        MismatchError: calibration data or heads are missing or cannot be used; all at once.
+    """
+    chosen, problems = {}, []
+    for task, given in recipe.tasks.items():
+        if given.calibration is None:
+            problems.append(f"task {task!r} has no calibration data, which {purpose} needs")
+            continue
+        try:
+            chosen[task] = load_samples(
+                task,
+                given.calibration,
+                sources.family,
+                prompt=given.prompt,
+                limit=samples,
+                seed=seed,
+            )
+            next(batches(chosen[task], sources.family, sources.base.folder, 1))
+        except EpmqError as error:
+            problems.append(str(error))
+    experts = ExpertBackbone(sources, device)
+    built: dict[str, TaskHead] = {}
+    if heads:
+        try:
+            built = _heads(recipe, sources, experts, device)
+            problems += [
+                f"task {task!r} has no head, which {purpose} needs"
+                for task in recipe.tasks
+                if task not in built
+            ]
+        except MismatchError as error:
+            problems += error.problems
+    if problems:
+        raise MismatchError(purpose, problems)
+    return RecipeData(sources, chosen, built, experts, progress)
+
+
+def _heads(
+    recipe: Recipe, sources: Sources, experts: ExpertBackbone, device: torch.device
+) -> dict[str, TaskHead]:
+    family, folder = sources.family, sources.base.folder
+    features = family.embedding_width(experts.become(next(iter(recipe.tasks))), folder)
+    return build_heads(recipe.tasks, family, folder, features, device=device)

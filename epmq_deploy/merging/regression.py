@@ -1,0 +1,243 @@
+"""Merging linear layers by least squares, block by block, on what the experts' layers receive.
+
+RegMean (Jin et al., arXiv 2212.09849) and RegMean++ (arXiv 2508.03121): the merged layer is the one
+that comes closest to every expert's outputs on that expert's inputs.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from epmq_deploy.calibration.activations import BlockBatch, advance, capture_block_batch
+from epmq_deploy.calibration.cache import ActivationCache
+from epmq_deploy.calibration.statistics import Accumulator
+from epmq_deploy.calibration.tokens import TokenWeights
+from epmq_deploy.errors import NumericsError
+from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
+from epmq_deploy.merging.method import Context, DataOptions, TaskVectors
+from epmq_deploy.models import Block
+
+# Added to the diagonal, relative to its mean: decides what calibration says nothing about.
+_DAMPING = 1e-6
+
+
+class RegressionOptions(DataOptions):
+    """Options of methods that merge linear layers by least squares; the rest is averaged."""
+
+    off_diagonal: float = Field(
+        1.0, ge=0, le=1, description="factor on the off-diagonal elements of the Gram matrices"
+    )
+    batch_size: int = Field(64, ge=1, description="samples per forward pass; no effect on accuracy")
+    cache_limit: float | None = Field(
+        4.0, ge=0, description="GiB of activations held in memory; the rest goes to disk"
+    )
+
+    whole_model: ClassVar[frozenset[str]] = DataOptions.whole_model | {"batch_size", "cache_limit"}
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the merged weights; where activations are kept does not."""
+        return self.model_dump(mode="json", exclude={"cache_limit"})
+
+
+def shrink_off_diagonal(gram: Tensor, factor: float) -> Tensor:
+    """``gram [..., K, K]`` with its off-diagonal elements times ``factor``."""
+    return factor * gram + (1 - factor) * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+
+
+def regression_mean(mean: Tensor, cross: Tensor, gram: Tensor) -> Tensor:
+    """The task vector closest to all experts' outputs: ``(sum_t tau_t G_t) (sum_t G_t)^-1``.
+
+    Args:
+        mean: of the task vectors, ``[N, K]``; what is taken in directions that no input has.
+        cross: ``sum_t tau_t G_t``, ``[N, K]``.
+        gram: ``sum_t G_t``, ``[K, K]``, symmetric and positive semidefinite.
+
+    Returns:
+        ``[N, K]``, float32.
+    """
+    exact = gram.to(torch.float64)
+    deviation = cross.to(torch.float64) - mean.to(torch.float64) @ exact
+    size = exact.diagonal().mean()
+    if float(size) == 0:
+        return mean.clone()
+    damped = exact + _DAMPING * size * torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+    solved = torch.cholesky_solve(deviation.T, torch.linalg.cholesky(damped)).T
+    return (mean.to(torch.float64) + solved).to(torch.float32)
+
+
+@dataclass
+class _Sums:
+    """Sums over experts for layers that share their input; see ``regression_mean``."""
+
+    gram: Tensor | None = None
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    cross: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, gram: Tensor, vectors: Mapping[str, Tensor], share: float, factors: Any) -> None:
+        self.gram = gram.clone() if self.gram is None else self.gram.add_(gram)
+        for name, vector in vectors.items():
+            product = vector @ shrink_off_diagonal(gram, factors[name])
+            if name not in self.cross:
+                self.cross[name], self.mean[name] = product, share * vector
+            else:
+                self.cross[name].add_(product)
+                self.mean[name].add_(vector, alpha=share)
+
+
+class _Pass:
+    """Takes every task's batches through the model block by block, merging on the way."""
+
+    def __init__(
+        self,
+        data: CalibrationData,
+        vectors: TaskVectors,
+        options: RegressionOptions,
+        merged: nn.Module | None,
+    ) -> None:
+        self._data, self._vectors, self._options, self._merged = data, vectors, options, merged
+        limit = options.cache_limit
+        self._cache = ActivationCache(None if limit is None else int(limit * 2**30))
+        self._tokens: dict[str, list[TokenWeights]] = {task: [] for task in data.tasks}
+        self._batches: dict[str, list[BlockBatch]] = {task: [] for task in data.tasks}
+        self._held = set(vectors.names)
+
+    def start(self, blocks: Sequence[Block]) -> None:
+        """Run what comes before the first block, in the experts or in the merged model."""
+        names = [block.name for block in blocks]
+        for task in self._data.tasks:
+            model = self._merged or self._data.expert(task, without=names)
+            first = model.get_submodule(names[0])
+            for inputs in self._data.batches(task, self._options.batch_size):
+                self._tokens[task].append(self._data.family.tokens(*inputs))
+                run = lambda inputs=inputs, model=model: self._data.family.embed(model, *inputs)  # noqa: E731
+                self._batches[task].append(capture_block_batch(first, run, self._cache))
+
+    def merge_block(self, block: Block) -> dict[str, Tensor]:
+        """The merged task vectors of a block's linear layers; all batches go on to the next."""
+        groups = [
+            [name for layer in group.layers if (name := f"{layer}.weight") in self._held]
+            for group in block.groups
+        ]
+        sums = [_Sums() for _ in groups]
+        for index, task in enumerate(self._data.tasks):
+            for known, names, gram in zip(sums, groups, self._grams(task, block), strict=True):
+                self._add(known, names, gram, index)
+        solved = {}
+        for known, names in zip(sums, groups, strict=True):
+            for name in names:
+                assert known.gram is not None, "there is at least one expert"
+                gram = shrink_off_diagonal(known.gram, self._factor(name))
+                solved[name] = regression_mean(known.mean[name], known.cross[name], gram)
+        if self._merged is not None:
+            inside = [name for name in self._held if name.startswith(f"{block.name}.")]
+            _add_to(self._merged, self._vectors, inside, solved)
+            module = self._merged.get_submodule(block.name)
+            for batches in self._batches.values():
+                for batch in batches:
+                    advance(module, batch, self._cache)
+        return solved
+
+    def _factor(self, name: str) -> float:
+        return self._options.for_tensor(name).off_diagonal
+
+    def _add(self, sums: _Sums, names: list[str], gram: Tensor, index: int) -> None:
+        vectors = dict(zip(names, self._vectors.of_task(index, names), strict=True))
+        factors = {name: self._factor(name) for name in names}
+        sums.add(gram, vectors, 1 / len(self._data.tasks), factors)
+
+    def _grams(self, task: str, block: Block) -> list[Tensor]:
+        """Mean over tokens of ``x x^T`` of what each group of an expert's layers receives."""
+        expert = self._data.module(task, block.name)
+        sums = [Accumulator() for _ in block.groups]
+        firsts = [
+            expert.get_submodule(group.layers[0].removeprefix(f"{block.name}."))
+            for group in block.groups
+        ]
+        for tokens, batch in zip(self._tokens[task], self._batches[task], strict=True):
+            with _watching(firsts, sums, tokens):
+                if self._merged is None:
+                    advance(expert, batch, self._cache)
+                else:
+                    with torch.inference_mode():
+                        batch.run(expert)
+        try:
+            return [accumulator.statistics().gram for accumulator in sums]
+        except NumericsError as error:
+            raise NumericsError(f"{block.name}: task {task!r}: {error}") from error
+
+
+@contextmanager
+def _watching(
+    layers: Sequence[nn.Module], sums: Sequence[Accumulator], tokens: TokenWeights
+) -> Iterator[None]:
+    """Add what layers receive to their sums; padding does not count."""
+
+    def hook(accumulator: Accumulator) -> Any:
+        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            accumulator.add(inputs, tokens.weights(inputs.shape, 1.0, inputs.device))
+
+        return add
+
+    handles = [
+        layer.register_forward_pre_hook(hook(accumulator), with_kwargs=True)
+        for layer, accumulator in zip(layers, sums, strict=True)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _add_to(
+    model: nn.Module, vectors: TaskVectors, names: Sequence[str], solved: Mapping[str, Tensor]
+) -> None:
+    """Add merged task vectors to a model's parameters: those solved for, or the mean."""
+    parameters = dict(model.named_parameters())
+    for name in names:
+        if name in parameters:
+            vector = solved[name] if name in solved else vectors.of_tensor(name).mean(dim=0)
+            parameters[name].data.add_(vector)
+
+
+def merge_linear_layers(
+    data: CalibrationData, vectors: TaskVectors, options: RegressionOptions, *, sequential: bool
+) -> Calibrated:
+    """Merged task vectors of all linear layers in blocks, by tensor name.
+
+    One block of one expert and one group's Gram matrices are in memory at a time, beside the
+    result and the activations.
+
+    Args:
+        data: samples and experts.
+        vectors: the experts' task vectors.
+        options: of the method.
+        sequential: take the inputs of each block from the merged model's preceding blocks
+            (RegMean++) instead of the expert's own.
+    """
+    model = data.backbone()
+    blocks = data.family.blocks(model)
+    merged = model if sequential else None
+    if merged is not None:
+        inside = tuple(f"{block.name}." for block in blocks)
+        outside = [name for name in vectors.names if not name.startswith(inside)]
+        _add_to(merged, vectors, outside, {})
+    walk = _Pass(data, vectors, options, merged)
+    walk.start(blocks)
+    solved: dict[str, Tensor] = {}
+    for block in data.progress.track(blocks, "merging blocks"):
+        solved |= walk.merge_block(block)
+    return Calibrated(solved)
+
+
+def regressed_or_mean(base: Tensor, task_vectors: Tensor, context: Context) -> Tensor:
+    """``base [*]`` plus what was solved for the tensor, or else the mean of its task vectors."""
+    solved = context.statistics.get(context.name)
+    return base + (task_vectors.mean(dim=0) if solved is None else solved)

@@ -1,0 +1,98 @@
+"""Distillation: scales, biases and norms move towards the experts' predictions, codes do not."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_zoo import TASKS, TinyZoo
+
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.merging.merge import merge
+from epmq_deploy.models import family_of
+from epmq_deploy.quantization import distill as distill_module
+from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.model import apply_quantized
+from epmq_deploy.quantization.quantize import quantize
+from epmq_deploy.recipe import Recipe, load_recipe, override
+
+
+@pytest.fixture(scope="module")
+def merged(tiny: TinyZoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("merge") / "merged"
+    merge(load_recipe(tiny.recipe), folder)
+    return folder
+
+
+def distilling(tiny: TinyZoo, epochs: int) -> Recipe:
+    return override(load_recipe(tiny.recipe), "quantize", {"distill": epochs})
+
+
+def test_codes_stay_and_the_divergence_falls(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
+    quantize(distilling(tiny, 0), merged, tmp_path / "plain")
+    manifest = quantize(distilling(tiny, 2), merged, tmp_path / "tuned")
+    found = manifest.details["distill"]
+    assert found["kept"]
+    assert found["after"] < found["before"]
+    (plain, _), (tuned, replaced) = (load_artifact(tmp_path / name) for name in ("plain", "tuned"))
+    moved = set()
+    for name, linear in plain.items():
+        assert torch.equal(linear.codes, tuned[name].codes)
+        assert torch.equal(linear.zero_points, tuned[name].zero_points)
+        assert bool((tuned[name].scales > 0).all())
+        if not torch.equal(linear.scales, tuned[name].scales):
+            moved.add(name)
+    assert moved == {name for name in plain if "embeddings" not in name}
+    assert "vision_model.post_layernorm.weight" in replaced
+
+
+def test_the_model_is_what_is_stored(
+    tiny: TinyZoo, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+    original = distill_module.apply_quantized
+
+    def remember(model: torch.nn.Module, *rest: object) -> None:
+        original(model, *rest)  # type: ignore[arg-type]
+        models.append(model)
+
+    monkeypatch.setattr(distill_module, "apply_quantized", remember)
+    quantize(distilling(tiny, 1), merged, tmp_path / "out")
+    stored = family_of(merged).load(merged)
+    apply_quantized(stored, *load_artifact(tmp_path / "out"))
+    for name, value in stored.state_dict().items():
+        assert torch.equal(value, models[0].state_dict()[name]), name
+
+
+def test_what_does_not_help_is_undone_and_said(
+    tiny: TinyZoo,
+    merged: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    quantize(distilling(tiny, 0), merged, tmp_path / "plain")
+    monkeypatch.setattr(distill_module, "_RATE", 1e3)
+    with caplog.at_level(logging.WARNING):
+        manifest = quantize(distilling(tiny, 1), merged, tmp_path / "out")
+    assert not manifest.details["distill"]["kept"]
+    assert "undone" in caplog.text
+    (plain, before), (tuned, after) = (load_artifact(tmp_path / name) for name in ("plain", "out"))
+    assert all(torch.equal(plain[name].scales, tuned[name].scales) for name in plain)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_task_needs_a_head(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
+    recipe = distilling(tiny, 1)
+    tasks = dict(recipe.tasks)
+    tasks[TASKS[0]] = tasks[TASKS[0]].model_copy(update={"head": None})
+    headless = recipe.model_copy(update={"tasks": tasks})
+    with pytest.raises(RecipeError, match=rf"quantize\.distill needs a head .*{TASKS[0]} has none"):
+        quantize(headless, merged, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_needs_calibration_data(tiny: TinyZoo) -> None:
+    with pytest.raises(RecipeError, match="leave out alpha, norms and distill"):
+        override(load_recipe(tiny.recipe), "quantize", {"preset": "weights", "distill": 1})
