@@ -95,7 +95,7 @@ def preflight(recipe: Recipe) -> Sources:
     Raises:
         MismatchError: every problem found.
     """
-    from epmq_deploy.exporters import formats_of
+    from epmq_deploy.exporters.targets import check_export, check_target, planned_grids
     from epmq_deploy.merging.merge import check_options
     from epmq_deploy.merging.preflight import check_experts
     from epmq_deploy.quantization.model import check_patterns
@@ -115,6 +115,7 @@ def preflight(recipe: Recipe) -> Sources:
     def check_model() -> None:
         model = family.load(folder)
         check_patterns(model, family.blocks(model), recipe.quantize)
+        check_target(recipe.export, planned_grids(model, family.blocks(model), recipe.quantize))
         features = family.embedding_width(model, folder)
         # Class names are all encoded later; one of each task shows that they can be.
         brief = {name: _brief(task) for name, task in recipe.tasks.items()}
@@ -124,7 +125,7 @@ def preflight(recipe: Recipe) -> Sources:
         lambda: check_options(recipe),
         lambda: check_experts(sources, mixed_dtypes=recipe.merge.mixed_dtypes),
         lambda: calibration_samples(recipe, family, folder),
-        lambda: formats_of(recipe.export.formats),
+        lambda: check_export(recipe.export),
         lambda: evaluation_samples(recipe, family, folder),
         check_model,
     )

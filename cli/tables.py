@@ -51,11 +51,15 @@ def export_table(manifest: Manifest, folder: str) -> Table:
     table = Table(title=escape(f"export: {folder}"))
     for title in ("format", "file"):
         table.add_column(title)
-    for title in ("MB", "low-bit layers"):
+    for title in ("MB", "low-bit layers", "from torch", "same answer"):
         table.add_column(title, justify="right")
     for graph in manifest.details["graphs"]:
         size, layers = f"{graph['bytes'] / 1e6:.2f}", str(graph["low_bit_nodes"])
-        table.add_row(graph["format"], escape(graph["file"]), size, layers)
+        parity = graph["parity"]
+        agreement = parity["agreement"]
+        same = "" if agreement is None else f"{agreement:.1%}"
+        distance = f"{parity['relative']:.1e}"
+        table.add_row(graph["format"], escape(graph["file"]), size, layers, distance, same)
     return table
 
 

@@ -136,8 +136,15 @@ class Task(Options):
 class ExportOptions(Options):
     """Options of ``epmq export``."""
 
-    formats: tuple[str, ...] = Field(
-        ("matmulnbits", "qdq"), min_length=1, description="formats to write"
+    target: str | None = Field(
+        None,
+        description="where to run; picks formats and checks what its kernels take: cpu, cuda, "
+        "tensorrt, openvino, qnn, webgpu, wasm",
+    )
+    formats: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="formats to write; when absent the target's, else matmulnbits and qdq",
     )
     opset: int = Field(21, ge=21, description="ONNX opset (21 is the first with 4-bit types)")
     accuracy_level: int = Field(
@@ -276,6 +283,9 @@ def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
         return recipe
     content = recipe.model_dump()
     options = content[section]
+    if "target" in given:
+        # A target brings formats of its own, unless some are given with it.
+        options = options | {"formats": None}
     registries: dict[str, dict[str, Any]] = {"merge": MERGE_METHODS, "quantize": TARGETS}
     known = registries.get(section, {})
     wanted = given.get("method")

@@ -13,6 +13,7 @@ from epmq_deploy.exporters.files import PROTOBUF_LIMIT, write_model
 from epmq_deploy.exporters.formats import GraphFormat, formats_of
 from epmq_deploy.exporters.packed_linear import pack_linear
 from epmq_deploy.exporters.read_codes import FORMAT_KEY
+from epmq_deploy.exporters.session import INT8_LEVEL
 from epmq_deploy.exporters.swap import export_copy, swapped_copy
 from epmq_deploy.exporters.trace import trace
 from epmq_deploy.exporters.two_bits import narrow_to_two_bits
@@ -21,8 +22,6 @@ from epmq_deploy.models.family import Deployable
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 FP32_FORMAT = "fp32"
-# Level at which the CPU kernel for 2-bit containers is fast.
-_INT8_LEVEL = 4
 
 
 @dataclass(frozen=True)
@@ -89,11 +88,11 @@ def export_graphs(
         NumericsError: a written file does not hold the codes or would not run in low bits.
     """
     chosen = formats_of(formats)
-    linear, rows = _by_kind(model, layers)
+    linear, rows = by_kind(model.backbone, layers)
     check_options(chosen, linear, opset, accuracy_level)
     check_inputs(model, example_inputs, layers, replaced)
     packed = {name: pack_linear(name, layer) for name, layer in linear.items()}
-    two_bits = accuracy_level == _INT8_LEVEL if two_bit_containers is None else two_bit_containers
+    two_bits = accuracy_level == INT8_LEVEL if two_bit_containers is None else two_bit_containers
     write = partial(
         _write,
         stem=model.stem,
@@ -120,11 +119,11 @@ def export_graphs(
     return tuple(written)
 
 
-def _by_kind(
-    model: Deployable, layers: Mapping[str, QuantizedLinear]
+def by_kind(
+    backbone: nn.Module, layers: Mapping[str, QuantizedLinear]
 ) -> tuple[dict[str, QuantizedLinear], dict[str, QuantizedLinear]]:
     """Linear layers, and those with one scale per row; what the model lacks is left for checks."""
-    modules = dict(model.backbone.named_modules())
+    modules = dict(backbone.named_modules())
     rows = {
         name: layer
         for name, layer in layers.items()

@@ -1,19 +1,35 @@
 """The export stage: the quantized artifact in, a folder of verified ONNX files out."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from epmq_deploy.checkpoints import copy_settings
 from epmq_deploy.experts import check_unchanged, open_sources
-from epmq_deploy.exporters.export import export_graphs
-from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.export import ExportedGraph, by_kind, export_graphs
+from epmq_deploy.exporters.formats import all_formats
+from epmq_deploy.exporters.parity import Parity, measure_parity, torch_outputs
+from epmq_deploy.exporters.parts import Part, parts_of
 from epmq_deploy.exporters.session import session_config
-from epmq_deploy.models import MultiTaskModel, family_of
+from epmq_deploy.exporters.targets import (
+    LayerGrid,
+    check_export,
+    check_target,
+    chosen_formats,
+    chosen_two_bit_containers,
+    target_of,
+)
+from epmq_deploy.models import family_of
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.model import apply_quantized
 from epmq_deploy.quantization.quantize import MERGED_FOLDER
-from epmq_deploy.recipe import Recipe
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.recipe import ExportOptions, Recipe
 from epmq_deploy.stage import (
     Manifest,
     atomic_folder,
@@ -24,7 +40,7 @@ from epmq_deploy.stage import (
     refuse_existing,
     write_manifest,
 )
-from epmq_deploy.tasks.heads import build_heads, leaves_head_to_expert, save_heads
+from epmq_deploy.tasks.heads import leaves_head_to_expert, save_heads
 
 # Where transformers.js and optimum look for graphs.
 GRAPHS_FOLDER = "onnx"
@@ -58,12 +74,13 @@ def export(
         RecipeError: the output exists, the input is no quantized artifact, or a format cannot
             hold a layer.
         MismatchError: a head does not fit the model, or is that of an expert that was changed.
-        NumericsError: a written file does not hold the solver's codes or does not run them in a
-            low-bit kernel.
+        NumericsError: a written file does not hold the solver's codes, does not run them in a
+            low-bit kernel, or differs from torch by more than its format's tolerance.
     """
     progress = progress or NoProgress()
     refuse_existing(output, "export", overwrite=overwrite, source=quantized)
-    formats_of(recipe.export.formats)
+    check_export(recipe.export)
+    options = recipe.export
     made = open_output(quantized, "quantize")
     mark, inputs = export_fingerprint(recipe, made.fingerprint)
     merged = quantized / MERGED_FOLDER
@@ -72,38 +89,83 @@ def export(
     if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
         check_unchanged(open_sources(recipe), made)
     backbone = family.load(merged)
-    example = family.example_inputs(merged, 2)
-    features = family.embedding_width(backbone, merged)
-    heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
+    linear, _ = by_kind(backbone, layers)
+    check_target(options, {name: LayerGrid.of(layer) for name, layer in linear.items()})
+    parts, heads = parts_of(
+        recipe.tasks, family, backbone, merged, device=device, progress=progress
+    )
     with atomic_folder(output) as folder:
         place = folder / GRAPHS_FOLDER
         place.mkdir()
-        graphs = export_graphs(
-            MultiTaskModel(family, backbone, heads),
-            example,
-            layers,
-            replaced,
-            recipe.export.formats,
-            place,
-            opset=recipe.export.opset,
-            accuracy_level=recipe.export.accuracy_level,
-            two_bit_containers=recipe.export.two_bit_containers,
-        )
+        graphs = [
+            export_graphs(
+                part.model,
+                part.example,
+                part.layers_of(layers),
+                replaced,
+                chosen_formats(options),
+                place,
+                opset=options.opset,
+                accuracy_level=options.accuracy_level,
+                two_bit_containers=chosen_two_bit_containers(options),
+            )
+            for part in parts
+        ]
+        parities = _parities(graphs, parts, layers, replaced, options)
         copy_settings(merged, folder)
-        save_heads(folder, heads)
+        if heads:
+            save_heads(folder, heads)
         details = {
+            "target": options.target and asdict(target_of(options.target)),
             "graphs": [
-                {
-                    "format": graph.format,
-                    "file": graph.path.relative_to(folder).as_posix(),
-                    "bytes": graph.bytes,
-                    "opset": graph.opset,
-                    "low_bit_nodes": graph.low_bit_nodes,
-                    "session_config": session_config(recipe.export.accuracy_level),
-                }
-                for graph in graphs
+                _described(graph, part, parities[graph.path], folder, options)
+                for written, part in zip(graphs, parts, strict=True)
+                for graph in written
             ],
+            "parity_inputs": parts[0].samples.kind,
+            "tasks_without_parity": dict(parts[0].samples.missing),
             "codes": {name: layers[name].codes_sha256() for name in sorted(layers)},
         }
         inputs |= model_inputs(made)
         return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))
+
+
+def _described(
+    graph: ExportedGraph, part: Part, parity: Parity, folder: Path, options: ExportOptions
+) -> dict[str, Any]:
+    """What the manifest says of a graph."""
+    return {
+        "format": graph.format,
+        "part": part.model.stem,
+        "file": graph.path.relative_to(folder).as_posix(),
+        "bytes": graph.bytes,
+        "opset": graph.opset,
+        "low_bit_nodes": graph.low_bit_nodes,
+        "session_config": session_config(options.accuracy_level),
+        "parity": asdict(parity),
+    }
+
+
+def _parities(
+    graphs: Sequence[Sequence[ExportedGraph]],
+    parts: Sequence[Part],
+    layers: Mapping[str, QuantizedLinear],
+    replaced: Mapping[str, Tensor],
+    options: ExportOptions,
+) -> dict[Path, Parity]:
+    """Compare every graph with torch, by file; the backbone becomes the quantized one."""
+    low_bit = {fmt.name for fmt in all_formats() if fmt.low_bit}
+    found = {}
+    for quantized in (False, True):
+        if quantized:
+            # All parts share it.
+            apply_quantized(parts[0].model.backbone, layers, replaced)
+        for written, part in zip(graphs, parts, strict=True):
+            inputs = part.samples.batches
+            expected = torch_outputs(part.model, inputs)
+            for graph in written:
+                if (graph.format in low_bit) == quantized:
+                    found[graph.path] = measure_parity(
+                        graph, expected, inputs, options.accuracy_level
+                    )
+    return found

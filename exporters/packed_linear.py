@@ -59,16 +59,21 @@ def block_size_of(name: str, layer: QuantizedLinear) -> int:
     Raises:
         RecipeError: no power of two from 16 on divides the group size.
     """
-    size, columns = layer.group_size, layer.in_features
-    if size >= columns:
-        return _channel_block(columns)
-    block = min(size & -size, _MAX_BLOCK)
-    if block < _MIN_BLOCK:
+    block = block_size_for(layer.group_size, layer.in_features)
+    if block is None:
         raise RecipeError(
-            f"layer {name}: group size {size} cannot be stored in ONNX; use a multiple of "
-            f"{_MIN_BLOCK} (32, 64 or 128), or quantize per channel"
+            f"layer {name}: group size {layer.group_size} cannot be stored in ONNX; use a multiple "
+            f"of {_MIN_BLOCK} (32, 64 or 128), or quantize per channel"
         )
     return block
+
+
+def block_size_for(group_size: int, columns: int) -> int | None:
+    """Block size for groups of so many columns; None where no power of two from 16 on fits."""
+    if group_size >= columns:
+        return _channel_block(columns)
+    block = min(group_size & -group_size, _MAX_BLOCK)
+    return block if block >= _MIN_BLOCK else None
 
 
 def pack_linear(name: str, layer: QuantizedLinear) -> PackedLinear:

@@ -2,8 +2,8 @@
 
 onnxruntime's CPU kernel computes both correctly, but has a fast kernel for 2 bits only at accuracy
 level 4. Measured on 1.31, 768 x 3072, blocks of 64 (``benchmarks/low_bit_kernels.py``,
-``results/low_bit_kernels.json``): at level 0 one row takes 5 times as long as with 4 bits and 50 rows
-2.8 times; at level 4 one row is as fast and 50 rows take 2.4 times as long.
+``results/low_bit_kernels.json``): at level 0 one row takes 5 times as long as with 4 bits and 50
+rows 2.8 times; at level 4 one row is as fast and 50 rows take 2.4 times as long.
 """
 
 import onnx_ir as ir

@@ -9,7 +9,6 @@ Keys and values are ``past_key_values.N.*`` going in and ``present.N.*`` coming 
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from epmq_deploy.models.family import Deployable
 from epmq_deploy.models.writer import WriterFamily
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 PARTS = ("key", "value")
 _BATCH, _LENGTH = 2, 5
@@ -39,10 +37,6 @@ class WriterGraph(Deployable):
     def example_inputs(self) -> tuple[Tensor, ...]:
         """A batch of 2, as ``input_names``."""
 
-    @abstractmethod
-    def runs(self, layer: str) -> bool:
-        """Whether a layer, by the backbone's dotted name, is part of the graph."""
-
     def dynamic_axes(self) -> tuple[dict[int, str], ...]:
         """Names of the axes that are left open, as ``input_names``."""
         return tuple(self._axes(name) for name in self.input_names)
@@ -53,10 +47,6 @@ class WriterGraph(Deployable):
         if name.startswith("encoder_"):
             return {0: "batch", 1: "encoder_sequence"}
         return {0: "batch", 1: "sequence"}
-
-    def layers_of(self, layers: Mapping[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
-        """Those that are part of the graph."""
-        return {name: layer for name, layer in layers.items() if self.runs(name)}
 
 
 class EncoderGraph(WriterGraph):
@@ -214,10 +204,6 @@ class CausalGraph(WriterGraph):
         mask = torch.ones(_BATCH, 3 + ids.shape[1], dtype=torch.int64)
         positions = torch.arange(3, mask.shape[1]).expand(_BATCH, -1).contiguous()
         return (ids, mask, positions, *past)
-
-    def runs(self, layer: str) -> bool:
-        """All."""
-        return True
 
     def _axes(self, name: str) -> dict[int, str]:
         return (

@@ -199,6 +199,10 @@ class Deployable(nn.Module, ABC):
     def dynamic_axes(self) -> tuple[dict[int, str], ...]:
         """Names of the axes that the graph leaves open, per input as ``input_names``."""
 
+    def runs(self, layer: str) -> bool:
+        """Whether a layer, by the backbone's dotted name, is part of the graph."""
+        return True
+
 
 class MultiTaskModel(Deployable):
     """A backbone with one head per task: what gets exported and evaluated.

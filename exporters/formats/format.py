@@ -8,6 +8,10 @@ import onnx_ir as ir
 
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
+# Of activations rounded to int8, layer after layer; evaluation decides whether that is good enough,
+# parity only tells it from a wrong graph.
+INT8_TOLERANCE = 0.3
+
 
 class GraphFormat(ABC):
     """One way to write a model into an ONNX file.
@@ -19,6 +23,8 @@ class GraphFormat(ABC):
         min_opset: lowest version of the default operator set it can be written in.
         low_bit: whether it holds the quantized layers; otherwise it is the merged model in float.
         stores_two_bits: whether it may hold codes in 2-bit containers.
+        tolerance: largest distance from torch, relative to the norm of an output
+            (`epmq_deploy.exporters.parity`); the default is for float32 arithmetic.
     """
 
     name: ClassVar[str]
@@ -27,6 +33,7 @@ class GraphFormat(ABC):
     min_opset: ClassVar[int]
     low_bit: ClassVar[bool] = True
     stores_two_bits: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 1e-3
 
     @abstractmethod
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:

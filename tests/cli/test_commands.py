@@ -12,6 +12,7 @@ from tiny_zoo import TASKS, TinyZoo
 
 from epmq_deploy.cli.main import main
 from epmq_deploy.exporters import read_codes
+from epmq_deploy.exporters.formats import GraphFormat
 
 
 def run(*arguments: object) -> int:
@@ -87,6 +88,52 @@ def test_the_manifest_identifies_the_codes(chain: Path) -> None:
                 for name, layer in stored.items()
             }
             assert digests == details["codes"]
+
+
+def test_the_manifest_holds_the_distance_from_torch(chain: Path) -> None:
+    details = json.loads((chain / "onnx" / "manifest.json").read_text())["details"]
+    assert (details["parity_inputs"], details["tasks_without_parity"]) == ("calibration", {})
+    for graph in details["graphs"]:
+        parity = graph["parity"]
+        assert parity["samples"] == 4 * len(TASKS)
+        assert 0 < parity["relative"] < 1e-4
+        assert parity["agreement"] == 1
+
+
+def test_a_graph_too_far_from_torch_ends_with_4(
+    chain: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(GraphFormat, "tolerance", 0.0)
+    assert run("export", chain / "quantized", "-o", tmp_path / "onnx") == 4
+    assert "model.onnx differs from torch" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_target_picks_formats_and_refuses_what_it_cannot_run(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, quantized = tmp_path / "onnx", chain / "quantized"
+    assert run("export", quantized, "-o", out, "--target", "tensorrt") == 2
+    message = capsys.readouterr().err
+    assert "blocks of 16, it takes 64 or 128: quantize with --group-size 128" in message
+    assert "--symmetric" in message
+    assert not out.exists()
+    assert run("export", quantized, "-o", out, "--target", "cuda", "-q") == 0
+    details = json.loads((out / "manifest.json").read_text())["details"]
+    assert [graph["format"] for graph in details["graphs"]] == ["fp32", "fp16", "matmulnbits"]
+    assert details["target"]["name"] == "cuda"
+
+
+def test_a_target_is_checked_before_any_work(
+    tiny: TinyZoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setting = ["--set", "export.target=tensorrt"]
+    assert run("run", tiny.recipe, "-o", tmp_path / "out", *setting) == 3
+    assert "--group-size 128" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_json_goes_to_stdout_alone(

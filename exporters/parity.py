@@ -1,0 +1,148 @@
+"""How far exported graphs are from torch, on real samples."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epmq_deploy.errors import EpmqError, NumericsError
+from epmq_deploy.exporters.export import ExportedGraph
+from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.formats.format import INT8_TOLERANCE
+from epmq_deploy.exporters.session import INT8_LEVEL, cpu_session
+from epmq_deploy.models import Deployable, ModelFamily
+from epmq_deploy.recipe import Task
+from epmq_deploy.tasks.data import batches, load_samples
+
+log = logging.getLogger(__name__)
+
+_SAMPLES = 4
+
+Batches = Sequence[tuple[Tensor, ...]]
+Outputs = Sequence[tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class ParityInputs:
+    """What graphs are compared on.
+
+    Attributes:
+        kind: ``calibration`` samples, or ``example`` inputs where there are none.
+        batches: model inputs, as ``family.input_names``.
+        missing: by task, why it gave no samples.
+    """
+
+    kind: Literal["calibration", "example"]
+    batches: Batches
+    missing: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a graph is from torch.
+
+    Attributes:
+        samples: compared.
+        max_abs: largest difference of any output.
+        relative: Euclidean norm of the differences over that of torch's values; the worst output's.
+        agreement: share of samples and tasks with the same highest logit; None without heads.
+        tolerance: the largest ``relative`` that passes.
+    """
+
+    samples: int
+    max_abs: float
+    relative: float
+    agreement: float | None
+    tolerance: float
+
+
+def parity_inputs(
+    tasks: Mapping[str, Task], family: ModelFamily, folder: Path, example: tuple[Tensor, ...]
+) -> ParityInputs:
+    """A few calibration samples of every task whose data are there.
+
+    Args:
+        tasks: the recipe's.
+        family: the model's.
+        folder: a model folder with preprocessor or tokenizer.
+        example: what to take where no task has data; said in a warning.
+    """
+    found, missing = [], {}
+    for name, task in tasks.items():
+        if task.calibration is None:
+            missing[name] = "no calibration data in the recipe"
+            continue
+        try:
+            samples = load_samples(name, task.calibration, family, limit=_SAMPLES)
+            found += list(batches(samples, family, folder, _SAMPLES))
+        except EpmqError as error:
+            missing[name] = str(error)
+    if found:
+        return ParityInputs("calibration", found, missing)
+    reasons = "; ".join(f"task {name!r}: {reason}" for name, reason in missing.items())
+    log.warning("graphs are compared with torch on made-up inputs only: %s", reasons)
+    return ParityInputs("example", [example], missing)
+
+
+def torch_outputs(model: Deployable, inputs: Batches) -> Outputs:
+    """What the model gives per batch, as ``output_names``."""
+    model.eval()
+    with torch.inference_mode():
+        return [model(*batch) for batch in inputs]
+
+
+def measure_parity(
+    graph: ExportedGraph, expected: Outputs, inputs: Batches, accuracy_level: int
+) -> Parity:
+    """Run a graph and compare.
+
+    Args:
+        graph: as written.
+        expected: torch's outputs, of the merged model for a float format, else of the quantized.
+        inputs: batches that gave them.
+        accuracy_level: the graph was exported for.
+
+    Raises:
+        NumericsError: the graph is further from torch than its format's tolerance.
+    """
+    session = cpu_session(graph.path, accuracy_level)
+    names = [item.name for item in session.get_inputs()]
+    outputs = [item.name for item in session.get_outputs()]
+    actual = [
+        session.run(None, {name: value.numpy() for name, value in zip(names, batch, strict=True)})
+        for batch in inputs
+    ]
+    ours = [np.concatenate(parts) for parts in zip(*actual, strict=True)]
+    theirs = [torch.cat(parts).numpy() for parts in zip(*expected, strict=True)]
+    (fmt,) = formats_of([graph.format])
+    integer = fmt.low_bit and accuracy_level == INT8_LEVEL
+    tolerance = max(fmt.tolerance, INT8_TOLERANCE) if integer else fmt.tolerance
+    pairs = list(zip(ours, theirs, strict=True))
+    hits = [
+        one.argmax(1) == other.argmax(1)
+        for name, (one, other) in zip(outputs, pairs, strict=True)
+        if name.startswith("logits_")
+    ]
+    parity = Parity(
+        samples=len(theirs[0]),
+        max_abs=max(float(np.abs(one - other).max()) for one, other in pairs),
+        relative=max(_relative(one, other) for one, other in pairs),
+        agreement=float(np.mean(hits)) if hits else None,
+        tolerance=tolerance,
+    )
+    # Not a number is no parity either.
+    if not parity.relative <= tolerance:
+        raise NumericsError(
+            f"{graph.path.name} differs from torch by {parity.relative:.2g} of its outputs' norm, "
+            f"format {graph.format} allows {tolerance:g}"
+        )
+    return parity
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
