@@ -165,6 +165,9 @@ class EvalOptions(Options):
     max_drop: float | None = Field(
         None, description="largest loss of average accuracy against fp32 merged, in points"
     )
+    max_tokens: int = Field(
+        32, ge=1, description="longest answer of models that write texts, in tokens"
+    )
     latency_runs: int = Field(50, ge=1, description="timed batch-1 runs per graph")
     threads: int | None = Field(
         None, ge=1, description="onnxruntime intra-op threads; its default when absent"

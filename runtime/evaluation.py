@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,13 @@ from epmq_deploy.device import DeviceName
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
+from epmq_deploy.models.writer import WriterFamily
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
-from epmq_deploy.runtime.latency import measure_latency
+from epmq_deploy.runtime.latency import Runs, measure_latency
 from epmq_deploy.runtime.report import EXPERTS, EvalReport, Row
 from epmq_deploy.runtime.sessions import Graph
+from epmq_deploy.runtime.text_scoring import TextScorer, open_writers
 from epmq_deploy.stage import Manifest, fingerprint, open_output
 from epmq_deploy.tasks.accuracy import count_hits, embeddings
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
@@ -27,7 +30,7 @@ def eval_fingerprint(recipe: Recipe, exported: str) -> str:
     inputs = {"export": exported}
     for name, task in recipe.tasks.items():
         if task.evaluation is not None:
-            inputs[f"evaluation:{name}"] = data_sha256(task.evaluation)
+            inputs[f"evaluation:{name}"] = data_sha256(task.evaluation, task.prompt)
     return fingerprint("eval", recipe.eval.model_dump(mode="json", exclude={"max_drop"}), inputs)
 
 
@@ -49,28 +52,38 @@ def evaluate(
     """
     progress = progress or NoProgress()
     made = open_output(exported, "export")
-    heads = load_heads(exported)
     family = family_of(exported)
+    heads = {} if family.writes_texts else load_heads(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
     files = made.details["graphs"]
-    graphs = {
-        item["format"]: Graph(
-            exported / item["file"],
-            provider=provider,
-            threads=recipe.eval.threads,
-            session_config=item["session_config"],
-        )
-        for item in files
-    }
     experts = _experts(recipe, made, device or torch.device("cpu"))
-    scorer = _Scorer(family, exported, recipe.eval.batch_size, graphs, heads, experts)
+    scorer: _Scorer | TextScorer
+    graphs: dict[str, Runs] = {}
+    how: dict[str, Any] = {"provider": provider, "threads": recipe.eval.threads}
+    size = recipe.eval.batch_size
+    if isinstance(family, WriterFamily):
+        longest = recipe.eval.max_tokens
+        writers = open_writers(family, exported, files, longest, **how)
+        graphs.update(writers)
+        scorer = TextScorer(family, exported, size, longest, writers, experts)
+    else:
+        opened = {
+            item["format"]: Graph(
+                exported / item["file"], session_config=item["session_config"], **how
+            )
+            for item in files
+        }
+        graphs.update(opened)
+        scorer = _Scorer(family, exported, size, opened, heads, experts)
     scores = {
         task: scorer.accuracies(task, chosen)
         for task, chosen in progress.track(samples.items(), "evaluating", total=len(samples))
     }
     one = next(scorer.batches(next(iter(samples.values())), 1))
     latency = measure_latency(graphs, one, recipe.eval.latency_runs)
-    sizes = {item["format"]: item["bytes"] for item in files}
+    sizes: dict[str, int] = {}
+    for item in files:
+        sizes[item["format"]] = sizes.get(item["format"], 0) + item["bytes"]
     rows = (
         Row(
             name,
@@ -116,6 +129,18 @@ def evaluation_samples(
         if task.evaluation is None:
             problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
             continue
+        if family.writes_texts:
+            try:
+                samples[name] = load_samples(
+                    name,
+                    task.evaluation,
+                    family,
+                    prompt=task.prompt,
+                    limit=recipe.eval.max_samples,
+                )
+            except EpmqError as error:
+                problems.append(str(error))
+            continue
         names = task.head.classes if task.head is not None else None
         count = len(names) if names is not None else None
         try:
@@ -130,7 +155,11 @@ def evaluation_samples(
             count = head.classes
         try:
             samples[name] = load_samples(
-                name, task.evaluation, family, limit=recipe.eval.max_samples
+                name,
+                task.evaluation,
+                family,
+                prompt=task.prompt,
+                limit=recipe.eval.max_samples,
             )
             next(batches(samples[name], family, folder, 1))
             problems += _label_problems(samples[name], count, names)

@@ -3,11 +3,23 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from epmq_deploy.runtime.sessions import Graph
+
+class Runs(Protocol):
+    """What can be timed: a graph, or graphs that write a text together."""
+
+    @property
+    def provider(self) -> str:
+        """The execution provider in use."""
+        ...
+
+    def run(self, inputs: Sequence[Tensor]) -> object:
+        """Run a batch."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class Latency:
 
 
 def measure_latency(
-    graphs: Mapping[str, Graph], inputs: Sequence[Tensor], runs: int, warmup: int = 5
+    graphs: Mapping[str, Runs], inputs: Sequence[Tensor], runs: int, warmup: int = 5
 ) -> dict[str, Latency]:
     """Time every graph on one input, taking turns so that a noisy machine favours none.
 

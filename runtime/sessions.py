@@ -63,6 +63,8 @@ class Graph:
             )
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
+        # Open axes by their names.
+        self.input_shapes = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
 
     def run(
         self, inputs: Sequence[Tensor], outputs: Sequence[str] | None = None

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +102,15 @@ def model_class(writer: Writer) -> Any:
     return AutoModelForSeq2SeqLM if writer.model_type == "t5" else AutoModelForCausalLM
 
 
-def build_tiny_writers(folder: Path, writer: Writer) -> TinyWriters:
-    """Write base, experts, data and recipe into an existing folder."""
-    made = TinyWriters(folder, writer)
+def build_tiny_writers(folder: Path, writer: Writer, **settings: Any) -> TinyWriters:
+    """Write base, experts, data and recipe into an existing folder.
+
+    Args:
+        folder: that exists.
+        writer: what to build.
+        settings: of the config, instead of the writer's.
+    """
+    made = TinyWriters(folder, replace(writer, settings={**writer.settings, **settings}))
     _write_models(made)
     _write_tokenizer(made.base, writer.model_type)
     rng = np.random.default_rng(0)
