@@ -1,9 +1,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 DEMO ?= epmq-demo
+WEB ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/epmq-deploy/web
 SOURCES := $(shell find epmq_deploy exporters runtime cli -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test lint docs dev clean
+.PHONY: demo test lint docs web dev clean
 
 # The whole chain on the bundled experts; ends with the table of accuracies.
 demo: $(VENV)/.installed
@@ -23,6 +24,12 @@ lint: $(VENV)/.installed
 docs: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet -c constraints.txt '.[docs]'
 	$(VENV)/bin/pdoc -o build/docs epmq_deploy
+
+# What the page of `epmq export --demo` needs, from npm, pinned.
+web:
+	mkdir -p $(WEB)
+	cp exporters/demo/package.json exporters/demo/package-lock.json $(WEB)
+	npm ci --ignore-scripts --prefix $(WEB)
 
 # An editable install, for working on the code.
 dev:

@@ -6,9 +6,9 @@
 Writes a random CLIP of the size and experts of its image tower into a temporary folder, merges them
 with each method in a process of its own, and removes them. Peak memory is the process's largest
 resident set, Python and torch included; the bar is 2.5 times the base model. Files are dropped from
-the page cache before every run, so that disks are measured, unless --warm. ``check`` and ``hash``
-are reading the inputs for what every merge does with them before and beside merging: making sure
-they fit and are finite, and noting what they were. Prints Markdown and adds to
+the page cache before every run, so that disks are measured, unless --warm. ``check`` is reading the
+inputs once before merging, to make sure that they fit and are finite; ``hash``, noting what they
+were, goes along with it and takes no time of its own. Prints Markdown and adds to
 ``benchmarks/results/merge.json``, where other methods' rows stay.
 """
 

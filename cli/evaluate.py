@@ -25,7 +25,7 @@ def command(
     exported: Annotated[Path, typer.Argument(help="Output of `epmq export`.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="File to write; DIR/eval.json when absent."),
+        typer.Option("--output", "-o", help="JSON file to write; DIR/eval.json when absent."),
     ] = None,
     recipe: common.RecipeFile = None,
     device: common.Device = "auto",
@@ -37,12 +37,14 @@ def command(
 ) -> None:
     """Run every exported graph in onnxruntime on every task and compare.
 
-    Ends with exit code 5 when a graph loses more than --max-drop points.
+    Writes eval.json, eval.md and report.html. Ends with exit code 5 when a low-bit graph misses a
+    gate (--max-drop, --max-latency-ratio, --max-size).
 
     \b
     Examples:
       epmq eval exported
-      epmq eval exported --max-drop 0.5 --threads 2 --overwrite
+      epmq eval exported --max-drop 0.5 --max-size 60 --threads 1,2 --overwrite
+      epmq eval exported --diagnose --provider cuda -o cuda.json
     """
     terminal = Terminal(as_json, quiet)
     carried = load_recipe(recipe) if recipe else read_manifest(exported, "export").recipe
@@ -58,23 +60,46 @@ def evaluate_to(
     overwrite: bool,
     terminal: Terminal,
 ) -> None:
-    """Evaluate, write ``file``, show the table, then hold the gate."""
+    """Evaluate, write ``file`` and what is made from it, show the table, then hold the gates."""
     from epmq_deploy.runtime.evaluation import evaluate
 
-    refuse_existing_file(file, overwrite)
+    for target in (file, *views_of(file)):
+        refuse_existing_file(target, overwrite)
+    # A device asked for goes for the graphs as well, unless they have a provider of their own.
+    provider = device if recipe.eval.provider == "auto" else recipe.eval.provider
     report = evaluate(
-        recipe, exported, provider=device, device=pick_device(device), progress=terminal
+        recipe, exported, provider=provider, device=pick_device(device), progress=terminal
     )
-    atomic_text(file, json.dumps(report.as_dict(), indent=2) + "\n")
-    show(report, recipe.eval.max_drop, terminal)
+    write_and_show(file, report, terminal)
 
 
-def show(report: "EvalReport", max_drop: float | None, terminal: Terminal) -> None:
-    """Print a report and hold its low-bit graphs against the gate."""
-    from epmq_deploy.cli.tables import eval_table
+def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None:
+    """Write a report as JSON, Markdown and a page, print it, then hold its gates."""
+    from epmq_deploy.cli.eval_table import eval_table
+    from epmq_deploy.runtime.eval_json import report_dict
+    from epmq_deploy.runtime.gates import check_gates
+    from epmq_deploy.runtime.markdown import markdown_table
+    from epmq_deploy.runtime.page import html_page
 
-    terminal.result(report.as_dict(), eval_table(report))
-    report.check_drop(max_drop)
+    content = report_dict(report)
+    markdown, page = views_of(file)
+    atomic_text(file, json.dumps(content, indent=2) + "\n")
+    atomic_text(markdown, markdown_table(report))
+    atomic_text(page, html_page(report))
+    terminal.result(content, eval_table(report))
+    check_gates(report)
+
+
+def views_of(file: Path) -> tuple[Path, Path]:
+    """Where the Markdown table and the page of a report go: beside it.
+
+    Raises:
+        RecipeError: the report itself is to go there.
+    """
+    if file.suffix in (".md", ".html"):
+        raise RecipeError(f"{file}: name the JSON file; the others are written beside it")
+    page = "report.html" if file.name == EVAL_FILE else f"{file.stem}.html"
+    return file.with_suffix(".md"), file.with_name(page)
 
 
 def refuse_existing_file(file: Path, overwrite: bool) -> None:

@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from epmq_deploy.cli.console import Terminal
-from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, show
+from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, write_and_show
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.experts import Sources, open_sources
@@ -39,10 +39,10 @@ def run_all(
     Raises:
         MismatchError: inputs of any stage do not fit; all at once, before any work.
         RecipeError: an output made from other inputs is there and ``overwrite`` is off.
-        GateError: see ``eval.max_drop``.
+        GateError: see the gates of ``eval``.
     """
-    from epmq_deploy.runtime.evaluation import eval_fingerprint
-    from epmq_deploy.runtime.report import read_report
+    from epmq_deploy.runtime.eval_json import read_report
+    from epmq_deploy.runtime.evaluation import eval_fingerprint, gates_of
 
     sources = preflight(recipe)
     common = {"overwrite": overwrite, "device": pick_device(device), "progress": terminal}
@@ -64,7 +64,8 @@ def run_all(
             log.info("%s: up to date, skipped", stage.folder)
     if report is not None:
         log.info("%s: up to date, skipped", file)
-        show(report, recipe.eval.max_drop, terminal)
+        # Gates decide nothing that was measured, so they may have changed.
+        write_and_show(file, replace(report, gates=gates_of(recipe.eval)), terminal)
     else:
         log.info("eval -> %s", file)
         evaluate_to(file, recipe, output / "exported", device, overwrite, terminal)
@@ -95,12 +96,13 @@ def preflight(recipe: Recipe) -> Sources:
     Raises:
         MismatchError: every problem found.
     """
+    from epmq_deploy.exporters.browser_demo import check_demo
     from epmq_deploy.exporters.targets import check_export, check_target, planned_grids
     from epmq_deploy.merging.merge import check_options
     from epmq_deploy.merging.preflight import check_experts
     from epmq_deploy.quantization.model import check_patterns
     from epmq_deploy.quantization.quantize import calibration_samples
-    from epmq_deploy.runtime.evaluation import evaluation_samples
+    from epmq_deploy.runtime.evaluation_data import evaluation_samples
     from epmq_deploy.tasks.data import missing_data
     from epmq_deploy.tasks.heads import build_heads
 
@@ -126,6 +128,7 @@ def preflight(recipe: Recipe) -> Sources:
         lambda: check_experts(sources, mixed_dtypes=recipe.merge.mixed_dtypes),
         lambda: calibration_samples(recipe, family, folder),
         lambda: check_export(recipe.export),
+        lambda: check_demo(recipe.export),
         lambda: evaluation_samples(recipe, family, folder),
         check_model,
     )

@@ -3,35 +3,7 @@
 from rich.markup import escape
 from rich.table import Table
 
-from epmq_deploy.runtime.report import REFERENCE, EvalReport
-from epmq_deploy.stage import Manifest
-
-
-def eval_table(report: EvalReport) -> Table:
-    """A column per model: accuracy per task and on average, drop, size and latency."""
-    threads = "default" if report.threads is None else str(report.threads)
-    table = Table(
-        title="accuracy %",
-        caption=f"graphs on {report.provider}, threads: {threads}; experts in torch, each on its "
-        "own task",
-    )
-    table.add_column("task")
-    for row in report.rows:
-        title = "fp32 merged" if row.name == REFERENCE else row.name
-        table.add_column(title, justify="right", no_wrap=True)
-    for task in report.samples:
-        table.add_row(task, *(f"{row.accuracy[task]:.1f}" for row in report.rows))
-    table.add_section()
-    table.add_row("average", *(f"{row.average:.2f}" for row in report.rows))
-    drops = [report.drop(row) for row in report.rows]
-    table.add_row("drop against fp32 merged", *("" if d is None else f"{d:.2f}" for d in drops))
-    table.add_section()
-    sizes = ["" if row.bytes is None else f"{row.bytes / 1e6:.2f}" for row in report.rows]
-    table.add_row("file, MB", *sizes)
-    for label, name in (("batch 1 p50, ms", "p50_ms"), ("batch 1 p95, ms", "p95_ms")):
-        times = [row.latency and f"{getattr(row.latency, name):.2f}" for row in report.rows]
-        table.add_row(label, *(text or "" for text in times))
-    return table
+from epmq_deploy.stage import MANIFEST, Manifest
 
 
 def stage_table(manifest: Manifest, folder: str) -> Table:
@@ -64,6 +36,8 @@ def export_table(manifest: Manifest, folder: str) -> Table:
 
 
 def _listed(value: object) -> str:
+    if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+        return f"{len(value)}, see {MANIFEST}"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_listed(item)}" for key, item in value.items())
     return f"{value:.5f}" if isinstance(value, float) else str(value)

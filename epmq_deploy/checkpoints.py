@@ -1,5 +1,6 @@
 """Reading and writing Hugging Face folders of safetensors, tensor by tensor."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterable, Mapping
@@ -8,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from epmq_deploy.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapted_tensors
@@ -20,7 +21,13 @@ from epmq_deploy.open_clip import (
     open_clip_tensors,
     processor_config,
 )
-from epmq_deploy.tensors import Rename, TensorInfo, same_values, stored_tensors
+from epmq_deploy.tensors import (
+    Rename,
+    TensorInfo,
+    same_values,
+    stored_tensors,
+    write_tensors,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -272,19 +279,22 @@ def copy_settings(source: Path, target: Path) -> None:
 
 def save_sharded(
     folder: Path,
-    sizes: Mapping[str, int],
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
     tensors: Iterable[tuple[str, Tensor]],
     *,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Write tensors as they come, a shard at a time, in the Hugging Face layout.
+    """Write tensors as they come, one at a time in memory, in the Hugging Face layout.
 
     Args:
         folder: existing folder.
-        sizes: bytes per tensor, in the order ``tensors`` yields them.
-        tensors: names and values; at most one shard is held in memory.
+        layout: dtype and shape per tensor, in the order ``tensors`` yields them.
+        tensors: names and values.
         max_shard_bytes: a shard is closed before it would exceed this.
     """
+    sizes = {
+        name: dtype.itemsize * torch.Size(shape).numel() for name, (dtype, shape) in layout.items()
+    }
     shards: list[list[str]] = [[]]
     used = 0
     for name, size in sizes.items():
@@ -301,13 +311,11 @@ def save_sharded(
             if len(shards) == 1
             else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         )
-        shard = dict(next(stream) for _ in names)
-        save_file(
-            {name: value.contiguous() for name, value in shard.items()},
-            folder / file,
-            metadata={"format": "pt"},
-        )
-        weight_map |= dict.fromkeys(shard, file)
+        shard = {name: layout[name] for name in names}
+        write_tensors(folder / file, shard, itertools.islice(stream, len(names)))
+        weight_map |= dict.fromkeys(names, file)
+    # What yields the tensors may still have to end.
+    assert next(stream, None) is None, "more tensors than announced"
     if len(shards) > 1:
         index: dict[str, Any] = {
             "metadata": {"total_size": sum(sizes.values())},

@@ -38,6 +38,6 @@ class NumericsError(EpmqError):
 
 
 class GateError(EpmqError):
-    """The deployed model missed an accuracy gate."""
+    """The deployed model missed a gate: accuracy, latency or size."""
 
     exit_code = 5

@@ -11,13 +11,15 @@ from epmq_deploy.checkpoints import (
     Checkpoint,
     expert_files,
     fetch_model,
+    model_config,
     setting_files,
     weight_files,
 )
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.recipe import Recipe
-from epmq_deploy.stage import Manifest, files_sha256
+from epmq_deploy.scan import scan
+from epmq_deploy.stage import Manifest, file_sha256, files_sha256
 
 # No task's name: those have no space.
 _BASE = "the base"
@@ -42,9 +44,14 @@ class Sources:
         folders = {"base": self.base.folder}
         folders |= {f"expert:{name}": expert.folder for name, expert in self.experts.items()}
         return {
-            role: files_sha256(folder, [*expert_files(folder), *setting_files(folder)])
+            role: files_sha256(folder, [*expert_files(folder), *setting_files(folder)], _sha256)
             for role, folder in folders.items()
         }
+
+
+def _sha256(file: Path) -> str:
+    # Checking the values of weights has read them already.
+    return scan(file).sha256 if file.suffix == ".safetensors" else file_sha256(file)
 
 
 def open_sources(recipe: Recipe) -> Sources:
@@ -58,7 +65,7 @@ def open_sources(recipe: Recipe) -> Sources:
     if problems:
         raise MismatchError("models cannot be opened", problems)
     where = folders.pop(_BASE)
-    family = family_of(where)
+    family = family_of(where).merging(recipe.base.part)
     try:
         base = Checkpoint.open(where, family.canonical_key, family.tied)
     except EpmqError as error:
@@ -66,7 +73,8 @@ def open_sources(recipe: Recipe) -> Sources:
     experts = {}
     for name, folder in folders.items():
         try:
-            experts[name] = Checkpoint.open_expert(folder, base, family.canonical_key, family.tied)
+            rename = family.expert_rename(model_config(folder) or {})
+            experts[name] = Checkpoint.open_expert(folder, base, rename, family.tied)
         except EpmqError as error:
             problems.append(f"expert {name!r}: {error}")
     if problems:
@@ -110,7 +118,7 @@ def check_unchanged(sources: Sources, manifest: Manifest) -> None:
 class ExpertBackbone:
     """One backbone in memory that takes on each expert's weights in turn.
 
-    Tensors that an expert does not hold (a projection, say) are the base's.
+    Tensors that an expert does not hold (a projection, say) or that are not merged are the base's.
 
     Args:
         sources: base and experts.
@@ -133,10 +141,7 @@ class ExpertBackbone:
 
     def tensor(self, task: str, name: str) -> Tensor:
         """One of an expert's tensors, float32, on the device."""
-        expert = self._sources.experts[task]
-        if name not in expert.tensors:
-            return self.base_tensor(name)
-        return expert.load(name).to(self.device, torch.float32)
+        return self._source(task, name).load(name).to(self.device, torch.float32)
 
     def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
         """The backbone with an expert's weights, until the next call.
@@ -155,7 +160,10 @@ class ExpertBackbone:
     def _take(self, task: str, prefix: str, skipped: tuple[str, ...]) -> nn.Module:
         for name, parameter in self._model.named_parameters():
             if name.startswith(prefix) and not name.startswith(skipped):
-                expert = self._sources.experts[task]
-                source = expert if name in expert.tensors else self._sources.base
-                source.load_into(name, parameter.data)
+                self._source(task, name).load_into(name, parameter.data)
         return self._model
+
+    def _source(self, task: str, name: str) -> Checkpoint:
+        expert = self._sources.experts[task]
+        held = name in expert.tensors and self._sources.family.is_merged(name)
+        return expert if held else self._sources.base

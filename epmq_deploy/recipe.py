@@ -2,10 +2,11 @@
 
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    BeforeValidator,
     Field,
     StringConstraints,
     ValidationError,
@@ -25,6 +26,17 @@ from epmq_deploy.options import Options, shared_fields, union_by_method
 
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
+def _counts(value: Any) -> Any:
+    """None, one number, a list, or numbers separated by commas, as the command line has them."""
+    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
+    return [
+        part for item in items for part in (item.split(",") if isinstance(item, str) else [item])
+    ]
+
+
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_counts)]
 if TYPE_CHECKING:
     MergeChoice = MergeOptions
     QuantizeChoice = QuantizeOptions
@@ -37,6 +49,11 @@ class Base(Options):
     """The model all experts were fine-tuned from."""
 
     path: str = Field(description="folder or hub id of the base model")
+    part: Literal["image", "text", "both"] | None = Field(
+        None,
+        description="of CLIP: the tower that is merged, image (default), text or both; heads from "
+        "class names are made by the merged text tower",
+    )
 
 
 class DataSource(Options):
@@ -155,6 +172,23 @@ class ExportOptions(Options):
         description="store 2-bit codes of MatMulNBits in 2 bits instead of 4: half the size, but "
         "several times as slow at accuracy level 0; when absent only at level 4",
     )
+    demo: bool = Field(
+        False, description="write a page that runs the graph in the browser (webgpu and wasm)"
+    )
+    demo_libraries: str | None = Field(
+        None,
+        description="folder where npm has installed what the page needs; "
+        "~/.cache/epmq-deploy/web when absent",
+    )
+    int8_activations: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="ranges of int8-expand's activations: of each run, or those of calibration",
+    )
+    int8_error_budget: float = Field(
+        0.05,
+        ge=0,
+        description="int8-expand leaves layers with a larger relative error to MatMulNBits",
+    )
 
 
 class EvalOptions(Options):
@@ -163,16 +197,32 @@ class EvalOptions(Options):
     batch_size: int = Field(64, ge=1, description="samples per run; no effect on accuracy")
     max_samples: int | None = Field(None, ge=1, description="samples per task; all when absent")
     max_drop: float | None = Field(
-        None, description="largest loss of average accuracy against fp32 merged, in points"
+        None, description="gate: largest loss of average accuracy against fp32 merged, in points"
     )
     max_tokens: int = Field(
         32, ge=1, description="longest answer of models that write texts, in tokens"
     )
-    latency_runs: int = Field(50, ge=1, description="timed batch-1 runs per graph")
-    threads: int | None = Field(
-        None, ge=1, description="onnxruntime intra-op threads; its default when absent"
+    max_latency_ratio: float | None = Field(
+        None,
+        gt=0,
+        description="gate: largest latency relative to fp32 merged, at the first batch "
+        "size and number of threads",
     )
+    max_size: float | None = Field(None, gt=0, description="gate: largest file, in MB (10^6 bytes)")
+    margin: float = Field(
+        1.0, ge=0, description="points of accuracy that may be lost and still count as no worse"
+    )
+    provider: str = Field(
+        "auto", description="onnxruntime's execution provider; auto is CUDA when there, else CPU"
+    )
+    threads: Counts = Field(
+        (), description="onnxruntime intra-op threads, several to compare; its default when absent"
+    )
+    latency_batches: Counts = Field((1, 8), min_length=1, description="batch sizes to time")
+    latency_runs: int = Field(50, ge=1, description="timed runs per graph and setting")
     experts: bool = Field(True, description="evaluate the experts as reference")
+    diagnose: bool = Field(False, description="compare every layer with fp32 merged")
+    diagnose_samples: int = Field(8, ge=1, description="samples per task for that comparison")
 
 
 class Recipe(Options):

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -60,11 +60,19 @@ def file_sha256(file: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def files_sha256(folder: Path, files: Iterable[Path]) -> str:
-    """One sha256 over paths (relative to ``folder``) and contents of several files."""
+def files_sha256(
+    folder: Path, files: Iterable[Path], of_file: Callable[[Path], str] = file_sha256
+) -> str:
+    """One sha256 over paths (relative to ``folder``) and contents of several files.
+
+    Args:
+        folder: that paths are relative to.
+        files: within it.
+        of_file: gives a file's sha256.
+    """
     digest = hashlib.sha256()
     for name in sorted(file.relative_to(folder).as_posix() for file in files):
-        digest.update(f"{name} {file_sha256(folder / name)}\n".encode())
+        digest.update(f"{name} {of_file(folder / name)}\n".encode())
     return digest.hexdigest()
 
 

@@ -1,8 +1,8 @@
-"""Tensors on disk, or computed from such; nothing is read until asked for."""
+"""Tensors on disk, or computed from such, one at a time; nothing is read until asked for."""
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,12 @@ class StoredTensor(TensorInfo):
             while content:
                 read = file.readinto(content)
                 if not read:
-                    raise RecipeError(f"{self.file}: ends within tensor {self.key!r}")
+                    raise self.cut_short()
                 content = content[read:]
+
+    def cut_short(self) -> RecipeError:
+        """The error of a file that ends within the tensor."""
+        return RecipeError(f"{self.file}: ends within tensor {self.key!r}")
 
     def parts(self, count: int) -> "tuple[StoredTensor, ...]":
         """The tensor in equal parts along the first dimension.
@@ -143,7 +147,7 @@ def stored_tensors(
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
-            for info in _of_file(file):
+            for info in tensors_of_file(file):
                 for name, part in renamed(info, rename(info.key)).items():
                     other = tensors.setdefault(name, part)
                     if other is not part:
@@ -166,7 +170,12 @@ def renamed(info: StoredTensor, names: str | tuple[str, ...]) -> dict[str, Store
     return dict(zip(names, info.parts(len(names)), strict=True))
 
 
-def _of_file(file: Path) -> list[StoredTensor]:
+def tensors_of_file(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file by their own names.
+
+    Raises:
+        RecipeError: one has a dtype that is not supported.
+    """
     found = []
     with safe_open(file, framework="pt") as handle:
         offsets = _offsets(file)
@@ -192,3 +201,35 @@ def _offsets(file: Path) -> dict[str, int]:
         for key, entry in header.items()
         if key != "__metadata__"
     }
+
+
+def write_tensors(
+    file: Path,
+    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    """Write a safetensors file holding one tensor at a time, which ``safetensors`` cannot.
+
+    Args:
+        file: to write.
+        layout: dtype and shape of every tensor.
+        tensors: names and values, each of ``layout`` once, in any order.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    # Wide dtypes first, so that every tensor starts at a multiple of its width.
+    for key in sorted(layout, key=lambda key: -layout[key][0].itemsize):
+        dtype, shape = layout[key]
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[key] = {"dtype": names[dtype], "shape": shape, "data_offsets": [start, end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    with file.open("wb") as handle:
+        handle.write(len(content).to_bytes(8, "little") + content)
+        handle.truncate(8 + len(content) + end)
+        for key, value in tensors:
+            assert (value.dtype, tuple(value.shape)) == layout[key], f"{key} is not as announced"
+            handle.seek(8 + len(content) + header[key]["data_offsets"][0])
+            flat: Any = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+            handle.write(memoryview(flat))

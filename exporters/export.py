@@ -1,9 +1,10 @@
 """Export a merged model and its quantized layers as ONNX graphs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from epmq_deploy.exporters.check import check_inputs, check_options
 from epmq_deploy.exporters.files import PROTOBUF_LIMIT, write_model
 from epmq_deploy.exporters.formats import GraphFormat, formats_of
+from epmq_deploy.exporters.formats.format import ExportContext
+from epmq_deploy.exporters.int8_matmul import integer_layers
 from epmq_deploy.exporters.packed_linear import pack_linear
 from epmq_deploy.exporters.read_codes import FORMAT_KEY
 from epmq_deploy.exporters.session import INT8_LEVEL
@@ -33,7 +36,8 @@ class ExportedGraph:
         path: the ``.onnx`` file.
         bytes: size on disk, external data included.
         opset: version of the default operator set.
-        low_bit_nodes: MatMulNBits nodes in the graph onnxruntime runs.
+        low_bit_nodes: nodes that multiply by a linear layer's codes in the graph onnxruntime runs.
+        layers: what the format decided for each layer, by dotted name.
     """
 
     format: str
@@ -41,6 +45,7 @@ class ExportedGraph:
     bytes: int
     opset: int
     low_bit_nodes: int
+    layers: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export_graphs(
@@ -55,6 +60,7 @@ def export_graphs(
     accuracy_level: int = 0,
     two_bit_containers: bool | None = None,
     file_limit: int = PROTOBUF_LIMIT,
+    context: ExportContext | None = None,
 ) -> tuple[ExportedGraph, ...]:
     """Write the merged model in float32 and its quantized form in every format asked for.
 
@@ -77,6 +83,7 @@ def export_graphs(
         two_bit_containers: whether formats that can store 2-bit codes in 2 bits, not 4; when absent
             at accuracy level 4 (see `epmq_deploy.exporters.two_bits`).
         file_limit: bytes of tensors beyond which a graph's tensors go beside it into ``_data``.
+        context: what formats may want to know besides; nothing when absent.
 
     Returns:
         The float32 graph, other float formats, then the low-bit ones in the order given.
@@ -87,8 +94,9 @@ def export_graphs(
             runs more than once.
         NumericsError: a written file does not hold the codes or would not run in low bits.
     """
-    chosen = formats_of(formats)
     linear, rows = by_kind(model.backbone, layers)
+    known = context or ExportContext()
+    chosen = [fmt.planned(linear, known) for fmt in formats_of(formats)]
     check_options(chosen, linear, opset, accuracy_level)
     check_inputs(model, example_inputs, layers, replaced)
     packed = {name: pack_linear(name, layer) for name, layer in linear.items()}
@@ -152,5 +160,5 @@ def _write(
     if linear or rows:
         verify_codes(path, {**linear, **rows})
         verify_int8_rows(path, rows)
-    nodes = verify_runs_low_bit(path, linear, accuracy_level)
-    return ExportedGraph(fmt.name, path, size, opset, nodes)
+    nodes = verify_runs_low_bit(path, linear, accuracy_level, integer_layers(graph.graph))
+    return ExportedGraph(fmt.name, path, size, opset, nodes, fmt.details())

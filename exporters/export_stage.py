@@ -1,5 +1,6 @@
 """The export stage: the quantized artifact in, a folder of verified ONNX files out."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.checkpoints import copy_settings
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.experts import check_unchanged, open_sources
+from epmq_deploy.exporters.browser_demo import check_demo, write_demo
 from epmq_deploy.exporters.export import ExportedGraph, by_kind, export_graphs
 from epmq_deploy.exporters.formats import all_formats
+from epmq_deploy.exporters.formats.format import ExportContext
 from epmq_deploy.exporters.parity import Parity, measure_parity, torch_outputs
 from epmq_deploy.exporters.parts import Part, parts_of
 from epmq_deploy.exporters.session import session_config
@@ -25,7 +29,7 @@ from epmq_deploy.exporters.targets import (
 )
 from epmq_deploy.models import family_of
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact, load_inputs
 from epmq_deploy.quantization.model import apply_quantized
 from epmq_deploy.quantization.quantize import MERGED_FOLDER
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
@@ -40,7 +44,7 @@ from epmq_deploy.stage import (
     refuse_existing,
     write_manifest,
 )
-from epmq_deploy.tasks.heads import leaves_head_to_expert, save_heads
+from epmq_deploy.tasks.heads import class_names, leaves_head_to_expert, save_heads
 
 # Where transformers.js and optimum look for graphs.
 GRAPHS_FOLDER = "onnx"
@@ -55,7 +59,9 @@ def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, s
             heads[name] = task.head.model_dump(mode="json")
             if task.head.matrix is not None and Path(task.head.matrix).is_file():
                 inputs[f"head:{name}"] = file_sha256(Path(task.head.matrix))
-    options = {"export": recipe.export.model_dump(mode="json"), "heads": heads}
+    # Where libraries are copied from does not decide what is copied.
+    export = recipe.export.model_dump(mode="json", exclude={"demo_libraries"})
+    options = {"export": export, "heads": heads}
     return fingerprint("export", options, inputs), inputs
 
 
@@ -80,20 +86,25 @@ def export(
     progress = progress or NoProgress()
     refuse_existing(output, "export", overwrite=overwrite, source=quantized)
     check_export(recipe.export)
+    check_demo(recipe.export)
     options = recipe.export
     made = open_output(quantized, "quantize")
     mark, inputs = export_fingerprint(recipe, made.fingerprint)
     merged = quantized / MERGED_FOLDER
     layers, replaced = load_artifact(quantized)
     family = family_of(merged)
+    if options.demo and family.writes_texts:
+        raise RecipeError("--demo: the page classifies; models that write texts have none")
     if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
         check_unchanged(open_sources(recipe), made)
     backbone = family.load(merged)
     linear, _ = by_kind(backbone, layers)
     check_target(options, {name: LayerGrid.of(layer) for name, layer in linear.items()})
+    groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
     parts, heads = parts_of(
         recipe.tasks, family, backbone, merged, device=device, progress=progress
     )
+    chosen = chosen_formats(options)
     with atomic_folder(output) as folder:
         place = folder / GRAPHS_FOLDER
         place.mkdir()
@@ -103,11 +114,12 @@ def export(
                 part.example,
                 part.layers_of(layers),
                 replaced,
-                chosen_formats(options),
+                chosen,
                 place,
                 opset=options.opset,
                 accuracy_level=options.accuracy_level,
                 two_bit_containers=chosen_two_bit_containers(options),
+                context=ExportContext(options, load_inputs(quantized), groups),
             )
             for part in parts
         ]
@@ -115,8 +127,16 @@ def export(
         copy_settings(merged, folder)
         if heads:
             save_heads(folder, heads)
+        # The evaluation's page shows how each layer fared.
+        shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
+        if options.demo:
+            shown = next(graph for graph in graphs[0] if graph.format == chosen[0])
+            write_demo(folder, family, recipe.tasks, list(heads), shown.path, options)
         details = {
             "target": options.target and asdict(target_of(options.target)),
+            "classes": {
+                name: class_names(recipe.tasks[name], head) for name, head in heads.items()
+            },
             "graphs": [
                 _described(graph, part, parities[graph.path], folder, options)
                 for written, part in zip(graphs, parts, strict=True)
@@ -143,6 +163,7 @@ def _described(
         "low_bit_nodes": graph.low_bit_nodes,
         "session_config": session_config(options.accuracy_level),
         "parity": asdict(parity),
+        "layers": graph.layers,
     }
 
 

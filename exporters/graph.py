@@ -5,6 +5,7 @@ dotted name, and the layer's initializers are ``<layer>.codes``, ``<layer>.scale
 present, ``<layer>.zero_points``.
 """
 
+import ast
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -17,6 +18,11 @@ from epmq_deploy.exporters.packed_linear import PackedLinear
 DOMAIN = "com.microsoft"
 OP_TYPE = "MatMulNBits"
 LAYER_KEY = "epmq_deploy.layer"
+
+# The modules a node comes from, outermost first, as torch's exporter notes them.
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+_BACKBONE = "backbone."
+_FLOAT_LAYERS = ("MatMul", "Gemm", "Conv", "Gather")
 
 _SUFFIXES = ((1, "codes"), (2, "scales"), (3, "zero_points"))
 
@@ -80,6 +86,23 @@ def name_layers(graph: ir.Graph) -> None:
             if array is not None:
                 value = add_initializer(graph, ir.Tensor(array, name=f"{node.name}.{suffix}"))
                 node.replace_input_with(index, value)
+
+
+def name_float_layers(graph: ir.Graph) -> None:
+    """Give the nodes of float layers their modules' names, as those of low-bit layers have them.
+
+    So that both can be found under one name. Runs while torch's metadata is still there.
+    """
+    for node in graph:
+        scopes = node.metadata_props.get(_SCOPES_KEY)
+        if scopes is None or node.op_type not in _FLOAT_LAYERS:
+            continue
+        weight = node.inputs[0 if node.op_type == "Gather" else 1]
+        if weight is not None and weight.const_value is not None:
+            # The last scope is the operation itself.
+            module = ast.literal_eval(scopes)[-2]
+            if module.startswith(_BACKBONE):
+                node.name = module.removeprefix(_BACKBONE)
 
 
 def read_packed(node: ir.Node) -> PackedLinear:

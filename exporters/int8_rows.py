@@ -67,10 +67,29 @@ def read_rows(graph: ir.Graph) -> dict[str, QuantizedLinear]:
     for node in graph:
         if node.op_type == "DequantizeLinear" and (held := _operands(node)) is not None:
             name = str(node.name).removesuffix(_DEQUANTIZE_SUFFIX)
-            layers[name] = _read(*held, constant(node, 2))
+            layers[name] = row_layer(*held, constant(node, 2))
         elif node.op_type == "Mul" and (held := _tables(node)) is not None:
-            layers[str(node.name)] = _read(*held, None)
+            layers[str(node.name)] = row_layer(*held, None)
     return layers
+
+
+def row_layer(
+    codes: ir.TensorProtocol, scales: ir.TensorProtocol, zero_points: np.ndarray | None
+) -> QuantizedLinear:
+    """The layer that INT8 codes ``[N, ...]`` with one scale per row stand for."""
+    stored = codes.numpy()
+    rows = stored.reshape(stored.shape[0], -1).astype(np.int16) + _OFFSET
+    # Never written; read so that a file with any is found to differ.
+    shift = np.zeros(len(rows), np.int16) if zero_points is None else zero_points.astype(np.int16)
+    zeros = torch.from_numpy((shift.reshape(-1, 1) + _OFFSET).astype(np.uint8))
+    return QuantizedLinear(
+        codes=torch.from_numpy(rows.astype(np.uint8)),
+        scales=torch.from_numpy(scales.numpy().reshape(-1, 1).copy()),
+        zero_points=zeros,
+        bits=_BITS,
+        group_size=rows.shape[1],
+        symmetric=bool((zeros == _OFFSET).all()),
+    )
 
 
 def _lower_dequantize(graph: ir.Graph, node: ir.Node, name: str) -> list[ir.Node]:
@@ -158,21 +177,3 @@ def _tensors(
 def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == op_type else None
-
-
-def _read(
-    codes: ir.TensorProtocol, scales: ir.TensorProtocol, zero_points: np.ndarray | None
-) -> QuantizedLinear:
-    stored = codes.numpy()
-    rows = stored.reshape(stored.shape[0], -1).astype(np.int16) + _OFFSET
-    # Never written; read so that a file with any is found to differ.
-    shift = np.zeros(len(rows), np.int16) if zero_points is None else zero_points.astype(np.int16)
-    zeros = torch.from_numpy((shift.reshape(-1, 1) + _OFFSET).astype(np.uint8))
-    return QuantizedLinear(
-        codes=torch.from_numpy(rows.astype(np.uint8)),
-        scales=torch.from_numpy(scales.numpy().reshape(-1, 1).copy()),
-        zero_points=zeros,
-        bits=_BITS,
-        group_size=rows.shape[1],
-        symmetric=bool((zeros == _OFFSET).all()),
-    )

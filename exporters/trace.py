@@ -17,7 +17,7 @@ from onnx_ir.passes.common import (
 from torch import Tensor
 
 import epmq_deploy
-from epmq_deploy.exporters.graph import name_layers
+from epmq_deploy.exporters.graph import name_float_layers, name_layers
 from epmq_deploy.exporters.int8_rows import lower_rows
 from epmq_deploy.models.family import Deployable
 
@@ -54,6 +54,7 @@ def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> 
     graph = program.model
     # A model that only looks at a stand-in's weight leaves a node behind that would count as a run.
     RemoveUnusedNodesPass()(graph)
+    name_float_layers(graph.graph)
     name_layers(graph.graph)
     lower_rows(graph.graph)
     # Stack traces and module paths of the exporting machine do not belong into the file.

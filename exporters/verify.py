@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,14 @@ import torch
 
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.exporters.graph import DOMAIN, OP_TYPE
+from epmq_deploy.exporters.int8_matmul import INT8_SUFFIX
 from epmq_deploy.exporters.read_codes import read_codes
 from epmq_deploy.exporters.session import session_config
 from epmq_deploy.quantization.grid import expand_groups
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 _ERRORS_ONLY = 3
+_INTEGER_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 
 
 def verify_codes(path: Path, layers: Mapping[str, QuantizedLinear]) -> None:
@@ -75,7 +77,10 @@ def verify_int8_rows(path: Path, rows: Mapping[str, QuantizedLinear]) -> None:
 
 
 def verify_runs_low_bit(
-    path: Path, layers: Mapping[str, QuantizedLinear], accuracy_level: int
+    path: Path,
+    layers: Mapping[str, QuantizedLinear],
+    accuracy_level: int,
+    integer: Collection[str] = (),
 ) -> int:
     """Check that onnxruntime multiplies every linear layer with its low-bit kernel.
 
@@ -83,38 +88,72 @@ def verify_runs_low_bit(
         path: an exported file.
         layers: the linear ones, by dotted name.
         accuracy_level: of the MatMulNBits nodes.
+        integer: layers, by dotted name, that are to run as integer GEMM instead.
 
     Returns:
-        Number of MatMulNBits nodes in the graph onnxruntime runs.
+        Number of nodes that multiply by one of ``layers`` in the graph onnxruntime runs.
 
     Raises:
         NumericsError: the file is invalid, cannot be loaded, or a layer runs as anything but one
-            MatMulNBits node of the accuracy level asked for; names every one.
+            MatMulNBits node of the accuracy level asked for, or one integer GEMM; names every one.
     """
-    levels = executed_low_bit_layers(path, accuracy_level)
-    missing = sorted(layers.keys() - levels.keys())
+    graph = optimized_graph(path, accuracy_level)
+    unfused = sorted(set(integer) - executed_integer_layers(graph))
+    if unfused:
+        raise NumericsError(
+            f"{path.name}: onnxruntime would not run these layers as fused int8 products: "
+            f"{', '.join(unfused)}"
+        )
+    levels = executed_low_bit_layers(graph, path.name)
+    missing = sorted(layers.keys() - levels.keys() - set(integer))
     if missing:
         raise NumericsError(
             f"{path.name}: onnxruntime would not run these layers in low bits: {', '.join(missing)}"
         )
-    other = sorted(name for name in layers if levels[name] != accuracy_level)
+    other = sorted(name for name in levels if levels[name] != accuracy_level)
     if other:
         raise NumericsError(
             f"{path.name}: these layers would not run at accuracy level {accuracy_level}: "
             f"{', '.join(other)}"
         )
-    return len(levels)
+    return len(levels) + len(layers.keys() & set(integer))
 
 
-def executed_low_bit_layers(path: Path, accuracy_level: int) -> dict[str, int]:
-    """Accuracy level per MatMulNBits node, by name, of the graph onnxruntime runs on CPU.
+def executed_low_bit_layers(graph: onnx.GraphProto, file: str) -> dict[str, int]:
+    """Accuracy level per MatMulNBits node, by name, of a graph that onnxruntime optimized.
 
     Fusing DequantizeLinear with MatMul, and an Add into MatMulNBits, keeps the name of the
     multiplying node, which is its layer's.
 
     Raises:
-        NumericsError: the file is not valid ONNX, onnxruntime cannot load it, or two nodes share a
-            name.
+        NumericsError: two nodes share a name; ``file`` is what to call the graph.
+    """
+    nodes = [node for node in graph.node if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    repeated = [name for name, count in Counter(node.name for node in nodes).items() if count > 1]
+    if repeated:
+        raise NumericsError(f"{file}: several nodes are named {', '.join(repeated)}")
+    return {node.name: _accuracy_level(node) for node in nodes}
+
+
+def executed_integer_layers(graph: onnx.GraphProto) -> set[str]:
+    """Layers that a graph onnxruntime optimized multiplies by in one fused integer product.
+
+    Fusing names nodes anew; the weight, folded to one INT8 initializer, keeps its name.
+    """
+    folded = {item.name for item in graph.initializer if item.data_type == onnx.TensorProto.INT8}
+    weights = {
+        node.input[1]
+        for node in graph.node
+        if node.domain == DOMAIN and node.op_type in _INTEGER_PRODUCTS
+    }
+    return {name.removesuffix(INT8_SUFFIX) for name in weights & folded}
+
+
+def optimized_graph(path: Path, accuracy_level: int) -> onnx.GraphProto:
+    """The graph that onnxruntime makes of a file on CPU, without large tensors' data.
+
+    Raises:
+        NumericsError: the file is not valid ONNX, or onnxruntime cannot load it.
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
@@ -135,12 +174,7 @@ def executed_low_bit_layers(path: Path, accuracy_level: int) -> dict[str, int]:
         # onnxruntime's exceptions share no narrower base class.
         except Exception as error:
             raise NumericsError(f"{path.name} is no usable ONNX model: {error}") from error
-        graph = onnx.load(str(optimized), load_external_data=False).graph
-    nodes = [node for node in graph.node if node.domain == DOMAIN and node.op_type == OP_TYPE]
-    repeated = [name for name, count in Counter(node.name for node in nodes).items() if count > 1]
-    if repeated:
-        raise NumericsError(f"{path.name}: several nodes are named {', '.join(repeated)}")
-    return {node.name: _accuracy_level(node) for node in nodes}
+        return onnx.load(str(optimized), load_external_data=False).graph
 
 
 def _accuracy_level(node: onnx.NodeProto) -> int:

@@ -1,105 +1,139 @@
-"""The eval stage: accuracy of every exported graph on every task, and the experts'."""
+"""The eval stage: every exported graph on every task, and what it costs."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from epmq_deploy.device import DeviceName
-from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.writer import WriterFamily
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.recipe import Recipe
-from epmq_deploy.runtime.latency import Runs, measure_latency
-from epmq_deploy.runtime.report import EXPERTS, EvalReport, Row
-from epmq_deploy.runtime.sessions import Graph
-from epmq_deploy.runtime.text_scoring import TextScorer, open_writers
+from epmq_deploy.quantization.artifact import REPORT_FILE, load_reports
+from epmq_deploy.recipe import EvalOptions, Recipe
+from epmq_deploy.runtime.bench import Bench
+from epmq_deploy.runtime.evaluation_data import evaluation_samples
+from epmq_deploy.runtime.report import EXPERTS, REFERENCE, EvalReport, Gates, Row
+from epmq_deploy.runtime.scoring import ClassScorer, Predictions, Scorer
+from epmq_deploy.runtime.significance import average_interval, compare, wilson
+from epmq_deploy.runtime.text_scoring import TextScorer
 from epmq_deploy.stage import Manifest, fingerprint, open_output
-from epmq_deploy.tasks.accuracy import count_hits, embeddings
-from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
-from epmq_deploy.tasks.heads import head_of_expert, load_heads
+from epmq_deploy.tasks.data import data_sha256
+from epmq_deploy.tasks.heads import heads_of_experts, load_heads
 
 
 def eval_fingerprint(recipe: Recipe, exported: str) -> str:
-    """What decides an evaluation of an export of that fingerprint; the gate is no part of it."""
+    """What decides an evaluation of an export of that fingerprint; gates are no part of it."""
     inputs = {"export": exported}
     for name, task in recipe.tasks.items():
         if task.evaluation is not None:
             inputs[f"evaluation:{name}"] = data_sha256(task.evaluation, task.prompt)
-    return fingerprint("eval", recipe.eval.model_dump(mode="json", exclude={"max_drop"}), inputs)
+    options = recipe.eval.model_dump(mode="json", exclude=set(Gates.__dataclass_fields__))
+    return fingerprint("eval", options, inputs)
+
+
+def gates_of(options: EvalOptions) -> Gates:
+    """The gates among the options."""
+    return Gates(options.max_drop, options.max_latency_ratio, options.max_size)
 
 
 def evaluate(
     recipe: Recipe,
     exported: Path,
     *,
-    provider: DeviceName = "auto",
+    provider: str | None = None,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> EvalReport:
     """Run every graph in ``exported`` in onnxruntime on every task's evaluation samples.
 
-    Experts run in torch, each on its own task.
+    Args:
+        recipe: tasks and options.
+        exported: folder of an export.
+        provider: of onnxruntime, in place of the options'.
+        device: where experts run in torch, each on its own task.
+        progress: shows one step per task, and one per setting that is timed.
 
     Raises:
-        RecipeError: ``exported`` is no export, or the provider is not there.
-        MismatchError: tasks without data or head, or labels beyond it; all at once.
+        RecipeError: ``exported`` is no export, or the provider is not there or not really used.
+        MismatchError: no fp32 graph, tasks without data or head, or labels beyond it; all at once.
     """
     progress = progress or NoProgress()
     made = open_output(exported, "export")
     family = family_of(exported)
     heads = {} if family.writes_texts else load_heads(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
-    files = made.details["graphs"]
+    formats: dict[str, tuple[Mapping[str, Any], ...]] = {}
+    for entry in made.details["graphs"]:
+        formats[entry["format"]] = (*formats.get(entry["format"], ()), entry)
+    if REFERENCE not in formats:
+        raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
+    options, asked = recipe.eval, provider or recipe.eval.provider
     experts = _experts(recipe, made, device or torch.device("cpu"))
-    scorer: _Scorer | TextScorer
-    graphs: dict[str, Runs] = {}
-    how: dict[str, Any] = {"provider": provider, "threads": recipe.eval.threads}
-    size = recipe.eval.batch_size
-    if isinstance(family, WriterFamily):
-        longest = recipe.eval.max_tokens
-        writers = open_writers(family, exported, files, longest, **how)
-        graphs.update(writers)
-        scorer = TextScorer(family, exported, size, longest, writers, experts)
-    else:
-        opened = {
-            item["format"]: Graph(
-                exported / item["file"], session_config=item["session_config"], **how
-            )
-            for item in files
-        }
-        graphs.update(opened)
-        scorer = _Scorer(family, exported, size, opened, heads, experts)
-    scores = {
-        task: scorer.accuracies(task, chosen)
+    if experts is not None and heads:
+        heads = heads_of_experts(recipe, heads, experts.device)
+    scorer = _scorer(options, family, exported, made.details["graphs"], asked, heads, experts)
+    bench = Bench(exported, formats, scorer, samples, options, asked, progress)
+    models = scorer.open(bench.threads[0])
+    predictions = {
+        task: scorer.predict(models, task, chosen)
         for task, chosen in progress.track(samples.items(), "evaluating", total=len(samples))
     }
-    one = next(scorer.batches(next(iter(samples.values())), 1))
-    latency = measure_latency(graphs, one, recipe.eval.latency_runs)
-    sizes: dict[str, int] = {}
-    for item in files:
-        sizes[item["format"]] = sizes.get(item["format"], 0) + item["bytes"]
-    rows = (
-        Row(
-            name,
-            {task: score[name] for task, score in scores.items()},
-            sizes.get(name),
-            latency.get(name),
-        )
-        for name in ([EXPERTS] if experts else []) + list(graphs)
-    )
+    used = models[REFERENCE].provider
+    # Timed ones are opened anew, with as many threads as they are timed with.
+    del models
+    costs = bench.costs()
+    names = ([EXPERTS] if experts else []) + list(costs)
+    rows = (row_of(name, predictions, options.margin, **costs.get(name, {})) for name in names)
     return EvalReport(
         rows=tuple(rows),
         samples={task: len(chosen) for task, chosen in samples.items()},
-        provider=next(iter(graphs.values())).provider,
-        threads=recipe.eval.threads,
+        provider=used,
+        gates=gates_of(options),
+        margin=options.margin,
         fingerprint=eval_fingerprint(recipe, made.fingerprint),
+        diagnoses=bench.diagnoses() if options.diagnose else {},
+        layers=tuple(load_reports(exported)) if (exported / REPORT_FILE).is_file() else (),
     )
+
+
+def row_of(name: str, predictions: Mapping[str, Predictions], margin: float, **costs: Any) -> Row:
+    """One model's accuracies, compared with fp32 merged unless it is that or the experts.
+
+    Args:
+        name: a model in every task's ``predictions``, beside ``fp32``.
+        predictions: by task.
+        margin: points that may be lost and still count as no worse.
+        costs: the row's other attributes.
+    """
+    correct = {task: found.correct(name) for task, found in predictions.items()}
+    accuracy = {task: 100.0 * float(hits.mean()) for task, hits in correct.items()}
+    intervals = {task: wilson(int(hits.sum()), len(hits)) for task, hits in correct.items()}
+    if name not in (EXPERTS, REFERENCE):
+        reference = {task: found.correct(REFERENCE) for task, found in predictions.items()}
+        same = {task: found.same(name, REFERENCE) for task, found in predictions.items()}
+        against, average = compare(correct, reference, same, margin)
+        costs |= {"against": against, "against_average": average}
+    return Row(name, accuracy, intervals, average_interval(correct), **costs)
+
+
+def _scorer(
+    options: EvalOptions,
+    family: ModelFamily,
+    exported: Path,
+    graphs: Sequence[Mapping[str, Any]],
+    provider: str,
+    heads: Mapping[str, TaskHead],
+    experts: ExpertBackbone | None,
+) -> Scorer[Any]:
+    """How models of this family are scored."""
+    size = options.batch_size
+    if isinstance(family, WriterFamily):
+        longest = options.max_tokens
+        return TextScorer(family, exported, graphs, provider, size, longest, experts)
+    return ClassScorer(family, exported, graphs, provider, size, heads, experts)
 
 
 def _experts(recipe: Recipe, made: Manifest, device: torch.device) -> ExpertBackbone | None:
@@ -108,119 +142,3 @@ def _experts(recipe: Recipe, made: Manifest, device: torch.device) -> ExpertBack
     sources = open_sources(recipe)
     check_unchanged(sources, made)
     return ExpertBackbone(sources, device)
-
-
-def evaluation_samples(
-    recipe: Recipe, family: ModelFamily, folder: Path, heads: Mapping[str, TaskHead] | None = None
-) -> dict[str, Samples]:
-    """The evaluation samples of every task, loaded and checked; one of each is decoded.
-
-    Args:
-        recipe: tasks and options.
-        family: the model's family.
-        folder: a model folder with preprocessor settings.
-        heads: of the exported graphs; before there are any, what the recipe says of them counts.
-
-    Raises:
-        MismatchError: names every task without data or head, or with labels its head lacks.
-    """
-    samples, problems = {}, []
-    for name, task in recipe.tasks.items():
-        if task.evaluation is None:
-            problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
-            continue
-        if family.writes_texts:
-            try:
-                samples[name] = load_samples(
-                    name,
-                    task.evaluation,
-                    family,
-                    prompt=task.prompt,
-                    limit=recipe.eval.max_samples,
-                )
-            except EpmqError as error:
-                problems.append(str(error))
-            continue
-        names = task.head.classes if task.head is not None else None
-        count = len(names) if names is not None else None
-        try:
-            head = head_of_expert(task, family, folder) if heads is None else heads.get(name)
-        except EpmqError as error:
-            problems.append(f"task {name!r}: {error}")
-            continue
-        if head is None and (task.head is None or heads is not None):
-            problems.append(f"task {name!r} has no head (tasks.{name}.head)")
-            continue
-        if head is not None:
-            count = head.classes
-        try:
-            samples[name] = load_samples(
-                name,
-                task.evaluation,
-                family,
-                prompt=task.prompt,
-                limit=recipe.eval.max_samples,
-            )
-            next(batches(samples[name], family, folder, 1))
-            problems += _label_problems(samples[name], count, names)
-        except EpmqError as error:
-            problems.append(str(error))
-    if problems:
-        raise MismatchError("evaluation", problems)
-    return samples
-
-
-def _label_problems(samples: Samples, count: int | None, names: Sequence[str] | None) -> list[str]:
-    """Labels beyond the head, or class names in another order than the data's."""
-    where = f"task {samples.task!r}: {samples.source.path}"
-    labels = samples.labels()
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (count is not None and high >= count):
-        return [f"{where} has labels {low} to {high}, but its head has {count} classes"]
-    stored = samples.class_names
-    if names is None or stored is None:
-        return []
-    ours, theirs = [_plain(name) for name in names], [_plain(name) for name in stored]
-    if ours != theirs and sorted(ours) == sorted(theirs):
-        return [
-            f"{where} numbers its classes {', '.join(stored)}; put tasks.{samples.task}.head."
-            "classes in that order"
-        ]
-    return []
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", " ").strip()
-
-
-@dataclass(frozen=True)
-class _Scorer:
-    """Scores all models on a task, decoding each sample once."""
-
-    family: ModelFamily
-    folder: Path
-    batch_size: int
-    graphs: Mapping[str, Graph]
-    heads: Mapping[str, TaskHead]
-    experts: ExpertBackbone | None
-
-    def batches(self, samples: Samples, size: int) -> Iterator[tuple[Tensor, ...]]:
-        return batches(samples, self.family, self.folder, size)
-
-    def accuracies(self, task: str, samples: Samples) -> dict[str, float]:
-        """Percent correct by model name."""
-        expert = self.experts.become(task) if self.experts else None
-        labels = samples.labels()
-        hits = dict.fromkeys([*self.graphs, *([EXPERTS] if expert else [])], 0)
-        start = 0
-        for batch in self.batches(samples, self.batch_size):
-            truth = labels[start : start + len(batch[0])]
-            start += len(truth)
-            output = f"logits_{task}"
-            for name, graph in self.graphs.items():
-                logits = torch.from_numpy(graph.run(batch, [output])[output])
-                hits[name] += count_hits(logits, truth)
-            if self.experts is not None and expert is not None:
-                logits = self.heads[task](embeddings(expert, self.family, batch))
-                hits[EXPERTS] += count_hits(logits, truth)
-        return {name: 100.0 * count / len(labels) for name, count in hits.items()}

@@ -1,18 +1,18 @@
 """What an evaluation found, as plain data."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
-from epmq_deploy.errors import GateError
-from epmq_deploy.runtime.latency import Latency
+from epmq_deploy.quantization.layer import LayerReport
+from epmq_deploy.runtime.diagnosis import Diagnosis
+from epmq_deploy.runtime.footprint import Footprint
+from epmq_deploy.runtime.latency import Timing
+from epmq_deploy.runtime.significance import Difference, Interval
 
 EXPERTS = "experts"
 REFERENCE = "fp32"
-# Averages of percentages carry rounding errors; a drop of exactly the allowed size passes.
-_ROUNDING = 1e-9
+# What low-bit graphs are compared with; never held against gates or recommended.
+REFERENCES = (EXPERTS, REFERENCE, "fp16")
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,52 @@ class Row:
     Attributes:
         name: a format's name, or ``experts``.
         accuracy: percent by task.
-        bytes: size of the file, absent for experts.
-        latency: of one sample, absent for experts.
+        intervals: of these, 95%.
+        average_interval: of their average over tasks.
+        against: differences from fp32 merged by task; empty for experts and fp32 merged itself.
+        against_average: the difference on average over tasks.
+        file: relative to the export's folder; absent for experts, as is all that follows.
+        bytes: size of the file, external data included.
+        timings: by batch size and threads, in the order asked for.
+        footprint: load time and memory.
     """
 
     name: str
     accuracy: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+    average_interval: Interval
+    against: Mapping[str, Difference] = field(default_factory=dict)
+    against_average: Difference | None = None
+    file: str | None = None
     bytes: int | None = None
-    latency: Latency | None = None
+    timings: tuple[Timing, ...] = ()
+    footprint: Footprint | None = None
 
     @property
     def average(self) -> float:
         """Accuracy averaged over tasks, percent."""
         return sum(self.accuracy.values()) / len(self.accuracy)
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return "fp32 merged" if self.name == REFERENCE else self.name
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What every low-bit graph has to meet; None where anything goes.
+
+    Attributes:
+        max_drop: points of average accuracy lost against fp32 merged (the point estimate; its
+            interval is reported beside it).
+        max_latency_ratio: median latency relative to fp32 merged, of the first timing.
+        max_size: file size in MB (10^6 bytes).
+    """
+
+    max_drop: float | None = None
+    max_latency_ratio: float | None = None
+    max_size: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,58 +78,31 @@ class EvalReport:
         rows: experts (where evaluated), then every graph.
         samples: evaluation samples by task.
         provider: onnxruntime's execution provider that ran the graphs.
-        threads: intra-op threads, None for onnxruntime's default.
+        gates: what low-bit graphs have to meet.
+        margin: points that may be lost and still count as no worse.
         fingerprint: of exported model, data and options.
+        diagnoses: by format, where asked for.
+        layers: how each layer fared in quantization, where the export holds its report.
     """
 
     rows: tuple[Row, ...]
     samples: Mapping[str, int]
     provider: str
-    threads: int | None
+    gates: Gates
+    margin: float
     fingerprint: str
+    diagnoses: Mapping[str, Diagnosis]
+    layers: tuple[LayerReport, ...] = ()
 
     def row(self, name: str) -> Row:
         """The row of a format or of the experts."""
         return next(row for row in self.rows if row.name == name)
 
+    @property
+    def candidates(self) -> tuple[Row, ...]:
+        """The low-bit graphs."""
+        return tuple(row for row in self.rows if row.name not in REFERENCES)
+
     def drop(self, row: Row) -> float | None:
         """Points of average accuracy lost against fp32 merged; None for the experts."""
         return None if row.name == EXPERTS else self.row(REFERENCE).average - row.average
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``eval.json``."""
-        rows = [asdict(row) | {"average": row.average, "drop": self.drop(row)} for row in self.rows]
-        return asdict(self) | {"rows": rows}
-
-    def check_drop(self, max_drop: float | None) -> None:
-        """Hold every low-bit graph against the gate.
-
-        Raises:
-            GateError: names every format that lost more than ``max_drop`` points.
-        """
-        if max_drop is None:
-            return
-        drops = {row.name: self.drop(row) for row in self.rows if row.name != REFERENCE}
-        missed = [
-            f"{name} lost {drop:.2f} points"
-            for name, drop in drops.items()
-            if drop is not None and drop > max_drop + _ROUNDING
-        ]
-        if missed:
-            raise GateError(
-                f"accuracy gate missed: {', '.join(missed)} against fp32 merged, "
-                f"allowed {max_drop:g} (--max-drop)"
-            )
-
-
-def read_report(file: Path) -> EvalReport | None:
-    """The report in an ``eval.json``, or None where there is none or it is damaged."""
-    try:
-        content = json.loads(file.read_text())
-        rows = []
-        for row in content["rows"]:
-            latency = row["latency"] and Latency(**row["latency"])
-            rows.append(Row(row["name"], row["accuracy"], row["bytes"], latency))
-        return EvalReport(**(content | {"rows": tuple(rows)}))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

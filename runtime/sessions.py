@@ -1,44 +1,42 @@
 """Creating onnxruntime sessions."""
 
-import logging
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-import torch
 from torch import Tensor
 
-from epmq_deploy.device import DeviceName
-from epmq_deploy.errors import NumericsError, RecipeError
-
-log = logging.getLogger(__name__)
-
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+from epmq_deploy.errors import NumericsError
+from epmq_deploy.runtime.providers import AUTO, RECORD_ASSIGNMENT, check_used, provider_named
 
 
 class Graph:
     """One exported graph, ready to run.
 
     Args:
-        file: the ONNX file.
-        provider: ``auto`` takes CUDA where onnxruntime can run it.
+        file: the ONNX file; or a whole model's bytes, which ``name`` then names.
+        provider: see `epmq_deploy.runtime.providers.provider_named`.
         threads: intra-op threads; onnxruntime's default when absent.
         session_config: session options the graph was exported for.
+        name: what messages call it; the file when absent.
 
     Raises:
-        RecipeError: the provider that was asked for is not really used.
+        RecipeError: the provider that was asked for is not there or not really used.
         NumericsError: onnxruntime cannot load the file.
     """
 
     def __init__(
         self,
-        file: Path,
+        file: Path | bytes,
         *,
-        provider: DeviceName = "auto",
+        provider: str = AUTO,
         threads: int | None = None,
         session_config: Mapping[str, str] | None = None,
+        name: str = "",
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -46,21 +44,18 @@ class Graph:
             options.intra_op_num_threads = threads
         # Several sessions live side by side here; idle ones must not keep cores busy.
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
         for key, value in (session_config or {}).items():
             options.add_session_config_entry(key, value)
-        wanted = _wanted(provider)
+        wanted = provider_named(provider)
+        named = name or str(file)
         try:
-            self._session = ort.InferenceSession(file, options, providers=wanted)
+            # It prints when it falls back, which is noticed below; stdout is for results.
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._session = ort.InferenceSession(file, options, providers=[wanted])
         except Exception as error:  # onnxruntime raises many types
-            raise NumericsError(f"{file}: onnxruntime cannot load it ({error})") from error
-        self.provider: str = self._session.get_providers()[0]
-        if self.provider != wanted[0] and provider == "auto":
-            log.warning("onnxruntime cannot use %s here; it runs on %s", wanted[0], self.provider)
-        elif self.provider != wanted[0]:
-            raise RecipeError(
-                f"provider {wanted[0]} was asked for, but onnxruntime uses "
-                f"{self.provider}; it has {', '.join(ort.get_available_providers())}"
-            )
+            raise NumericsError(f"{named}: onnxruntime cannot load it ({error})") from error
+        self.provider = check_used(self._session, named, wanted, strict=provider != AUTO)
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
         # Open axes by their names.
@@ -71,14 +66,8 @@ class Graph:
     ) -> Mapping[str, np.ndarray[Any, Any]]:
         """Run a batch; arrays by output name, all outputs when none are named."""
         names = list(outputs or self.output_names)
-        feed = {name: value.numpy() for name, value in zip(self.input_names, inputs, strict=True)}
-        return dict(zip(names, self._session.run(names, feed), strict=True))
+        return dict(zip(names, self._session.run(names, self.feed(inputs)), strict=True))
 
-
-def _wanted(provider: DeviceName) -> list[str]:
-    """Providers to hand to onnxruntime, best first."""
-    if provider != "auto":
-        return [_PROVIDERS[provider]]
-    # onnxruntime lists CUDA wherever its libraries are installed; torch knows whether a GPU is.
-    cuda = torch.cuda.is_available() and _PROVIDERS["cuda"] in ort.get_available_providers()
-    return [_PROVIDERS["cuda"], _PROVIDERS["cpu"]] if cuda else [_PROVIDERS["cpu"]]
+    def feed(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+        """Arrays by input name, as onnxruntime takes them."""
+        return {name: value.numpy() for name, value in zip(self.input_names, inputs, strict=True)}

@@ -28,6 +28,9 @@ class TaskStatistics:
         tokens: number of tokens with a positive weight.
         cross: per layer float32 ``[N, K]``, of ``y x^T``, where experts guide the target.
         output_mean: per layer float64 ``[N]``, of ``y``, without bias.
+        low: float32 ``[K]``, the smallest ``x`` of any token, padding included (whatever runs in
+            int8 quantizes padding too); None without activations.
+        high: the largest, likewise.
     """
 
     gram: Tensor
@@ -35,6 +38,8 @@ class TaskStatistics:
     tokens: int
     cross: Mapping[str, Tensor] = field(default_factory=dict)
     output_mean: Mapping[str, Tensor] = field(default_factory=dict)
+    low: Tensor | None = None
+    high: Tensor | None = None
 
 
 class Accumulator:
@@ -54,6 +59,8 @@ class Accumulator:
         self._tokens = 0
         self._cross: dict[str, Tensor] = {}
         self._output_sum: dict[str, Tensor] = {}
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
 
     def add(
         self,
@@ -83,6 +90,7 @@ class Accumulator:
         self._sum = self._sum + _total(rows, roots)
         self._tokens += rows.shape[0]
         self._weight += float(roots.square().sum())
+        self._widen(inputs)
         for layer, weight in (guides or {}).items():
             wanted = None
             if weight is not None and mix < 1:
@@ -95,6 +103,11 @@ class Accumulator:
                 wanted = own if wanted is None else wanted.add_(own, alpha=mix)
             assert wanted is not None
             self._add_wanted(layer, low, wanted, roots)
+
+    def _widen(self, inputs: Tensor) -> None:
+        low, high = inputs.to(torch.float32).flatten(0, -2).aminmax(dim=0)
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
 
     def _add_wanted(self, layer: str, rows: Tensor, wanted: Tensor, roots: Tensor) -> None:
         if layer not in self._cross:
@@ -122,6 +135,8 @@ class Accumulator:
             self._tokens,
             {layer: cross.div_(self._weight) for layer, cross in self._cross.items()},
             {layer: total / self._weight for layer, total in self._output_sum.items()},
+            self._low,
+            self._high,
         )
 
 
@@ -180,6 +195,8 @@ class GroupSums:
         cross: per layer ``sum s_t G_t``, ``[N, K]`` likewise, for expert-guided targets.
         output_mean: per layer ``sum s_t mean(y_t)`` with biases, float64 ``[N]``, likewise.
         biases: per layer and task ``s_t b_t`` and ``mu_t``, for targets that fit biases jointly.
+        low: smallest input of any task, float32 ``[K]``; None without activations.
+        high: largest, likewise.
     """
 
     gram: Tensor
@@ -189,6 +206,8 @@ class GroupSums:
     cross: dict[str, Tensor] = field(default_factory=dict)
     output_mean: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    low: Tensor | None = None
+    high: Tensor | None = None
 
     @classmethod
     def zeros(cls, features: int, device: torch.device) -> "GroupSums":
@@ -218,6 +237,10 @@ class GroupSums:
         self.mean.add_(statistics.mean, alpha=weight)
         self.weight += weight
         self.tokens += statistics.tokens
+        if statistics.low is not None and statistics.high is not None:
+            low, high = statistics.low, statistics.high
+            self.low = low if self.low is None else torch.minimum(self.low, low)
+            self.high = high if self.high is None else torch.maximum(self.high, high)
         for layer, cross in statistics.cross.items():
             if layer not in self.cross:
                 self.cross[layer] = torch.zeros_like(cross)

@@ -40,12 +40,19 @@ from epmq_deploy.tasks.data import data_sha256
 log = logging.getLogger(__name__)
 
 
+def uses_data(options: MergeOptions) -> bool:
+    """Whether merging takes calibration samples."""
+    searched = isinstance(options, ScaledOptions) and options.search
+    return searched or isinstance(options, DataOptions)
+
+
 def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
     """What decides the merge; ``inputs`` are the hashes of base and experts by role."""
     options: MergeOptions = recipe.merge
     decisive = dict(inputs)
-    searched = isinstance(options, ScaledOptions) and options.search
-    if searched or isinstance(options, DataOptions):
+    if recipe.base.part is not None:
+        decisive["part"] = recipe.base.part
+    if uses_data(options):
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
                 decisive[f"calibration:{name}"] = data_sha256(task.calibration, task.prompt)
@@ -62,6 +69,12 @@ def check_options(recipe: Recipe) -> None:
     """
     method = MERGE_METHODS[recipe.merge.method]
     problems = method.problems(recipe.merge, tuple(recipe.tasks))
+    if recipe.base.part in ("text", "both") and uses_data(recipe.merge):
+        problems.append(
+            f"base.part: {recipe.base.part}: merging that takes calibration data (method "
+            f"{method.name} or merge.search) runs the image tower alone; choose another method "
+            "without search, or base.part: image"
+        )
     if problems:
         raise RecipeError("; ".join(problems))
 
@@ -76,8 +89,8 @@ def merge(
 ) -> Manifest:
     """Merge the recipe's experts into ``output``, a loadable Hugging Face folder.
 
-    What is not deployed (a CLIP base's text tower), tensors no expert holds and integer tensors are
-    copied from the base.
+    What is not merged (a CLIP base's text tower, unless asked for), tensors no expert holds and
+    integer tensors are copied from the base.
 
     Raises:
         MismatchError: the experts do not fit the base; all problems at once.
@@ -190,13 +203,12 @@ def _write(
     """Write settings and tensors in the dtypes asked for."""
     base = sources.base
     copy_settings(base.folder, folder)
-    dtypes = {name: _output_dtype(options, info.dtype) for name, info in base.tensors.items()}
-    sizes = {
-        name: dtypes[name].itemsize * torch.Size(info.shape).numel()
+    layout = {
+        name: (_output_dtype(options, info.dtype), info.shape)
         for name, info in base.tensors.items()
     }
-    stored = ((name, _stored(name, value, dtypes[name])) for name, value in merged)
-    save_sharded(folder, sizes, progress.track(stored, "merging", total=len(sizes)))
+    stored = ((name, _stored(name, value, layout[name][0])) for name, value in merged)
+    save_sharded(folder, layout, progress.track(stored, "merging", total=len(layout)))
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from epmq_deploy.checkpoints import Checkpoint, model_config
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import Sources
+from epmq_deploy.scan import scan
+from epmq_deploy.tensors import StoredTensor
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +22,8 @@ def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str,
         mixed_dtypes: accept floating-point tensors of another dtype than the base's.
 
     Returns:
-        The names of the tensors to merge: those deployed, floating-point and held by an expert, in
-        the base's order. Integer tensors (position ids and the like) are no weights.
+        The names of the tensors to merge: those of the merged part, floating-point and held by an
+        expert, in the base's order. Integer tensors (position ids and the like) are no weights.
 
     Raises:
         MismatchError: with every problem of every expert.
@@ -31,11 +33,12 @@ def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str,
     names = tuple(
         name
         for name, info in base.tensors.items()
-        if name in held and family.is_deployed(name) and info.dtype.is_floating_point
+        if name in held and family.is_merged(name) and info.dtype.is_floating_point
     )
     problems = []
     if not names:
         problems.append("the experts share no floating-point tensor with the base")
+    problems += family.part_problems(held)
     for task, expert in experts.items():
         found = family.config_problems(
             model_config(base.folder) or {}, model_config(expert.folder) or {}
@@ -60,7 +63,7 @@ def _tensor_problems(sources: Sources, expert: Checkpoint, names: Sequence[str])
     extra = [
         name
         for name, info in expert.tensors.items()
-        if name not in base.tensors and family.is_deployed(name) and info.dtype.is_floating_point
+        if name not in base.tensors and family.is_merged(name) and info.dtype.is_floating_point
     ]
     problems = []
     if missing:
@@ -109,7 +112,7 @@ def _warn_about_what_is_not_merged(sources: Sources) -> None:
             name
             for name in expert.tensors
             if name in sources.base.tensors
-            and not sources.family.is_deployed(name)
+            and not sources.family.is_merged(name)
             and not sources.family.is_head(name)
             and not torch.equal(expert.load(name), sources.base.load(name))
         ]
@@ -127,6 +130,7 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
 
 
 def _finite(checkpoint: Checkpoint, name: str) -> bool:
-    if not checkpoint.tensors[name].dtype.is_floating_point:
-        return True
-    return bool(torch.isfinite(checkpoint.load(name)).all())
+    info = checkpoint.tensors[name]
+    if isinstance(info, StoredTensor):
+        return info.key not in scan(info.file).not_finite
+    return not info.dtype.is_floating_point or bool(torch.isfinite(info.load()).all())

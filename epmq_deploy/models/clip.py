@@ -1,6 +1,9 @@
-"""CLIP (Radford et al., arXiv 2103.00020) as ``transformers`` lays it out: the image tower."""
+"""CLIP (Radford et al., arXiv 2103.00020) as ``transformers`` lays it out.
 
-from collections.abc import Sequence
+Deployed is the image tower; the text tower makes heads from class names. Either or both are merged.
+"""
+
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,22 +12,28 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.calibration.tokens import TokenWeights
+from epmq_deploy.checkpoints import Checkpoint
 from epmq_deploy.models.family import Block, Group, ModelFamily
 from epmq_deploy.models.image import image_processor, pixel_values
 from epmq_deploy.models.loading import fill, read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
+from epmq_deploy.tensors import Rename
 
-_ARCHITECTURE = (
+_TOWER = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "hidden_act",
     "layer_norm_eps",
-    "image_size",
-    "patch_size",
 )
-_TOP_LEVEL = ("vision_model.", "text_model.", "visual_projection.", "text_projection.")
+_ARCHITECTURE = {
+    "vision": (*_TOWER, "image_size", "patch_size"),
+    "text": (*_TOWER, "vocab_size", "max_position_embeddings"),
+}
+_IMAGE = ("vision_model.", "visual_projection.")
+_TEXT = ("text_model.", "text_projection.", "logit_scale")
+_MERGED = {"image": _IMAGE, "text": _TEXT, "both": _IMAGE + _TEXT}
 _GROUPS = (
     Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="layer_norm1"),
     Group(("self_attn.out_proj",)),
@@ -34,49 +43,80 @@ _GROUPS = (
 
 
 class ClipFamily(ModelFamily):
-    """CLIP image towers with zero-shot heads from the base's text tower.
+    """CLIP image towers with zero-shot heads from the text tower.
 
-    Experts may be whole ``CLIPModel`` checkpoints or image towers (``CLIPVisionModel``), with or
-    without the ``vision_model.`` prefix.
+    Experts may be whole ``CLIPModel`` checkpoints or single towers (``CLIPVisionModel``,
+    ``CLIPTextModel``, with or without projection), with or without the tower's prefix.
+
+    Args:
+        part: what is merged: ``image``, ``text`` or ``both``.
     """
 
     name = "clip"
     input_names = ("pixel_values",)
     modality = "image"
 
+    def __init__(self, part: str = "image") -> None:
+        self._merged = _MERGED[part]
+        self._towers = [tower for tower in ("vision", "text") if f"{tower}_model." in self._merged]
+        self.merges_text_tower = "text" in self._towers
+
+    def merging(self, part: str | None) -> "ClipFamily":
+        """The family that merges one tower or both."""
+        return self if part is None else ClipFamily(part)
+
     def recognises(self, config: dict[str, Any]) -> bool:
         """Whole CLIP models only: an image tower alone has no projection and no text side."""
         return config.get("model_type") == "clip"
 
     def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
-        """Compares what defines the image tower and tensors' shapes may not show."""
-        from transformers import CLIPVisionConfig
+        """Compares what defines the merged towers and tensors' shapes may not show."""
+        from transformers import CLIPTextConfig, CLIPVisionConfig
 
-        if not expert:
-            return []
-        # Published configs leave out what is as usual.
-        usual = CLIPVisionConfig().to_dict()
-        ours = usual | base.get("vision_config", {})
-        theirs = usual | expert.get("vision_config", expert)
-        return [
-            f"{key} is {theirs[key]!r} in its config.json, the base has {ours[key]!r}"
-            for key in _ARCHITECTURE
-            if ours[key] != theirs[key]
-        ]
+        problems = []
+        for tower in self._towers:
+            described = _tower_config(expert, tower)
+            if not described:
+                continue
+            # Published configs leave out what is as usual.
+            usual = (CLIPVisionConfig() if tower == "vision" else CLIPTextConfig()).to_dict()
+            ours, theirs = usual | base.get(f"{tower}_config", {}), usual | described
+            problems += [
+                f"{key} is {theirs[key]!r} in its config.json, the base has {ours[key]!r}"
+                for key in _ARCHITECTURE[tower]
+                if ours[key] != theirs[key]
+            ]
+        return problems
 
     def is_deployed(self, key: str) -> bool:
         """The image tower and its projection; the text side only makes heads."""
-        return key.startswith(("vision_model.", "visual_projection."))
+        return key.startswith(_IMAGE)
+
+    def is_merged(self, key: str) -> bool:
+        """The tower or towers asked for, each with its projection."""
+        return key.startswith(self._merged)
+
+    def part_problems(self, held: Collection[str]) -> list[str]:
+        """Every tower to be merged must be in some expert."""
+        return [
+            f"base.part asks for the {tower} tower, which no expert holds"
+            for tower in self._towers
+            if not any(key.startswith(f"{tower}_model.") for key in held)
+        ]
 
     def is_optional(self, key: str) -> bool:
-        """Image towers are published without the projection, which fine-tuning leaves alone."""
-        return key.startswith("visual_projection.")
+        """Towers are published without projections, which fine-tuning leaves alone."""
+        return key.startswith(("visual_projection.", "text_projection.", "logit_scale"))
 
     def canonical_key(self, key: str) -> str:
         """See base."""
-        if key == "logit_scale" or key.startswith(_TOP_LEVEL):
-            return key
-        return f"vision_model.{key}"
+        return key if key.startswith(_IMAGE + _TEXT) else f"vision_model.{key}"
+
+    def expert_rename(self, config: dict[str, Any]) -> Rename:
+        """Text towers on their own may leave out the prefix too."""
+        if config.get("model_type") != "clip_text_model":
+            return self.canonical_key
+        return lambda key: key if key.startswith(_TEXT) else f"text_model.{key}"
 
     def load(self, folder: Path) -> nn.Module:
         """The image tower with its projection."""
@@ -137,6 +177,27 @@ class ClipFamily(ModelFamily):
 
         As in the CLIP paper's prompt ensembling (section 3.1.4).
         """
+        return self._zero_shot_head(folder, None, classes, templates, device)
+
+    def expert_zero_shot_head(
+        self,
+        folder: Path,
+        expert: Checkpoint,
+        classes: Sequence[str],
+        templates: Sequence[str],
+        device: torch.device,
+    ) -> Tensor:
+        """As ``zero_shot_head``, through the expert's text tower where that is merged."""
+        return self._zero_shot_head(folder, expert, classes, templates, device)
+
+    def _zero_shot_head(
+        self,
+        folder: Path,
+        expert: Checkpoint | None,
+        classes: Sequence[str],
+        templates: Sequence[str],
+        device: torch.device,
+    ) -> Tensor:
         from transformers import CLIPConfig, CLIPModel
 
         config = CLIPConfig.from_dict(read_config(folder))
@@ -146,7 +207,11 @@ class ClipFamily(ModelFamily):
             config.text_config.vocab_size,
             "heads from class names need",
         )
-        model = fill(CLIPModel(config), folder).to(device)
+        model = fill(CLIPModel(config), folder)
+        for name, parameter in model.named_parameters():
+            if expert is not None and name in expert.tensors and self.is_merged(name):
+                expert.load_into(name, parameter.data)
+        model = model.to(device)
         rows = []
         with torch.inference_mode():
             for name in classes:
@@ -160,6 +225,15 @@ class ClipFamily(ModelFamily):
                 rows.append(mean / mean.norm())
             head: Tensor = (torch.stack(rows) * model.logit_scale.exp()).cpu()
         return head
+
+
+def _tower_config(config: dict[str, Any], tower: str) -> dict[str, Any]:
+    """What a config says of one tower: a whole model's section, or a tower's own; maybe nothing."""
+    kind = config.get("model_type")
+    if kind in ("clip_vision_model", "clip_text_model"):
+        return config if kind == f"clip_{tower}_model" else {}
+    section: dict[str, Any] = config.get(f"{tower}_config", config if tower == "vision" else {})
+    return section
 
 
 FAMILY = ClipFamily()

@@ -1,7 +1,7 @@
 """What the rest of the library needs to know about a model family."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from epmq_deploy.calibration.tokens import TokenWeights
 from epmq_deploy.checkpoints import Checkpoint
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.head import TaskHead
+from epmq_deploy.tensors import Rename
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,22 @@ class ModelFamily(ABC):
     tied: Mapping[str, str] = MappingProxyType({})
     """Tensors that checkpoints may hold a copy of under a second name: that name to the first."""
 
+    merges_text_tower: bool = False
+    """Whether heads from class names differ between the merged model and its experts."""
+
+    def merging(self, part: str | None) -> "ModelFamily":
+        """The family that merges one part of the model, or its usual part when ``part`` is None.
+
+        Raises:
+            RecipeError: the family has no parts to choose from.
+        """
+        if part is None:
+            return self
+        raise RecipeError(
+            f"base.part: {part}: models of the {self.name} family have no parts to choose from; "
+            "leave it out"
+        )
+
     @abstractmethod
     def recognises(self, config: dict[str, Any]) -> bool:
         """Whether a base's ``config.json`` belongs to this family."""
@@ -92,11 +110,19 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def is_deployed(self, key: str) -> bool:
-        """Whether a tensor of the base belongs to the part that is merged and deployed."""
+        """Whether a tensor of the base belongs to the part that is deployed."""
+
+    def is_merged(self, key: str) -> bool:
+        """Whether a tensor of the base belongs to the part that is merged: what is deployed."""
+        return self.is_deployed(key)
+
+    def part_problems(self, held: Collection[str]) -> list[str]:
+        """What the experts together lack to be merged as asked, given the tensors they hold."""
+        return []
 
     @abstractmethod
     def is_optional(self, key: str) -> bool:
-        """Whether an expert may leave out a deployed tensor because it is the base's."""
+        """Whether an expert may leave out a merged tensor because it is the base's."""
 
     def is_head(self, key: str) -> bool:
         """Whether a tensor belongs to a task's head: kept per expert, never merged."""
@@ -109,6 +135,10 @@ class ModelFamily(ABC):
         Several names where the stored tensor holds several of the deployed model's, in equal parts
         along its first dimension.
         """
+
+    def expert_rename(self, config: dict[str, Any]) -> Rename:
+        """``canonical_key`` for an expert with this ``config.json``."""
+        return self.canonical_key
 
     @abstractmethod
     def load(self, folder: Path) -> nn.Module:
@@ -172,6 +202,17 @@ class ModelFamily(ABC):
         Raises:
             RecipeError: the family has no text side to build a head with.
         """
+
+    def expert_zero_shot_head(
+        self,
+        folder: Path,
+        expert: Checkpoint,
+        classes: Sequence[str],
+        templates: Sequence[str],
+        device: torch.device,
+    ) -> Tensor:
+        """As ``zero_shot_head``, for an expert of the model in ``folder``."""
+        return self.zero_shot_head(folder, classes, templates, device)
 
 
 class Deployable(nn.Module, ABC):

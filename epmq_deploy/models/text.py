@@ -48,11 +48,7 @@ class TextClassifierFamily(ClassifierFamily):
         Raises:
             RecipeError: the tokenizer is missing or does not fit the model.
         """
-        config = read_config(folder)
-        tokenizer = _tokenizer(
-            folder, self.tokenizer_files, int(config["vocab_size"]), self.positions(config)
-        )
-        batch = tokenizer(
+        batch = self.tokenizer(folder)(
             list(samples),
             padding=True,
             truncation=True,
@@ -60,6 +56,17 @@ class TextClassifierFamily(ClassifierFamily):
             return_tensors="pt",
         )
         return tuple(batch[name].to(torch.int64) for name in self.input_names)
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The folder's tokenizer, cutting texts at the length the encoder takes.
+
+        Raises:
+            RecipeError: it is missing or does not fit the model.
+        """
+        config = read_config(folder)
+        return _tokenizer(
+            folder, self.tokenizer_files, int(config["vocab_size"]), self.positions(config)
+        )
 
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
         """Random ids; the last sequence of a batch is padded, as those of real texts are."""

@@ -5,22 +5,26 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from epmq_deploy.quantization.layer import LayerReport
+from epmq_deploy.quantization.layer_inputs import LayerInputs
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 from epmq_deploy.quantization.quantized_model import QuantizedModel
 
 CODES_FILE = "quantized.safetensors"
 REPLACED_FILE = "replaced.safetensors"
+INPUTS_FILE = "inputs.safetensors"
 REPORT_FILE = "report.json"
 
 
 def save_artifact(folder: Path, quantized: QuantizedModel) -> None:
     """Write ``quantized.safetensors`` (per layer ``.codes`` uint8 ``[N, K]``, ``.scales`` float32
-    and ``.zero_points`` uint8 ``[N, G]``), ``replaced.safetensors`` and ``report.json``.
+    and ``.zero_points`` uint8 ``[N, G]``), ``replaced.safetensors``, ``inputs.safetensors`` (per
+    layer the fields of `LayerInputs`; empty without activations) and ``report.json``.
     """
     tensors, layers = {}, {}
     for name, linear in quantized.layers.items():
@@ -30,8 +34,35 @@ def save_artifact(folder: Path, quantized: QuantizedModel) -> None:
         layers[name] = [linear.bits, linear.group_size, linear.symmetric]
     save_file(tensors, folder / CODES_FILE, metadata={"layers": json.dumps(layers)})
     save_file(quantized.replaced, folder / REPLACED_FILE)
+    _save_inputs(folder, quantized.inputs)
     reports = [asdict(report) for report in quantized.reports]
     (folder / REPORT_FILE).write_text(json.dumps(reports, indent=2) + "\n")
+
+
+def _save_inputs(folder: Path, inputs: Mapping[str, LayerInputs]) -> None:
+    """Write ``inputs.safetensors``."""
+    tensors = {}
+    for name, seen in inputs.items():
+        # Layers that share their input share these tensors, which safetensors refuses.
+        for part in ("low", "high", "square"):
+            tensors[f"{name}.{part}"] = getattr(seen, part).clone()
+        tensors[f"{name}.output"] = torch.tensor(seen.output, dtype=torch.float64)
+    save_file(tensors, folder / INPUTS_FILE)
+
+
+def load_inputs(folder: Path) -> dict[str, LayerInputs]:
+    """What calibration saw of the layers' inputs, by layer name; empty without activations."""
+    tensors = load_file(folder / INPUTS_FILE)
+    names = [key.removesuffix(".output") for key in tensors if key.endswith(".output")]
+    return {
+        name: LayerInputs(
+            low=tensors[f"{name}.low"],
+            high=tensors[f"{name}.high"],
+            square=tensors[f"{name}.square"],
+            output=float(tensors[f"{name}.output"]),
+        )
+        for name in names
+    }
 
 
 def load_reports(folder: Path) -> list[LayerReport]:

@@ -6,7 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from epmq_deploy.quantization.artifact import load_artifact, load_reports, save_artifact
+from epmq_deploy.quantization.artifact import (
+    load_artifact,
+    load_inputs,
+    load_reports,
+    save_artifact,
+)
 from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.stage import atomic_folder, atomic_text
 
@@ -38,7 +43,9 @@ class FinishedWork:
         if not folder.is_dir():
             return None
         layers, replaced = load_artifact(folder)
-        return QuantizedModel(layers, dict(replaced), load_reports(folder))
+        return QuantizedModel(
+            layers, dict(replaced), load_reports(folder), inputs=load_inputs(folder)
+        )
 
     def save(self, index: int, result: QuantizedModel) -> None:
         """Remember a block's result; either all of it is there afterwards or nothing."""

@@ -27,6 +27,7 @@ from epmq_deploy.errors import NumericsError
 from epmq_deploy.models import Block, Group, ModelFamily
 from epmq_deploy.quantization.guides import Experts, MergedAsExpert
 from epmq_deploy.quantization.layer import LayerReport, quantize_layer, refit_bias
+from epmq_deploy.quantization.layer_inputs import layer_inputs
 from epmq_deploy.quantization.quantized_model import QuantizedModel
 
 log = logging.getLogger(__name__)
@@ -305,6 +306,8 @@ class Walk:
                 if solved.report.reason:
                     log.warning("%s: %s (%s)", name, solved.report.status, solved.report.reason)
                 weight, bias = solved.linear.dequantize(), solved.bias
+                if (seen := layer_inputs(sums, weight)) is not None:
+                    self._result.inputs[name] = seen
             else:
                 weight = problem.weight.to(torch.float32).contiguous()
                 bias = refit_bias(name, layer.bias, problem.weight, problem, sums, options)

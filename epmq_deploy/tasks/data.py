@@ -72,7 +72,7 @@ class Samples:
         return list(feature.names) if hasattr(feature, "names") else None
 
     def labels(self) -> Tensor:
-        """int64 ``[n]``.
+        """int64 ``[n]``; booleans are the classes 0 and 1.
 
         Raises:
             RecipeError: no such column, or values that are no integers.
@@ -86,7 +86,7 @@ class Samples:
             )
         values = list(self.rows.select(list(self.indices)).select_columns([column])[column])
         for row, value in zip(self.indices, values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not isinstance(value, int):
                 raise RecipeError(
                     f"{where}: column {column!r} must hold integers (the class's place in "
                     f"head.classes), row {row} holds {value!r}"

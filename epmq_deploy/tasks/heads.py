@@ -8,11 +8,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from epmq_deploy.checkpoints import Checkpoint, fetch_model
+from epmq_deploy.checkpoints import Checkpoint, fetch_model, model_config
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
+from epmq_deploy.experts import open_sources
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.recipe import Task
+from epmq_deploy.recipe import Recipe, Task
 
 HEADS_FILE = "heads.safetensors"
 
@@ -57,6 +58,36 @@ def build_heads(
     return heads
 
 
+def heads_of_experts(
+    recipe: Recipe, heads: Mapping[str, TaskHead], device: torch.device
+) -> dict[str, TaskHead]:
+    """The heads to evaluate experts with.
+
+    Args:
+        recipe: names base and experts.
+        heads: of the merged model, by task.
+        device: where to run text towers.
+
+    Returns:
+        ``heads``, but those from class names through each expert's own text tower where text towers
+        are merged.
+    """
+    sources = open_sources(recipe)
+    own = dict(heads)
+    if sources.family.merges_text_tower:
+        for name, task in recipe.tasks.items():
+            if name in own and task.head is not None and task.head.classes is not None:
+                found = sources.family.expert_zero_shot_head(
+                    sources.base.folder,
+                    sources.experts[name],
+                    task.head.classes,
+                    task.head.templates,
+                    device,
+                )
+                own[name] = TaskHead(found)
+    return own
+
+
 def leaves_head_to_expert(task: Task, family: ModelFamily) -> bool:
     """Whether a task's head is looked for in its expert's checkpoint."""
     return family.experts_carry_heads if task.head is None else task.head.from_expert
@@ -86,6 +117,19 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
             "give classes or matrix"
         )
     return head
+
+
+def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
+    """Names of a head's classes in label order: the recipe's, or the expert's of an expert's head.
+
+    None where there are none; ``transformers`` numbers the classes it knows no names of.
+    """
+    if task.head is not None and not task.head.from_expert:
+        return task.head.classes
+    stored = (model_config(fetch_model(task.expert)) or {}).get("id2label") or {}
+    names = tuple(str(stored.get(str(index), "")) for index in range(head.classes))
+    numbered = tuple(f"LABEL_{index}" for index in range(head.classes))
+    return names if all(names) and names != numbered else None
 
 
 def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:

@@ -2,11 +2,31 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from epmq_deploy.models.family import Group
+from epmq_deploy.quantization.layer_inputs import LayerInputs
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.recipe import ExportOptions
+
+
+@dataclass(frozen=True)
+class ExportContext:
+    """What formats may want to know besides codes.
+
+    Attributes:
+        options: of the export.
+        inputs: what calibration saw of layers' inputs, by layer name; empty without activations.
+        groups: layers that share an input.
+    """
+
+    options: ExportOptions = field(default_factory=ExportOptions)
+    inputs: Mapping[str, LayerInputs] = field(default_factory=dict)
+    groups: tuple[Group, ...] = ()
+
 
 # Of activations rounded to int8, layer after layer; evaluation decides whether that is good enough,
 # parity only tells it from a wrong graph.
@@ -34,6 +54,16 @@ class GraphFormat(ABC):
     low_bit: ClassVar[bool] = True
     stores_two_bits: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-3
+
+    def planned(
+        self, layers: Mapping[str, QuantizedLinear], context: ExportContext
+    ) -> "GraphFormat":
+        """The format, set up for one export of these linear layers."""
+        return self
+
+    def details(self) -> Mapping[str, Any]:
+        """What was decided for each layer, by dotted name, as plain data."""
+        return {}
 
     @abstractmethod
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:

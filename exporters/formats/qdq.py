@@ -9,18 +9,15 @@ from collections.abc import Mapping
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 
 from epmq_deploy.exporters.formats.format import GraphFormat
 from epmq_deploy.exporters.graph import add_initializer, constant, low_bit_nodes, read_packed
+from epmq_deploy.exporters.integer_tensors import SIGNED, UNSIGNED, integer_tensor, read_layer
 from epmq_deploy.exporters.packed_linear import unpack_linear
-from epmq_deploy.exporters.packing import Bytes, pack_flat
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
-_SIGNED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 _ZERO = "epmq_deploy.zero"
-_UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}
 
 
 class QdqFormat(GraphFormat):
@@ -59,14 +56,14 @@ def _lower_node(graph: ir.Graph, node: ir.Node) -> None:
     for value in node.inputs[1:]:
         if value is not None:
             graph.initializers.pop(str(value.name))
-    dtype = (_SIGNED if layer.symmetric else _UNSIGNED)[layer.bits]
+    dtype = (SIGNED if layer.symmetric else UNSIGNED)[layer.bits]
     scales = np.ascontiguousarray(layer.scales.numpy().T)
     inputs = [
-        add_initializer(graph, _integers(f"{name}.codes", layer.codes.numpy(), dtype)),
+        add_initializer(graph, integer_tensor(f"{name}.codes", layer.codes.numpy().T, dtype)),
         add_initializer(graph, ir.Tensor(scales, name=f"{name}.scales")),
     ]
     if not layer.symmetric:
-        zero_points = _integers(f"{name}.zero_points", layer.zero_points.numpy(), dtype)
+        zero_points = integer_tensor(f"{name}.zero_points", layer.zero_points.numpy().T, dtype)
         inputs.append(add_initializer(graph, zero_points))
     dequantize = ir.node(
         "DequantizeLinear",
@@ -94,43 +91,13 @@ def _without_relu(graph: ir.Graph, relu: ir.Node) -> None:
     )
 
 
-def _integers(name: str, values: Bytes, dtype: ir.DataType) -> ir.TensorProtocol:
-    """Codes ``[N, K]`` or zero points ``[N, k_blocks]``, below 2**bits, as a transposed tensor.
-
-    Flipping the top bit subtracts ``2**(bits - 1)`` in two's complement.
-    """
-    bits = dtype.bitwidth
-    flipped = values ^ np.uint8(2 ** (bits - 1)) if dtype.is_signed() else values
-    transposed = np.ascontiguousarray(flipped.T)
-    if bits == 8:
-        return ir.Tensor(transposed.view(dtype.numpy()), name=name)
-    return ir.PackedTensor(pack_flat(transposed, bits), dtype, shape=transposed.shape, name=name)
-
-
 def _read_node(dequantize: ir.Node) -> QuantizedLinear:
-    codes, scales, zero_points = (constant(dequantize, index) for index in range(3))
+    scales = constant(dequantize, 1)
+    codes = dequantize.inputs[0].const_value  # type: ignore[union-attr]
     if codes is None or scales is None:
         raise ValueError(f"node {dequantize.name}: codes or scales are missing")
-    dtype = dequantize.inputs[0].const_value.dtype  # type: ignore[union-attr]
-    bits = dtype.bitwidth
-    offset = 2 ** (bits - 1) if dtype.is_signed() else 0
-    shifted = [
-        # Left out, DequantizeLinear's zero point is 0 whatever the type.
-        np.zeros(scales.shape, np.int16) if array is None else array.astype(np.int16)
-        for array in (codes, zero_points)
-    ]
-    stored = [
-        torch.from_numpy(np.ascontiguousarray((array + offset).T.astype(np.uint8)))
-        for array in shifted
-    ]
-    return QuantizedLinear(
-        codes=stored[0],
-        scales=torch.from_numpy(scales.T.copy()),
-        zero_points=stored[1],
-        bits=bits,
-        group_size=dequantize.attributes.get_int("block_size"),
-        symmetric=bool((stored[1] == 2 ** (bits - 1)).all()),
-    )
+    block = dequantize.attributes.get_int("block_size")
+    return read_layer(codes, scales, constant(dequantize, 2), codes.shape.numpy()[0], block)
 
 
 FORMAT = QdqFormat()

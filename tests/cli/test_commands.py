@@ -61,7 +61,10 @@ def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
         "onnx/model.onnx",
         "onnx/model_q4.onnx",
         "onnx/model_qdq.onnx",
+        "report.json",
         "eval.json",
+        "eval.md",
+        "report.html",
     }
     report = json.loads((chain / "onnx" / "eval.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["experts", "fp32", "matmulnbits", "qdq"]
@@ -69,7 +72,9 @@ def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
     rows = {row["name"]: row for row in report["rows"]}
     assert rows["matmulnbits"]["accuracy"] == rows["qdq"]["accuracy"]
     assert rows["fp32"]["drop"] == 0
-    assert rows["qdq"]["latency"]["p50_ms"] <= rows["qdq"]["latency"]["p95_ms"]
+    assert [timing["batch"] for timing in rows["qdq"]["timings"]] == [1, 8]
+    assert rows["qdq"]["footprint"]["load_ms"] > 0
+    assert report["recommendation"]["format"] in ("matmulnbits", "qdq")
     session = onnxruntime.InferenceSession(chain / "onnx" / "onnx" / "model_qdq.onnx")
     assert [item.name for item in session.get_outputs()] == [
         "embedding",
@@ -254,14 +259,45 @@ def test_unknown_flag_and_bad_value_are_usage_errors(chain: Path, tmp_path: Path
     assert not (tmp_path / "q").exists()
 
 
-def test_missed_accuracy_gate_ends_with_5_after_the_report(
+def test_missed_gates_end_with_5_after_the_report(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    report = tmp_path / "eval.json"
-    assert run("eval", chain / "onnx", "-o", report, "--max-drop", "-200", "--no-experts") == 5
-    assert "accuracy gate missed: fp32" not in capsys.readouterr().err
-    assert report.is_file()
-    assert run("eval", chain / "onnx", "-o", tmp_path / "e", "--max-drop", "200", "-q") == 0
+    gates = ["--max-drop", "-200", "--max-size", "0.001", "--max-latency-ratio", "0.001"]
+    arguments = ["--no-experts", "--threads", "1,2", "--latency-batches", "2"]
+    assert run("eval", chain / "onnx", "-o", tmp_path / "e.json", *gates, *arguments) == 5
+    message = capsys.readouterr().err
+    for format_ in ("matmulnbits", "qdq"):
+        for found in ("lost", "takes", "has"):
+            assert f"{format_} {found} " in message
+    assert "fp32 lost" not in message
+    assert {path.name for path in tmp_path.iterdir()} == {"e.json", "e.md", "e.html"}
+    report = json.loads((tmp_path / "e.json").read_text())
+    assert (len(report["misses"]), report["recommendation"]) == (6, None)
+    timings = [(item["threads"], item["batch"]) for item in report["rows"][0]["timings"]]
+    assert timings == [(1, 2), (2, 2)]
+    assert run("eval", chain / "onnx", "-o", tmp_path / "f", "--max-drop", "200", "-q") == 0
+
+
+def test_every_quantized_layer_is_diagnosed(chain: Path, tmp_path: Path) -> None:
+    arguments = ["--diagnose", "--diagnose-samples", "2", "--no-experts", "-q"]
+    assert run("eval", chain / "onnx", "-o", tmp_path / "e.json", *arguments) == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    quantized = {layer["layer"] for layer in report["layers"] if layer["bits"]}
+    assert set(report["diagnoses"]) == {"matmulnbits", "qdq"}
+    for found in report["diagnoses"].values():
+        assert {noise["layer"] for noise in found["layers"]} | {*found["missing"]} == quantized
+        assert found["missing"] == ["vision_model.embeddings.position_embedding"]
+        assert found["samples"] == 2 * len(TASKS)
+        assert all(5 < noise["own_db"] < 100 for noise in found["layers"])
+    assert "Layers of qdq against fp32 merged" in (tmp_path / "e.html").read_text()
+
+
+def test_a_provider_that_is_not_there_stops_before_any_work(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("eval", chain / "onnx", "-o", tmp_path / "e.json", "--provider", "npu") == 2
+    assert "provider 'npu' is not in this onnxruntime" in capsys.readouterr().err
+    assert not (tmp_path / "e.json").exists()
 
 
 def test_damaged_artifact_is_not_exported(
@@ -288,6 +324,11 @@ def test_run_skips_what_is_done_and_redoes_what_changed(tiny: TinyZoo, tmp_path:
     assert run("run", tiny.recipe, "-o", out, "-q", *settings) == 0
     first = stamps()
     assert run("run", tiny.recipe, "-o", out, "-q", *settings) == 0
+    assert stamps() == first
+    # Gates are held against what was measured, without measuring again.
+    gate = [*settings, "--set", "eval.max_size=0.001"]
+    assert run("run", tiny.recipe, "-o", out, "-q", *gate) == 5
+    assert json.loads((out / "onnx" / "eval.json").read_text())["misses"]
     assert stamps() == first
     changed = [*settings, "--set", "quantize.bits=8"]
     assert run("run", tiny.recipe, "-o", out, "-q", *changed) == 2
@@ -321,6 +362,8 @@ def test_eval_checks_its_output_before_any_work(
     for target in (tmp_path, tmp_path / "none" / "eval.json"):
         assert run("eval", chain / "onnx", "-o", target) == 2
         assert "expected a file in an existing folder" in capsys.readouterr().err
+    assert run("eval", chain / "onnx", "-o", tmp_path / "e.md") == 2
+    assert "name the JSON file" in capsys.readouterr().err
 
 
 def test_an_expert_changed_after_the_merge_is_noticed(

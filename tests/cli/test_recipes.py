@@ -19,42 +19,76 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, PreTrainedToken
 from epmq_deploy.cli.main import main
 from epmq_deploy.recipe import load_recipe
 
-ALL = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
-RECIPES = [file for file in ALL if file.stem.startswith("clip")]
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("clip-*.yaml"))
 SIZE = 16
-CLASSES = {"resisc45": 45, "eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10, "dtd": 47}
+EIGHT = {
+    "sun397": 397,
+    "stanford-cars": 196,
+    "resisc45": 45,
+    "eurosat": 10,
+    "svhn": 10,
+    "gtsrb": 43,
+    "mnist": 10,
+    "dtd": 47,
+}
+TWENTY = EIGHT | {
+    "oxford_flowers102": 102,
+    "pcam": 2,
+    "fer2013": 7,
+    "oxford-iiit-pet": 37,
+    "stl10": 10,
+    "cifar100": 100,
+    "cifar10": 10,
+    "food101": 101,
+    "fashion_mnist": 10,
+    "emnist_letters": 26,
+    "kmnist": 10,
+    "rendered-sst2": 2,
+}
+MODELS = {
+    "clip-vit-b32-task-arithmetic": ("clip-vit-base-patch32", EIGHT),
+    "clip-vit-b32-ties": ("clip-vit-base-patch32", EIGHT),
+    "clip-vit-l14-task-arithmetic": ("clip-vit-large-patch14", TWENTY),
+}
+# In the order of their names, which are those of the data's folders.
+SORTED = ("sun397", "resisc45", "dtd", "stl10", "food101", "oxford-iiit-pet", "fer2013", "cifar10")
 
 
 def test_there_are_recipes() -> None:
-    assert {file.stem for file in ALL} == {
-        "clip-vit-b32-task-arithmetic",
-        "clip-vit-b32-ties",
-        "flan-t5-base-glue-task-arithmetic",
-    }
+    assert {file.stem for file in RECIPES} == set(MODELS)
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipes_are_valid_and_name_hub_ids(file: Path) -> None:
     recipe = load_recipe(file)
-    assert recipe.base.path == "openai/clip-vit-base-patch32"
-    assert {name: len(task.head.classes) for name, task in recipe.tasks.items()} == CLASSES  # type: ignore[union-attr,arg-type]
+    model, counts = MODELS[file.stem]
+    assert recipe.base.path == f"openai/{model}"
+    assert {name: len(task.head.classes) for name, task in recipe.tasks.items()} == counts  # type: ignore[union-attr,arg-type]
     for name, task in recipe.tasks.items():
-        assert task.expert == f"tanganke/clip-vit-base-patch32_{name}"
+        assert task.expert == f"tanganke/{model}_{name}"
         assert task.calibration is not None
         assert task.evaluation is not None
         assert task.calibration.path == task.evaluation.path
-        assert (task.calibration.split, task.evaluation.split) == ("train", "test")
-    # These are in the order of their names, which are those of the data's folders.
-    for name in ("resisc45", "dtd"):
-        classes = list(recipe.tasks[name].head.classes)  # type: ignore[union-attr,arg-type]
-        assert classes == sorted(classes)
+        assert task.calibration.split == "train"
+        # Food-101 calls its test samples so.
+        assert task.evaluation.split == ("validation" if name == "food101" else "test")
+        classes = list(task.head.classes)  # type: ignore[union-attr,arg-type]
+        assert name not in SORTED or classes == sorted(classes)
 
 
-def test_recipes_differ_in_the_merge_only() -> None:
-    contents = [yaml.safe_load(file.read_text()) for file in RECIPES]
+def test_recipes_for_one_model_differ_in_the_merge_only() -> None:
+    contents = [
+        yaml.safe_load(file.read_text()) for file in RECIPES if file.stem.startswith("clip-vit-b32")
+    ]
     merges = [content.pop("merge") for content in contents]
     assert contents[0] == contents[1]
     assert [merge["method"] for merge in merges] == ["task_arithmetic", "ties"]
+
+
+def test_tasks_that_recipes_share_have_the_same_classes_and_data() -> None:
+    small, _, large = (yaml.safe_load(file.read_text())["tasks"] for file in RECIPES)
+    for name, task in small.items():
+        assert {**task, "expert": None} == {**large[name], "expert": None}
 
 
 def write_models(content: dict[str, Any], folder: Path) -> None:
@@ -102,13 +136,16 @@ def write_data(content: dict[str, Any], folder: Path) -> None:
     """Random images, for testing one of every class."""
     rng = np.random.default_rng(0)
     for name, task in content["tasks"].items():
-        for key, count in (("calibration", 6), ("evaluation", CLASSES[name])):
+        classes = len(task["head"]["classes"])
+        for key, count in (("calibration", 6), ("evaluation", classes)):
             pixels = rng.integers(0, 256, (count, SIZE, SIZE, 3), np.uint8)
             rows = {
                 "image": [PillowImage.fromarray(image) for image in pixels],
                 "label": list(range(count)),
             }
-            features = Features({"image": Image(), "label": Value("int64")})
+            # PatchCamelyon's are booleans.
+            kind = "bool" if classes == 2 and key == "evaluation" else "int64"
+            features = Features({"image": Image(), "label": Value(kind)})
             file = folder / f"{name}-{key}.parquet"
             Dataset.from_dict(rows, features=features).to_parquet(file)
             task[key] = {"path": str(file)}
@@ -127,5 +164,5 @@ def test_recipes_run_on_local_folders_of_the_same_layout(file: Path, tmp_path: P
         main(["run", str(recipe), "-o", str(tmp_path / "out"), "--quiet", *flags])
     assert not ended.value.code
     report = json.loads((tmp_path / "out" / "exported" / "eval.json").read_text())
-    assert report["samples"] == CLASSES
+    assert report["samples"] == MODELS[file.stem][1]
     assert {row["name"] for row in report["rows"]} == {"experts", "fp32", "matmulnbits", "qdq"}

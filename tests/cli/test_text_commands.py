@@ -59,7 +59,10 @@ def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
         "onnx/model.onnx",
         "onnx/model_q4.onnx",
         "onnx/model_qdq.onnx",
+        "report.json",
         "eval.json",
+        "eval.md",
+        "report.html",
     }
     report = json.loads((chain / "onnx" / "eval.json").read_text())
     assert report["samples"] == dict.fromkeys(TEXT_TASKS, 15)
@@ -161,6 +164,16 @@ def test_labels_beyond_the_expert_s_classifier_stop_before_any_work(
     recipe.write_text(yaml.safe_dump(content))
     assert run("run", recipe, "-o", tmp_path / "out") == 3
     assert "has labels 0 to 2, but its head has 2 classes" in capsys.readouterr().err
+
+
+def test_every_quantized_layer_is_diagnosed(chain: Path, tmp_path: Path) -> None:
+    arguments = ["--diagnose", "--diagnose-samples", "1", "--no-experts", "-q"]
+    assert run("eval", chain / "onnx", "-o", tmp_path / "e.json", *arguments) == 0
+    report = json.loads((tmp_path / "e.json").read_text())
+    quantized = {layer["layer"] for layer in report["layers"] if layer["bits"]}
+    found = report["diagnoses"]["qdq"]
+    assert {noise["layer"] for noise in found["layers"]} == quantized
+    assert found["missing"] == []
 
 
 def test_the_embedding_has_the_encoder_s_width(chain: Path) -> None:

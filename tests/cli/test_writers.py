@@ -20,7 +20,7 @@ from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.model import apply_quantized
 from epmq_deploy.recipe import load_recipe
 from epmq_deploy.runtime.generation import TextWriter
-from epmq_deploy.runtime.text_scoring import normalised, open_writers
+from epmq_deploy.runtime.text_scoring import TextScorer, normalised
 from epmq_deploy.tasks.data import load_samples
 
 # Tracing takes seconds a block, so there are few.
@@ -60,7 +60,8 @@ class Chain:
         return graphs
 
     def writer(self, name: str) -> TextWriter:
-        return open_writers(self.family, self.exported, self.graphs, TOKENS)[name]
+        scorer = TextScorer(self.family, self.exported, self.graphs, "cpu", 4, TOKENS)
+        return scorer.open(1)[name]
 
     def model(self, name: str) -> Any:
         """What a format's graphs have to agree with, as ``transformers`` loads it."""

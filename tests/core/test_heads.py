@@ -12,8 +12,8 @@ from tiny_zoo import FEATURES, TASKS, TinyZoo
 
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import TaskHead, family_of
-from epmq_deploy.recipe import Head, load_recipe
-from epmq_deploy.tasks.heads import build_heads
+from epmq_deploy.recipe import Head, Task, load_recipe
+from epmq_deploy.tasks.heads import build_heads, class_names
 
 ZOO = Path(str(files("epmq_deploy") / "zoo"))
 
@@ -60,6 +60,30 @@ def test_experts_without_heads_cannot_give_one(tiny: TinyZoo) -> None:
 def test_heads_come_from_one_place(tiny: TinyZoo) -> None:
     with pytest.raises(ValidationError, match="one of classes"):
         Head(classes=("a", "b"), from_expert=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"0": "good", "1": "bad"}, ("good", "bad")),
+        ({"0": "LABEL_0", "1": "LABEL_1"}, None),
+        ({"0": "good"}, None),
+        (None, None),
+    ],
+)
+def test_experts_heads_have_the_names_in_their_configs(
+    tmp_path: Path, labels: dict[str, str] | None, expected: tuple[str, ...] | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": labels} if labels else {}))
+    head = TaskHead(torch.randn(2, 3))
+    task = Task(expert=str(tmp_path))
+    assert class_names(task, head) == expected
+    assert class_names(task.model_copy(update={"head": Head(from_expert=True)}), head) == expected
+    # A head of the recipe's own has nothing to do with the expert's.
+    own = task.model_copy(update={"head": Head(matrix="head.safetensors")})
+    assert class_names(own, head) is None
+    own = task.model_copy(update={"head": Head(classes=("a", "b"))})
+    assert class_names(own, head) == ("a", "b")
 
 
 def test_zero_shot_rows_are_means_of_unit_prompts_times_the_logit_scale() -> None:

@@ -299,3 +299,24 @@ def test_weights_must_be_safetensors(tmp_path: Path) -> None:
     (folder / "open_clip_model.safetensors").rename(folder / "open_clip_pytorch_model.bin")
     with pytest.raises(RecipeError, match=r"no open_clip_model\.safetensors"):
         Checkpoint.open(folder)
+
+
+def test_both_towers_of_open_clip_experts_are_merged(tmp_path: Path) -> None:
+    base, expert = random_tensors(0), random_tensors(1)
+    write(tmp_path / "base", base)
+    write(tmp_path / "expert", expert)
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "base": {"path": "./base", "part": "both"},
+                "tasks": {"one": {"expert": "./expert"}},
+                "merge": {"method": "task_arithmetic", "scaling": 1.0},
+            }
+        )
+    )
+    merge(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "merged")
+    found = Checkpoint.open(tmp_path / "merged")
+    wanted = Checkpoint.open(tmp_path / "expert")
+    assert found.tensors.keys() == wanted.tensors.keys()
+    for name in wanted.tensors:
+        assert torch.allclose(found.load(name), wanted.load(name), atol=1e-5), name

@@ -20,11 +20,12 @@ def case(tools: types.SimpleNamespace) -> Any:
 
 
 def test_formats_are_discovered() -> None:
-    assert format_names() == ("fp16", "fp32", "matmulnbits", "qdq")
+    assert format_names() == ("fp16", "fp32", "int8-expand", "matmulnbits", "qdq")
 
 
 def test_unknown_format() -> None:
-    with pytest.raises(RecipeError, match="'gguf'; known: fp16, fp32, matmulnbits, qdq"):
+    known = "known: fp16, fp32, int8-expand, matmulnbits, qdq"
+    with pytest.raises(RecipeError, match=f"'gguf'; {known}"):
         formats_of(["qdq", "gguf"])
 
 

@@ -104,7 +104,7 @@ def test_two_bit_codes_go_into_two_bits_where_that_is_fast(
 
 def test_every_layer_runs_in_low_bits(exported) -> None:
     count = len(exported.case.linear)
-    expected = {"fp32": 0, "fp16": 0, "matmulnbits": count, "qdq": count}
+    expected = {"fp32": 0, "fp16": 0} | dict.fromkeys(low_bit_format_names(), count)
     assert {name: graph.low_bit_nodes for name, graph in exported.graphs.items()} == expected
 
 
@@ -134,7 +134,9 @@ def test_no_ballast(exported, fmt: str) -> None:
     # Tables are cast row by row; float16 graphs take and give float32.
     lookups = operators["Gather"] // 2 if fmt in low_bit_format_names() else 0
     converted = len(model.graph.input) + len(model.graph.output) if fmt == "fp16" else 0
-    assert operators["Cast"] <= lookups + converted
+    # Those of int8-expand are folded when a session is created, but for one a layer.
+    expanded = 3 * len(exported.case.linear) + 1 if fmt == "int8-expand" else 0
+    assert operators["Cast"] <= lookups + converted + expanded
     used = {name for node in model.graph.node for name in node.input}
     assert {tensor.name for tensor in model.graph.initializer} <= used
     # Stack traces would carry the exporting machine's paths.
@@ -157,7 +159,8 @@ def test_size_is_that_of_the_packed_layers(exported, fmt: str) -> None:
         grid += codes + 4 * blocks + blocks
     expected = exported.graphs["fp32"].bytes - weights + grid
     # Room for names and nodes; one float32 weight left over would be 16 KiB.
-    assert exported.graphs[fmt].bytes < expected + 12_000
+    nodes = 5_000 * len(exported.case.linear) if fmt == "int8-expand" else 12_000
+    assert exported.graphs[fmt].bytes < expected + nodes
 
 
 def test_nothing_reaches_stdout(exported) -> None:
@@ -204,14 +207,17 @@ def test_tensors_go_beside_the_file_when_too_large(
     tools: types.SimpleNamespace, tmp_path: Path
 ) -> None:
     case = tools.make_case(lambda name, weight: (4, 32, False))
-    graphs = tools.export(case, low_bit_format_names(), tmp_path, file_limit=1000)
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "beside").mkdir()
+    whole = tools.export(case, low_bit_format_names(), tmp_path / "whole")
+    graphs = tools.export(case, low_bit_format_names(), tmp_path / "beside", file_limit=1000)
     files = {graph.path.name for graph in graphs}
-    assert {file.name for file in tmp_path.iterdir()} == files | {f"{name}_data" for name in files}
-    expected = tools.dequantized_model(case)(case.images)
-    for graph in graphs:
+    written = {file.name for file in (tmp_path / "beside").iterdir()}
+    assert written == files | {f"{name}_data" for name in files}
+    for graph, other in zip(graphs, whole, strict=True):
         data = graph.path.with_name(f"{graph.path.name}_data")
         assert graph.bytes == graph.path.stat().st_size + data.stat().st_size
-        if graph.format != "fp32":
-            assert read_codes(graph.path).keys() == case.layers.keys()
-            for one, other in zip(tools.run(graph.path, case.images), expected, strict=True):
-                np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=TOLERANCE)
+        assert read_codes(graph.path).keys() == read_codes(other.path).keys()
+        outputs = (tools.run(made.path, case.images) for made in (graph, other))
+        for one, two in zip(*outputs, strict=True):
+            np.testing.assert_array_equal(one, two)

@@ -29,11 +29,13 @@ TABLES = (
     "embeddings.position_embeddings",
     "embeddings.token_type_embeddings",
 )
+# int8-expand makes integer products of patch embeddings.
+CONVOLVING = [name for name in low_bit_format_names() if name != "int8-expand"]
 # See test_export.
 TOLERANCE = 1e-5
 
 
-@pytest.mark.parametrize("fmt", low_bit_format_names())
+@pytest.mark.parametrize("fmt", CONVOLVING)
 def test_standard_operators_over_int8(outside_files: dict[str, Path], fmt: str) -> None:
     model = onnx.load(str(outside_files[fmt]))
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -63,7 +65,7 @@ def test_no_float_weight_is_left(outside_files: dict[str, Path], fmt: str) -> No
     assert not floats & {(64, 3, 8, 8), (64, 192), (5, 64), (1, 5, 64), (64, 32), (32, 64)}
 
 
-@pytest.mark.parametrize("fmt", low_bit_format_names())
+@pytest.mark.parametrize("fmt", CONVOLVING)
 def test_convolution_gets_the_dequantized_weight(
     outside_case: Any,
     outside_files: dict[str, Path],
@@ -211,8 +213,8 @@ def test_tables_of_a_text_model(text: Any, batch: int, length: int) -> None:
     with torch.inference_mode():
         expected = text.model(*inputs)
     outputs = [_run_text(graph.path, BERT, inputs) for graph in text.graphs]
-    for one, other, reference in zip(*outputs, expected, strict=True):
-        assert np.array_equal(one, other)
+    for one, *others, reference in zip(*outputs, expected, strict=True):
+        assert all(np.array_equal(one, other) for other in others)
         np.testing.assert_allclose(one, reference.numpy(), rtol=0, atol=TOLERANCE)
 
 

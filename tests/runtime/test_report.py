@@ -1,54 +1,120 @@
-"""The evaluation report as plain data."""
+"""The evaluation report: numbers, gates, recommendation, JSON and Markdown."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from eval_report import build_report, predictions
 
 from epmq_deploy.errors import GateError
-from epmq_deploy.runtime.latency import Latency
-from epmq_deploy.runtime.report import EvalReport, Row, read_report
+from epmq_deploy.runtime.eval_json import read_report, report_dict
+from epmq_deploy.runtime.evaluation import row_of
+from epmq_deploy.runtime.gates import check_gates, misses, recommend
+from epmq_deploy.runtime.markdown import markdown_table
+from epmq_deploy.runtime.report import Gates
+from epmq_deploy.runtime.scoring import Predictions
 
-REPORT = EvalReport(
-    rows=(
-        Row("experts", {"a": 90.0, "b": 80.0}),
-        Row("fp32", {"a": 70.0, "b": 60.0}, 1000, Latency(1.0, 2.0)),
-        Row("good", {"a": 71.0, "b": 61.0}, 100, Latency(0.5, 0.6)),
-        Row("bad", {"a": 68.0, "b": 59.0}, 100, Latency(0.5, 0.6)),
-    ),
-    samples={"a": 10, "b": 20},
-    provider="CPUExecutionProvider",
-    threads=None,
-    fingerprint="mark",
-)
+REPORT = build_report()
 
 
 def test_drop_is_in_points_of_the_average_over_tasks() -> None:
     drops = {row.name: REPORT.drop(row) for row in REPORT.rows}
-    assert drops == {"experts": None, "fp32": 0.0, "good": -1.0, "bad": 1.5}
+    assert drops.pop("experts") is None
+    expected = {"fp32": 0, "better": -10, "faster": 0, "equal": 0, "worse": 20}
+    assert drops == pytest.approx(expected)
 
 
-def test_gate_names_what_missed_it_and_nothing_else() -> None:
-    REPORT.check_drop(None)
-    REPORT.check_drop(1.5)
+def test_rows_say_how_they_compare_with_fp32() -> None:
+    verdicts = {row.name: row.against_average.verdict for row in REPORT.candidates if row.against}
+    expected = {"better": "better", "faster": "no worse", "equal": "no worse", "worse": "worse"}
+    assert verdicts == expected
+    assert not REPORT.row("fp32").against
+    assert not REPORT.row("experts").against
+    worse = REPORT.row("worse").against["cars"]
+    assert (worse.points, worse.agreement) == (pytest.approx(-20), pytest.approx(80))
+
+
+def test_predictions_may_be_texts() -> None:
+    truth = np.array(["yes", "no", "maybe"])
+    predicted = {"fp32": np.array(["yes", "no", "no"]), "low": np.array(["yes", "yes", "no"])}
+    row = row_of("low", {"a": Predictions(truth, predicted)}, 1.0)
+    assert row.accuracy["a"] == pytest.approx(100 / 3)
+    assert row.against["a"].agreement == pytest.approx(200 / 3)
+
+
+def test_all_missed_gates_come_in_one_message() -> None:
+    check_gates(REPORT)
+    check_gates(replace(REPORT, gates=Gates(max_drop=20, max_latency_ratio=0.9, max_size=61)))
     with pytest.raises(GateError) as caught:
-        REPORT.check_drop(1.4)
-    assert "bad lost 1.50 points" in str(caught.value)
-    assert "good" not in str(caught.value)
-    with pytest.raises(GateError) as caught:
-        REPORT.check_drop(-2)
-    assert "good lost -1.00 points" in str(caught.value)
-    assert "fp32 lost" not in str(caught.value)
+        check_gates(replace(REPORT, gates=Gates(19.9, 0.5, 60.5)))
+    message = str(caught.value)
+    assert "worse lost 20.00 points (95% interval 16.9" in message
+    assert "better takes 0.90 of fp32 merged's time, allowed 0.5" in message
+    assert "faster has 61.00 MB, allowed 60.5" in message
+    assert message.count("allowed") == 3
+
+
+def test_references_are_not_held_against_gates() -> None:
+    strict = replace(REPORT, gates=Gates(max_drop=-100, max_size=1))
+    assert not any(text.startswith(("fp32", "experts")) for text in misses(strict))
+    assert len(misses(strict)) == 2 * len(REPORT.candidates)
 
 
 def test_a_drop_of_exactly_the_allowed_size_passes() -> None:
-    rows = (Row("fp32", {"a": 0.1, "b": 0.2}), Row("low", {"a": -0.9, "b": -0.8}))
-    EvalReport(rows, {"a": 1, "b": 1}, "cpu", None, "mark").check_drop(1.0)
+    fp32 = row_of("fp32", predictions(), 1.0, bytes=1)
+    fp32 = replace(fp32, accuracy={"a": 0.1, "b": 0.2})
+    low = replace(REPORT.row("worse"), accuracy={"a": -0.9, "b": -0.8})
+    assert not misses(replace(REPORT, rows=(fp32, low), gates=Gates(max_drop=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("gates", "format_", "reason"),
+    [
+        (Gates(max_drop=20), "worse", "the fastest"),
+        # Without a gate nothing that is significantly worse.
+        (Gates(), "equal", "the smallest of those equally fast"),
+        # 0.30 and 0.31 are the same speed; the smaller one counts.
+        (Gates(max_drop=1), "equal", "the smallest of those equally fast"),
+        (Gates(max_drop=-5), "better", "the only one that qualifies"),
+    ],
+)
+def test_recommends_the_fastest_that_meets_the_gates(
+    gates: Gates, format_: str, reason: str
+) -> None:
+    found = recommend(replace(REPORT, gates=gates))
+    assert found is not None
+    assert (found.format, found.file) == (format_, f"onnx/model_{format_}.onnx")
+    assert reason in found.reason
+    assert ("meets the gates" in found.reason) == (gates != Gates())
+
+
+def test_recommends_nothing_that_misses_a_gate() -> None:
+    report = replace(REPORT, gates=Gates(max_size=1))
+    assert recommend(report) is None
+    assert report_dict(report)["recommendation"] is None
+    assert "no low-bit graph to deploy" in markdown_table(report)
 
 
 def test_round_trip_through_json(tmp_path: Path) -> None:
     file = tmp_path / "eval.json"
     assert read_report(file) is None
-    file.write_text(json.dumps(REPORT.as_dict()))
+    file.write_text("{}")
+    assert read_report(file) is None
+    file.write_text(json.dumps(report_dict(REPORT)))
     assert read_report(file) == REPORT
-    assert json.loads(file.read_text())["rows"][3]["drop"] == 1.5
+    content = json.loads(file.read_text())
+    assert content["rows"][5]["drop"] == pytest.approx(20)
+    assert content["recommendation"]["file"] == "onnx/model_equal.onnx"
+
+
+def test_markdown_has_a_column_per_model_and_marks_what_is_significant() -> None:
+    lines = markdown_table(REPORT).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in table} == {len(REPORT.rows) + 2}
+    cars = next(line for line in table if line.startswith("| cars"))
+    assert cars.split("|")[4:8] == [" 80.0 \\+ ", " 70.0 ", " 70.0 ", " 50.0 \\- "]
+    assert any("traffic\\_signs" in line for line in table)
+    assert any("worse than fp32 merged by 20.00 points [" in line for line in lines)
+    assert "deploy onnx/model_equal.onnx" in lines[-1]

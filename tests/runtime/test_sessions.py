@@ -1,14 +1,18 @@
-"""Sessions and latency."""
+"""Sessions, providers, latency and memory."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, save
+from onnx import TensorProto, helper, numpy_helper, save
 
 from epmq_deploy.errors import NumericsError, RecipeError
+from epmq_deploy.runtime.footprint import measure_footprint
 from epmq_deploy.runtime.latency import measure_latency
+from epmq_deploy.runtime.providers import check_used, provider_named
 from epmq_deploy.runtime.sessions import Graph
 
 
@@ -38,11 +42,60 @@ def test_runs_the_outputs_asked_for(doubling: Path) -> None:
     assert np.array_equal(found["z"], [[1.0, 9.0]])
 
 
-def test_a_provider_that_is_not_used_is_an_error(doubling: Path) -> None:
+@pytest.mark.parametrize("name", ["CUDA", "Tensorrt"])
+def test_a_provider_that_is_not_used_is_an_error(
+    doubling: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    with pytest.raises(RecipeError, match="CUDAExecutionProvider was asked for"):
-        Graph(doubling, provider="cuda")
+    if f"{name}ExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip(f"this onnxruntime has no {name}")
+    with pytest.raises(RecipeError, match=f"{name}ExecutionProvider could not be started"):
+        Graph(doubling, provider=name)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name", ["cpu", "CPU", "CPUExecutionProvider", "auto"])
+def test_providers_have_short_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert provider_named(name) == "CPUExecutionProvider"
+
+
+def test_auto_takes_cuda_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: installed)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert provider_named("auto") == "CUDAExecutionProvider"
+
+
+def test_a_provider_that_is_not_installed_is_named_with_those_that_are() -> None:
+    with pytest.raises(
+        RecipeError, match=r"provider 'npu' is not in this onnxruntime; it has .*cpu"
+    ):
+        provider_named("npu")
+
+
+class FakeSession:
+    """A session whose provider left some nodes to the CPU."""
+
+    def __init__(self, *elsewhere: str) -> None:
+        nodes = [SimpleNamespace(op_type=kind) for kind in elsewhere]
+        self.parts = [
+            SimpleNamespace(ep_name="X", get_nodes=lambda: [SimpleNamespace(op_type="MatMul")]),
+            SimpleNamespace(ep_name="CPUExecutionProvider", get_nodes=lambda: nodes),
+        ]
+
+    def get_providers(self) -> list[str]:
+        return ["X", "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[SimpleNamespace]:
+        return self.parts
+
+
+def test_multiplications_left_to_the_cpu_are_an_error() -> None:
+    with pytest.raises(RecipeError, match=r"m\.onnx: provider X leaves 1 Conv, 2 MatMulNBits to"):
+        check_used(FakeSession("MatMulNBits", "Conv", "MatMulNBits"), "m.onnx", "X", strict=True)
+    assert check_used(FakeSession("Shape", "Gather"), "m.onnx", "X", strict=True) == "X"
 
 
 def test_a_broken_file_is_named(tmp_path: Path) -> None:
@@ -55,10 +108,54 @@ def test_latency_takes_turns_and_ignores_warmup(
     doubling: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[str] = []
+    clock = iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock) ** 2 / 1000)
     graphs = {name: Graph(doubling, provider="cpu", threads=1) for name in ("a", "b")}
     for name, graph in graphs.items():
         monkeypatch.setattr(graph, "run", lambda inputs, name=name: order.append(name))
-    found = measure_latency(graphs, [torch.zeros(1, 2)], runs=3, warmup=2)
-    assert order == ["a", "b"] * 5
-    assert set(found) == {"a", "b"}
-    assert all(0 <= item.p50_ms <= item.p95_ms for item in found.values())
+    found = measure_latency(graphs, "a", [torch.zeros(4, 2)], None, runs=3, warmup=2)
+    # Who begins changes with every turn.
+    assert "".join(order) == "abbaabbaab"
+    # The n-th run takes 4n + 1 ms; the first two turns do not count.
+    times = {"a": (17, 29, 33), "b": (21, 25, 37)}
+    for name, values in times.items():
+        timing = found[name]
+        assert timing.p50_ms == pytest.approx(sorted(values)[1])
+        assert timing.p50_ms <= timing.p95_ms <= timing.p99_ms <= max(values)
+        assert timing.throughput == pytest.approx(4000 / sorted(values)[1])
+        assert (timing.batch, timing.threads) == (4, None)
+    assert found["a"].ratio == 1
+    assert found["b"].ratio == pytest.approx(37 / 33)
+
+
+def test_footprint_is_measured_in_a_process_of_its_own(doubling: Path, tmp_path: Path) -> None:
+    """The bigger graph needs more memory, whatever this process holds."""
+    big = tmp_path / "big.onnx"
+    weight = numpy_helper.from_array(np.ones((2, 4_000_000), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "big",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4_000_000])],
+        [weight],
+    )
+    opset = [helper.make_opsetid("", 21)]
+    save(helper.make_model(graph, opset_imports=opset, ir_version=10), big)
+    inputs = [np.ones((1, 2), np.float32)]
+    settings = {"provider": "CPUExecutionProvider", "threads": 1, "session_config": {}}
+    small, large = (measure_footprint([file], inputs, **settings) for file in (doubling, big))
+    assert small.load_ms > 0
+    if small.peak_bytes is None or large.peak_bytes is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert large.peak_bytes - small.peak_bytes > 30_000_000
+    assert small.peak_bytes < 30_000_000
+    together = measure_footprint([doubling, big], None, **settings)
+    assert together.peak_bytes is not None
+    assert together.peak_bytes > small.peak_bytes + 10_000_000
+
+
+def test_a_process_that_fails_is_an_error_with_its_last_words(doubling: Path) -> None:
+    with pytest.raises(NumericsError, match=r"m\.onnx: measuring its session .*ValueError"):
+        measure_footprint(
+            [doubling], [], provider="CPUExecutionProvider", threads=1, session_config={}
+        )

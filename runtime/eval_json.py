@@ -1,0 +1,31 @@
+"""``eval.json``: a report as plain data, and back."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from epmq_deploy.runtime.gates import misses, recommend
+from epmq_deploy.runtime.report import EvalReport
+
+
+def report_dict(report: EvalReport) -> dict[str, Any]:
+    """Plain data, with averages, drops, missed gates and the recommendation beside what they follow
+    from.
+    """
+    rows = [asdict(row) | {"average": row.average, "drop": report.drop(row)} for row in report.rows]
+    chosen = recommend(report)
+    return asdict(report) | {
+        "rows": rows,
+        "misses": misses(report),
+        "recommendation": chosen and asdict(chosen),
+    }
+
+
+def read_report(file: Path) -> EvalReport | None:
+    """The report in an ``eval.json``, or None where there is none or it is damaged."""
+    try:
+        return TypeAdapter(EvalReport).validate_json(file.read_bytes())
+    except (OSError, ValidationError):
+        return None
