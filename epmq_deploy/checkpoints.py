@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +21,13 @@ from epmq_deploy.open_clip import (
     open_clip_tensors,
     processor_config,
 )
-from epmq_deploy.tensors import Rename, TensorInfo, stored_tensors, write_tensors
+from epmq_deploy.tensors import (
+    Rename,
+    TensorInfo,
+    same_values,
+    stored_tensors,
+    write_tensors,
+)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,12 +52,19 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
 
     @classmethod
-    def open(cls, folder: Path, rename: Rename = lambda key: key) -> "Checkpoint":
+    def open(
+        cls,
+        folder: Path,
+        rename: Rename = lambda key: key,
+        tied: Mapping[str, str] = MappingProxyType({}),
+    ) -> "Checkpoint":
         """List the tensors of ``folder``, single or sharded.
 
         Args:
             folder: a Hugging Face model folder, or one in the layout of ``open_clip``.
             rename: stored name (for ``open_clip``, that of ``transformers``' CLIP) to canonical.
+            tied: canonical names of tensors that may be copies of others, to those of the others;
+                copies are left out.
 
         Raises:
             RecipeError: the folder holds no safetensors, or a file of it cannot be read.
@@ -59,23 +73,37 @@ class Checkpoint:
         files = weight_files(folder)
         if is_open_clip(folder):
             return cls(folder, open_clip_tensors(files[0], rename))
-        return cls(folder, stored_tensors(files, rename))
+        tensors = stored_tensors(files, rename)
+        for copy, original in tied.items():
+            if copy in tensors and original in tensors:
+                if same_values(tensors[copy], tensors[original]):
+                    del tensors[copy]
+            elif copy in tensors:
+                tensors[original] = tensors.pop(copy)
+        return cls(folder, tensors)
 
     @classmethod
-    def open_expert(cls, folder: Path, base: "Checkpoint", rename: Rename) -> "Checkpoint":
+    def open_expert(
+        cls,
+        folder: Path,
+        base: "Checkpoint",
+        rename: Rename,
+        tied: Mapping[str, str] = MappingProxyType({}),
+    ) -> "Checkpoint":
         """List an expert's tensors: its own, or the base's with its LoRA adapter applied.
 
         Args:
             folder: a model folder, or one with a ``peft`` adapter.
             base: what an adapter is applied to.
             rename: stored name to canonical name.
+            tied: see ``open``.
 
         Raises:
             RecipeError: the folder holds no safetensors, or no plain LoRA adapter.
             MismatchError: the adapter does not fit the base.
         """
         if not is_adapter(folder):
-            return cls.open(folder, rename)
+            return cls.open(folder, rename, tied)
         config = read_json(folder / ADAPTER_CONFIG)
         return cls(folder, adapted_tensors(folder, config, base.tensors, rename))
 

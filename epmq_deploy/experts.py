@@ -67,14 +67,14 @@ def open_sources(recipe: Recipe) -> Sources:
     where = folders.pop(_BASE)
     family = family_of(where).merging(recipe.base.part)
     try:
-        base = Checkpoint.open(where, family.canonical_key)
+        base = Checkpoint.open(where, family.canonical_key, family.tied)
     except EpmqError as error:
         raise MismatchError("models cannot be opened", [f"{_BASE}: {error}"]) from error
     experts = {}
     for name, folder in folders.items():
         try:
             rename = family.expert_rename(model_config(folder) or {})
-            experts[name] = Checkpoint.open_expert(folder, base, rename)
+            experts[name] = Checkpoint.open_expert(folder, base, rename, family.tied)
         except EpmqError as error:
             problems.append(f"expert {name!r}: {error}")
     if problems:

@@ -1,10 +1,18 @@
 """The recipe: one YAML file, one frozen model per section."""
 
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
@@ -57,7 +65,10 @@ class DataSource(Options):
     input_column: str | None = Field(
         None, description="column with the inputs; image or text, as the model takes, when absent"
     )
-    label_column: str | None = Field("label", description="column with integer labels")
+    label_column: str | None = Field(
+        "label",
+        description="column with integer labels, or with answers where the model writes texts",
+    )
 
 
 class Head(Options):
@@ -86,6 +97,49 @@ class Head(Options):
         return self
 
 
+class Prompt(Options):
+    """How a task is put into words, for models that write texts."""
+
+    template: str | None = Field(
+        None,
+        description="what the model reads, {column} standing for a column of the data; the "
+        "input column alone when absent",
+    )
+    answers: tuple[str, ...] | None = Field(
+        None, min_length=2, description="what it is to write, in label order; labels when absent"
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _names_columns(cls, template: str | None) -> str | None:
+        if template is not None and not template_columns(template):
+            raise ValueError("needs at least one {column}")
+        return template
+
+    @field_validator("answers")
+    @classmethod
+    def _differ(cls, answers: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if answers is not None and len(set(answers)) < len(answers):
+            raise ValueError("answers must differ")
+        return answers
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns a prompt's template names.
+
+    Raises:
+        ValueError: it has unbalanced braces, or more than a name between two.
+    """
+    parts = list(Formatter().parse(template))
+    odd = any(
+        name is not None and (spec or conversion or not name.isidentifier())
+        for _, name, spec, conversion in parts
+    )
+    if odd:
+        raise ValueError("only {column} may stand in braces; write {{ and }} for braces")
+    return tuple(name for _, name, _, _ in parts if name is not None)
+
+
 class Task(Options):
     """One expert and what it was made for."""
 
@@ -93,6 +147,7 @@ class Task(Options):
     calibration: DataSource | None = Field(None, description="samples for quantization")
     evaluation: DataSource | None = Field(None, description="labelled samples for evaluation")
     head: Head | None = Field(None, description="the task's classifier")
+    prompt: Prompt | None = Field(None, description="the task in words, of models that write texts")
 
 
 class ExportOptions(Options):
@@ -143,6 +198,9 @@ class EvalOptions(Options):
     max_samples: int | None = Field(None, ge=1, description="samples per task; all when absent")
     max_drop: float | None = Field(
         None, description="gate: largest loss of average accuracy against fp32 merged, in points"
+    )
+    max_tokens: int = Field(
+        32, ge=1, description="longest answer of models that write texts, in tokens"
     )
     max_latency_ratio: float | None = Field(
         None,
@@ -325,6 +383,7 @@ def _allowed_keys(path: tuple[int | str, ...]) -> list[str]:
         "calibration": DataSource,
         "evaluation": DataSource,
         "head": Head,
+        "prompt": Prompt,
         "export": ExportOptions,
         "eval": EvalOptions,
     }

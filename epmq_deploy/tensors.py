@@ -159,6 +159,11 @@ def stored_tensors(
     return tensors
 
 
+def same_values(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors are copies of each other."""
+    return one.shape == other.shape and torch.equal(one.load(), other.load())
+
+
 def renamed(info: StoredTensor, names: str | tuple[str, ...]) -> dict[str, StoredTensor]:
     """A stored tensor by its canonical name, or its parts by theirs."""
     names = (names,) if isinstance(names, str) else names

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.exporters.formats import GraphFormat
-from epmq_deploy.models.family import MultiTaskModel
+from epmq_deploy.models.family import Deployable
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 _BITS = (2, 3, 4, 8)
@@ -44,7 +44,7 @@ def check_options(
 
 
 def check_inputs(
-    model: MultiTaskModel,
+    model: Deployable,
     example_inputs: Sequence[Tensor],
     layers: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
@@ -54,7 +54,7 @@ def check_inputs(
     Raises:
         MismatchError: lists everything that does not.
     """
-    names = model.family.input_names
+    names = model.input_names
     problems = []
     if len(example_inputs) != len(names):
         problems.append(f"{len(example_inputs)} example inputs, the model takes {list(names)}")

@@ -21,7 +21,7 @@ from epmq_deploy.exporters.swap import export_copy, swapped_copy
 from epmq_deploy.exporters.trace import trace
 from epmq_deploy.exporters.two_bits import narrow_to_two_bits
 from epmq_deploy.exporters.verify import verify_codes, verify_int8_rows, verify_runs_low_bit
-from epmq_deploy.models.family import MultiTaskModel
+from epmq_deploy.models.family import Deployable
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 FP32_FORMAT = "fp32"
@@ -49,7 +49,7 @@ class ExportedGraph:
 
 
 def export_graphs(
-    model: MultiTaskModel,
+    model: Deployable,
     example_inputs: tuple[Tensor, ...],
     layers: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
@@ -69,7 +69,7 @@ def export_graphs(
 
     Args:
         model: the merged model, float32, on CPU; left as it is.
-        example_inputs: as ``family.input_names``, a batch of at least 2.
+        example_inputs: as ``model.input_names``, a batch of at least 2.
         layers: by the backbone's dotted module name: linear layers, and, with 8 bits, symmetric
             and one group per row, convolutions (codes ``[N, C * kh * kw]``) and embeddings
             (``[V, D]``), which become INT8 tensors in standard operators whatever the format.
@@ -77,7 +77,7 @@ def export_graphs(
             backbone's parameter name; not part of the float32 graph.
         formats: names from `epmq_deploy.exporters.formats.format_names`; ``fp32`` is written
             in any case.
-        output: an existing, empty folder.
+        output: an existing folder.
         opset: version of the default operator set.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 in int8.
         two_bit_containers: whether formats that can store 2-bit codes in 2 bits, not 4; when absent
@@ -102,7 +102,12 @@ def export_graphs(
     packed = {name: pack_linear(name, layer) for name, layer in linear.items()}
     two_bits = accuracy_level == INT8_LEVEL if two_bit_containers is None else two_bit_containers
     write = partial(
-        _write, output=output, opset=opset, accuracy_level=accuracy_level, file_limit=file_limit
+        _write,
+        stem=model.stem,
+        output=output,
+        opset=opset,
+        accuracy_level=accuracy_level,
+        file_limit=file_limit,
     )
 
     graph = trace(export_copy(model), example_inputs, opset)
@@ -141,6 +146,7 @@ def _write(
     linear: Mapping[str, QuantizedLinear],
     rows: Mapping[str, QuantizedLinear],
     *,
+    stem: str,
     output: Path,
     opset: int,
     accuracy_level: int,
@@ -149,7 +155,7 @@ def _write(
     """Lower a graph, write it, and verify what the file holds and how it runs."""
     fmt.lower(graph)
     graph.metadata_props[FORMAT_KEY] = fmt.name
-    path = output / fmt.file_name
+    path = output / f"{stem}{fmt.suffix}.onnx"
     size = write_model(graph, path, limit=file_limit)
     if linear or rows:
         verify_codes(path, {**linear, **rows})

@@ -10,18 +10,14 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.checkpoints import copy_settings
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.experts import check_unchanged, open_sources
 from epmq_deploy.exporters.browser_demo import check_demo, check_demo_model, write_demo
 from epmq_deploy.exporters.export import ExportedGraph, by_kind, export_graphs
 from epmq_deploy.exporters.formats import all_formats
 from epmq_deploy.exporters.formats.format import ExportContext
-from epmq_deploy.exporters.parity import (
-    Parity,
-    ParityInputs,
-    measure_parity,
-    parity_inputs,
-    torch_outputs,
-)
+from epmq_deploy.exporters.parity import Parity, measure_parity, torch_outputs
+from epmq_deploy.exporters.parts import Part, parts_of
 from epmq_deploy.exporters.session import session_config
 from epmq_deploy.exporters.targets import (
     LayerGrid,
@@ -31,7 +27,7 @@ from epmq_deploy.exporters.targets import (
     chosen_two_bit_containers,
     target_of,
 )
-from epmq_deploy.models import MultiTaskModel, family_of
+from epmq_deploy.models import family_of
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact, load_inputs
 from epmq_deploy.quantization.model import apply_quantized
@@ -48,7 +44,7 @@ from epmq_deploy.stage import (
     refuse_existing,
     write_manifest,
 )
-from epmq_deploy.tasks.heads import build_heads, class_names, leaves_head_to_expert, save_heads
+from epmq_deploy.tasks.heads import class_names, leaves_head_to_expert, save_heads
 
 # Where transformers.js and optimum look for graphs.
 GRAPHS_FOLDER = "onnx"
@@ -97,41 +93,45 @@ def export(
     merged = quantized / MERGED_FOLDER
     layers, replaced = load_artifact(quantized)
     family = family_of(merged)
+    if options.demo and family.writes_texts:
+        raise RecipeError("--demo: the page classifies; models that write texts have none")
     if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
         check_unchanged(open_sources(recipe), made)
     backbone = family.load(merged)
     linear, _ = by_kind(backbone, layers)
     check_target(options, {name: LayerGrid.of(layer) for name, layer in linear.items()})
     groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
-    example = family.example_inputs(merged, 2)
-    features = family.embedding_width(backbone, merged)
-    heads = build_heads(recipe.tasks, family, merged, features, device=device, progress=progress)
+    parts, heads = parts_of(
+        recipe.tasks, family, backbone, merged, device=device, progress=progress
+    )
     check_demo_model(options, family, merged, heads)
-    model = MultiTaskModel(family, backbone, heads)
-    samples = parity_inputs(recipe.tasks, family, merged, example)
     chosen = chosen_formats(options)
     with atomic_folder(output) as folder:
         place = folder / GRAPHS_FOLDER
         place.mkdir()
-        graphs = export_graphs(
-            model,
-            example,
-            layers,
-            replaced,
-            chosen,
-            place,
-            opset=options.opset,
-            accuracy_level=options.accuracy_level,
-            two_bit_containers=chosen_two_bit_containers(options),
-            context=ExportContext(options, load_inputs(quantized), groups),
-        )
-        parities = _parities(graphs, model, layers, replaced, samples, options)
+        graphs = [
+            export_graphs(
+                part.model,
+                part.example,
+                part.layers_of(layers),
+                replaced,
+                chosen,
+                place,
+                opset=options.opset,
+                accuracy_level=options.accuracy_level,
+                two_bit_containers=chosen_two_bit_containers(options),
+                context=ExportContext(options, load_inputs(quantized), groups),
+            )
+            for part in parts
+        ]
+        parities = _parities(graphs, parts, layers, replaced, options)
         copy_settings(merged, folder)
-        save_heads(folder, heads)
+        if heads:
+            save_heads(folder, heads)
         # The evaluation's page shows how each layer fared.
         shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
         if options.demo:
-            shown = next(graph for graph in graphs if graph.format == chosen[0])
+            shown = next(graph for graph in graphs[0] if graph.format == chosen[0])
             write_demo(folder, family, recipe.tasks, list(heads), shown.path, options)
         details = {
             "target": options.target and asdict(target_of(options.target)),
@@ -139,10 +139,12 @@ def export(
                 name: class_names(recipe.tasks[name], head) for name, head in heads.items()
             },
             "graphs": [
-                _described(graph, parities[graph.format], folder, options) for graph in graphs
+                _described(graph, part, parities[graph.path], folder, options)
+                for written, part in zip(graphs, parts, strict=True)
+                for graph in written
             ],
-            "parity_inputs": samples.kind,
-            "tasks_without_parity": dict(samples.missing),
+            "parity_inputs": parts[0].samples.kind,
+            "tasks_without_parity": dict(parts[0].samples.missing),
             "codes": {name: layers[name].codes_sha256() for name in sorted(layers)},
         }
         inputs |= model_inputs(made)
@@ -150,11 +152,12 @@ def export(
 
 
 def _described(
-    graph: ExportedGraph, parity: Parity, folder: Path, options: ExportOptions
+    graph: ExportedGraph, part: Part, parity: Parity, folder: Path, options: ExportOptions
 ) -> dict[str, Any]:
     """What the manifest says of a graph."""
     return {
         "format": graph.format,
+        "part": part.model.stem,
         "file": graph.path.relative_to(folder).as_posix(),
         "bytes": graph.bytes,
         "opset": graph.opset,
@@ -166,23 +169,25 @@ def _described(
 
 
 def _parities(
-    graphs: Sequence[ExportedGraph],
-    model: MultiTaskModel,
+    graphs: Sequence[Sequence[ExportedGraph]],
+    parts: Sequence[Part],
     layers: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
-    inputs: ParityInputs,
     options: ExportOptions,
-) -> dict[str, Parity]:
-    """Compare every graph with torch, by format; ``model`` becomes the quantized one."""
+) -> dict[Path, Parity]:
+    """Compare every graph with torch, by file; the backbone becomes the quantized one."""
     low_bit = {fmt.name for fmt in all_formats() if fmt.low_bit}
     found = {}
     for quantized in (False, True):
         if quantized:
-            apply_quantized(model.backbone, layers, replaced)
-        expected = torch_outputs(model, inputs.batches)
-        for graph in graphs:
-            if (graph.format in low_bit) == quantized:
-                found[graph.format] = measure_parity(
-                    graph, expected, inputs.batches, options.accuracy_level
-                )
+            # All parts share it.
+            apply_quantized(parts[0].model.backbone, layers, replaced)
+        for written, part in zip(graphs, parts, strict=True):
+            inputs = part.samples.batches
+            expected = torch_outputs(part.model, inputs)
+            for graph in written:
+                if (graph.format in low_bit) == quantized:
+                    found[graph.path] = measure_parity(
+                        graph, expected, inputs, options.accuracy_level
+                    )
     return found

@@ -15,7 +15,7 @@ from epmq_deploy.exporters.export import ExportedGraph
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.formats.format import INT8_TOLERANCE
 from epmq_deploy.exporters.session import INT8_LEVEL, cpu_session
-from epmq_deploy.models import ModelFamily, MultiTaskModel
+from epmq_deploy.models import Deployable, ModelFamily
 from epmq_deploy.recipe import Task
 from epmq_deploy.tasks.data import batches, load_samples
 
@@ -89,8 +89,8 @@ def parity_inputs(
     return ParityInputs("example", [example], missing)
 
 
-def torch_outputs(model: MultiTaskModel, inputs: Batches) -> Outputs:
-    """Embedding and logits per batch."""
+def torch_outputs(model: Deployable, inputs: Batches) -> Outputs:
+    """What the model gives per batch, as ``output_names``."""
     model.eval()
     with torch.inference_mode():
         return [model(*batch) for batch in inputs]
@@ -112,6 +112,7 @@ def measure_parity(
     """
     session = cpu_session(graph.path, accuracy_level)
     names = [item.name for item in session.get_inputs()]
+    outputs = [item.name for item in session.get_outputs()]
     actual = [
         session.run(None, {name: value.numpy() for name, value in zip(names, batch, strict=True)})
         for batch in inputs
@@ -122,7 +123,11 @@ def measure_parity(
     integer = fmt.low_bit and accuracy_level == INT8_LEVEL
     tolerance = max(fmt.tolerance, INT8_TOLERANCE) if integer else fmt.tolerance
     pairs = list(zip(ours, theirs, strict=True))
-    hits = [one.argmax(1) == other.argmax(1) for one, other in pairs[1:]]
+    hits = [
+        one.argmax(1) == other.argmax(1)
+        for name, (one, other) in zip(outputs, pairs, strict=True)
+        if name.startswith("logits_")
+    ]
     parity = Parity(
         samples=len(theirs[0]),
         max_abs=max(float(np.abs(one - other).max()) for one, other in pairs),

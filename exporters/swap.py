@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from epmq_deploy.exporters.graph import DOMAIN, LAYER_KEY, OP_TYPE
 from epmq_deploy.exporters.int8_modules import Int8Conv2d, Int8Embedding
 from epmq_deploy.exporters.packed_linear import PackedLinear
-from epmq_deploy.models.family import MultiTaskModel
+from epmq_deploy.models.family import Deployable
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+D = TypeVar("D", bound=Deployable)
 
 
 class MatMulNBitsLinear(nn.Module):
@@ -79,7 +82,7 @@ class MatMulNBitsLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def export_copy(model: MultiTaskModel) -> MultiTaskModel:
+def export_copy(model: D) -> D:
     """A copy that shares all tensors with ``model`` but no module, set up for export."""
     shared: dict[int, object] = {
         id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
@@ -94,12 +97,12 @@ def export_copy(model: MultiTaskModel) -> MultiTaskModel:
 
 
 def swapped_copy(
-    model: MultiTaskModel,
+    model: D,
     packed: Mapping[str, PackedLinear],
     rows: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
     accuracy_level: int,
-) -> MultiTaskModel:
+) -> D:
     """A copy of ``model`` with replaced parameters and layers that export in low bits.
 
     Args:
@@ -114,15 +117,25 @@ def swapped_copy(
         parent, leaf = _parent(twin.backbone, name)
         setattr(parent, leaf, nn.Parameter(tensor.detach().cpu(), requires_grad=False))
     for name, layer in packed.items():
-        parent, leaf = _parent(twin.backbone, name)
-        bias = getattr(parent, leaf).bias
-        setattr(parent, leaf, MatMulNBitsLinear(name, layer, bias, accuracy_level))
+        bias = twin.backbone.get_submodule(name).bias
+        stand_in = MatMulNBitsLinear(name, layer, bias, accuracy_level)  # type: ignore[arg-type]
+        _replace(twin.backbone, name, stand_in)
     for name, quantized in rows.items():
-        parent, leaf = _parent(twin.backbone, name)
-        module = getattr(parent, leaf)
-        stand_in = Int8Conv2d if isinstance(module, nn.Conv2d) else Int8Embedding
-        setattr(parent, leaf, stand_in(name, quantized, module))
+        module = twin.backbone.get_submodule(name)
+        if isinstance(module, nn.Conv2d):
+            _replace(twin.backbone, name, Int8Conv2d(name, quantized, module))
+        elif isinstance(module, nn.Embedding):
+            _replace(twin.backbone, name, Int8Embedding(name, quantized, module))
     return twin
+
+
+def _replace(backbone: nn.Module, name: str, stand_in: nn.Module) -> None:
+    """Put a module in the place of another, in all the places that one has."""
+    old = backbone.get_submodule(name)
+    places = [place for place, one in backbone.named_modules(remove_duplicate=False) if one is old]
+    for place in places:
+        parent, leaf = _parent(backbone, place)
+        setattr(parent, leaf, stand_in)
 
 
 def _parent(module: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -19,25 +19,24 @@ from torch import Tensor
 import epmq_deploy
 from epmq_deploy.exporters.graph import name_float_layers, name_layers
 from epmq_deploy.exporters.int8_rows import lower_rows
-from epmq_deploy.models.family import MultiTaskModel
+from epmq_deploy.models.family import Deployable
 
 _LOGGER = logging.getLogger(__name__)
 
 
-def trace(model: MultiTaskModel, example_inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
-    """Export with the axes that the family leaves open.
+def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
+    """Export with the axes that the model leaves open.
 
     Args:
         model: as `swap.export_copy` or `swap.swapped_copy` returns it.
-        example_inputs: as ``family.input_names``, a batch of at least 2 (torch would bake a batch
+        example_inputs: as ``model.input_names``, a batch of at least 2 (torch would bake a batch
             of 1 into the graph).
         opset: version of the default operator set.
 
     Returns:
-        A model whose inputs are ``family.input_names`` and whose outputs are ``embedding`` and
-        ``logits_<task>``.
+        A model whose inputs are ``model.input_names`` and whose outputs are ``model.output_names``.
     """
-    axes = model.family.dynamic_axes()
+    axes = model.dynamic_axes()
     sizes = {name: torch.export.Dim(name) for names in axes for name in names.values()}
     shapes = tuple({axis: sizes[name] for axis, name in names.items()} for names in axes)
     with _quiet(), torch.no_grad():
@@ -46,8 +45,8 @@ def trace(model: MultiTaskModel, example_inputs: tuple[Tensor, ...], opset: int)
             example_inputs,
             dynamo=True,
             opset_version=opset,
-            input_names=model.family.input_names,
-            output_names=["embedding", *(f"logits_{task}" for task in model.tasks)],
+            input_names=model.input_names,
+            output_names=model.output_names,
             dynamic_shapes=(shapes,),
             verbose=False,
         )

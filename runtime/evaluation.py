@@ -1,6 +1,6 @@
 """The eval stage: every exported graph on every task, and what it costs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,17 @@ import torch
 
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
-from epmq_deploy.models import family_of
+from epmq_deploy.models import ModelFamily, TaskHead, family_of
+from epmq_deploy.models.writer import WriterFamily
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import REPORT_FILE, load_reports
 from epmq_deploy.recipe import EvalOptions, Recipe
 from epmq_deploy.runtime.bench import Bench
 from epmq_deploy.runtime.evaluation_data import evaluation_samples
 from epmq_deploy.runtime.report import EXPERTS, REFERENCE, EvalReport, Gates, Row
-from epmq_deploy.runtime.scoring import ClassScorer, Predictions
+from epmq_deploy.runtime.scoring import ClassScorer, Predictions, Scorer
 from epmq_deploy.runtime.significance import average_interval, compare, wilson
+from epmq_deploy.runtime.text_scoring import TextScorer
 from epmq_deploy.stage import Manifest, fingerprint, open_output
 from epmq_deploy.tasks.data import data_sha256
 from epmq_deploy.tasks.heads import heads_of_experts, load_heads
@@ -27,7 +29,7 @@ def eval_fingerprint(recipe: Recipe, exported: str) -> str:
     inputs = {"export": exported}
     for name, task in recipe.tasks.items():
         if task.evaluation is not None:
-            inputs[f"evaluation:{name}"] = data_sha256(task.evaluation)
+            inputs[f"evaluation:{name}"] = data_sha256(task.evaluation, task.prompt)
     options = recipe.eval.model_dump(mode="json", exclude=set(Gates.__dataclass_fields__))
     return fingerprint("eval", options, inputs)
 
@@ -60,8 +62,8 @@ def evaluate(
     """
     progress = progress or NoProgress()
     made = open_output(exported, "export")
-    heads = load_heads(exported)
     family = family_of(exported)
+    heads = {} if family.writes_texts else load_heads(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
     formats: dict[str, tuple[Mapping[str, Any], ...]] = {}
     for entry in made.details["graphs"]:
@@ -70,10 +72,9 @@ def evaluate(
         raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
     options, asked = recipe.eval, provider or recipe.eval.provider
     experts = _experts(recipe, made, device or torch.device("cpu"))
-    if experts is not None:
+    if experts is not None and heads:
         heads = heads_of_experts(recipe, heads, experts.device)
-    graphs, size = made.details["graphs"], options.batch_size
-    scorer = ClassScorer(family, exported, graphs, asked, size, heads, experts)
+    scorer = _scorer(options, family, exported, made.details["graphs"], asked, heads, experts)
     bench = Bench(exported, formats, scorer, samples, options, asked, progress)
     models = scorer.open(bench.threads[0])
     predictions = {
@@ -116,6 +117,23 @@ def row_of(name: str, predictions: Mapping[str, Predictions], margin: float, **c
         against, average = compare(correct, reference, same, margin)
         costs |= {"against": against, "against_average": average}
     return Row(name, accuracy, intervals, average_interval(correct), **costs)
+
+
+def _scorer(
+    options: EvalOptions,
+    family: ModelFamily,
+    exported: Path,
+    graphs: Sequence[Mapping[str, Any]],
+    provider: str,
+    heads: Mapping[str, TaskHead],
+    experts: ExpertBackbone | None,
+) -> Scorer[Any]:
+    """How models of this family are scored."""
+    size = options.batch_size
+    if isinstance(family, WriterFamily):
+        longest = options.max_tokens
+        return TextScorer(family, exported, graphs, provider, size, longest, experts)
+    return ClassScorer(family, exported, graphs, provider, size, heads, experts)
 
 
 def _experts(recipe: Recipe, made: Manifest, device: torch.device) -> ExpertBackbone | None:

@@ -29,6 +29,18 @@ def evaluation_samples(
         if task.evaluation is None:
             problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
             continue
+        if family.writes_texts:
+            try:
+                samples[name] = load_samples(
+                    name,
+                    task.evaluation,
+                    family,
+                    prompt=task.prompt,
+                    limit=recipe.eval.max_samples,
+                )
+            except EpmqError as error:
+                problems.append(str(error))
+            continue
         names = task.head.classes if task.head is not None else None
         count = len(names) if names is not None else None
         try:
@@ -43,7 +55,11 @@ def evaluation_samples(
             count = head.classes
         try:
             samples[name] = load_samples(
-                name, task.evaluation, family, limit=recipe.eval.max_samples
+                name,
+                task.evaluation,
+                family,
+                prompt=task.prompt,
+                limit=recipe.eval.max_samples,
             )
             next(batches(samples[name], family, folder, 1))
             problems += _label_problems(samples[name], count, names)

@@ -58,6 +58,8 @@ class Graph:
         self.provider = check_used(self._session, named, wanted, strict=provider != AUTO)
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
+        # Open axes by their names.
+        self.input_shapes = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
 
     def run(
         self, inputs: Sequence[Tensor], outputs: Sequence[str] | None = None

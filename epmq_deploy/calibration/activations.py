@@ -12,10 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from epmq_deploy.calibration.cache import ActivationCache, Kept
 from epmq_deploy.calibration.norms import pre_affine
 from epmq_deploy.errors import NumericsError
+
+# See ``Block.passes_on``.
+PassedOn = tuple[tuple[int, int], ...]
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error
@@ -28,8 +32,8 @@ class BlockBatch:
 
     Attributes:
         hidden: hidden states the current block receives.
-        args: what else it receives by position.
-        kwargs: what else it receives by name.
+        args: what else it receives by position; floating-point tensors in it are ``Kept``.
+        kwargs: what else it receives by name, likewise.
         products: dtype in which blocks multiply matrices, float32 or bfloat16; hidden states,
             norms and softmax are float32 in either case.
         answers: outputs of layers of the current block that will not change any more.
@@ -41,14 +45,22 @@ class BlockBatch:
     products: torch.dtype = torch.float32
     answers: dict[str, Kept] = field(default_factory=dict)
 
-    def run(self, block: nn.Module) -> Tensor:
-        """The block's hidden states for this batch."""
+    def run(self, block: nn.Module) -> tuple[Any, ...]:
+        """What the block gives for this batch, hidden states first."""
         hidden = self.hidden.value()
+        args, kwargs = tree_map_only(Kept, Kept.peek, (self.args, self.kwargs))
         low = self.products == torch.bfloat16
         with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=low):
-            output = block(hidden, *self.args, **self.kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
+            output = block(hidden, *args, **kwargs)
+        return output if isinstance(output, tuple) else (output,)
+
+    def take(self, outputs: tuple[Any, ...], passed_on: PassedOn, cache: ActivationCache) -> None:
+        """Hand outputs of a block on to the next ones, unless those receive something already."""
+        args = list(self.args)
+        for output, place in passed_on:
+            if args[place] is None:
+                args[place] = cache.keep(outputs[output])
+        self.args = tuple(args)
 
 
 def capture_block_batch(
@@ -72,10 +84,14 @@ def capture_block_batch(
     """
     captured: list[BlockBatch] = []
 
+    def kept(tensor: Tensor) -> Tensor | Kept:
+        return cache.keep(tensor) if tensor.is_floating_point() else tensor
+
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop("hidden_states")
-        captured.append(BlockBatch(cache.keep(hidden, dtype), args[1:], rest, products))
+        more, named = tree_map_only(Tensor, kept, (args[1:], rest))
+        captured.append(BlockBatch(cache.keep(hidden, dtype), more, named, products))
         raise _Reached
 
     handle = block.register_forward_pre_hook(keep, with_kwargs=True)
@@ -133,6 +149,7 @@ def advance(
     *,
     dtype: torch.dtype | None = None,
     done: Mapping[str, nn.Module] | None = None,
+    passed_on: PassedOn = (),
 ) -> None:
     """Take a batch to the next block; its answers are forgotten.
 
@@ -142,11 +159,13 @@ def advance(
         cache: keeps them.
         dtype: to keep them in; their own when absent.
         done: layers that may be asked for remembered answers.
+        passed_on: see ``Block.passes_on``.
     """
     with torch.inference_mode(), _remembering(batch, done or {}, None):
-        output = batch.run(block)
+        outputs = batch.run(block)
     batch.answers.clear()
-    batch.hidden = cache.keep(output, dtype, owned=True)
+    batch.hidden = cache.keep(outputs[0], dtype, owned=True)
+    batch.take(outputs, passed_on, cache)
 
 
 def record(
@@ -157,6 +176,7 @@ def record(
     cache: ActivationCache,
     dtype: torch.dtype | None = None,
     answers: torch.dtype | None = None,
+    passed_on: PassedOn = (),
 ) -> dict[str, Kept]:
     """Run an expert's block on one batch, take the batch to the next block, and keep what is seen.
 
@@ -168,6 +188,7 @@ def record(
         cache: keeps them.
         dtype: to keep hidden states and norms' outputs in; their own when absent.
         answers: to keep layers' outputs in; as ``dtype`` when absent.
+        passed_on: see ``Block.passes_on``.
 
     Returns:
         What was seen, by layer and norm.
@@ -193,7 +214,7 @@ def record(
     handles = [layer.register_forward_hook(answer(name)) for name, layer in layers.items()]
     handles += [norm.register_forward_pre_hook(entry(name)) for name, norm in norms.items()]
     try:
-        advance(block, batch, cache, dtype=dtype)
+        advance(block, batch, cache, dtype=dtype, passed_on=passed_on)
     finally:
         for handle in handles:
             handle.remove()

@@ -55,7 +55,7 @@ def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
     if uses_data(options):
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
-                decisive[f"calibration:{name}"] = data_sha256(task.calibration)
+                decisive[f"calibration:{name}"] = data_sha256(task.calibration, task.prompt)
             if task.head is not None:
                 decisive[f"head:{name}"] = fingerprint("head", task.head.model_dump(), {})
     return fingerprint("merge", options.deciding, decisive)

@@ -98,7 +98,12 @@ def load_data(
             continue
         try:
             chosen[task] = load_samples(
-                task, given.calibration, sources.family, limit=samples, seed=seed
+                task,
+                given.calibration,
+                sources.family,
+                prompt=given.prompt,
+                limit=samples,
+                seed=seed,
             )
             next(batches(chosen[task], sources.family, sources.base.folder, 1))
         except EpmqError as error:

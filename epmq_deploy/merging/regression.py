@@ -17,7 +17,7 @@ from epmq_deploy.calibration.activations import BlockBatch, advance, capture_blo
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.calibration.tokens import TokenWeights
-from epmq_deploy.errors import NumericsError
+from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.merging.method import Context, DataOptions, TaskVectors
 from epmq_deploy.models import Block
@@ -109,6 +109,10 @@ class _Pass:
 
     def start(self, blocks: Sequence[Block]) -> None:
         """Run what comes before the first block, in the experts or in the merged model."""
+        if len({block.stream for block in blocks}) > 1:
+            raise RecipeError(
+                "merges by regression do not support encoder-decoders; choose another merge.method"
+            )
         names = [block.name for block in blocks]
         for task in self._data.tasks:
             model = self._merged or self._data.expert(task, without=names)

@@ -4,13 +4,14 @@ from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 
-from epmq_deploy.models.family import Block, Group, ModelFamily, MultiTaskModel
+from epmq_deploy.models.family import Block, Deployable, Group, ModelFamily, MultiTaskModel
 from epmq_deploy.models.generic import generic_family
 from epmq_deploy.models.head import TaskHead
 from epmq_deploy.models.loading import read_config
 
 __all__ = [
     "Block",
+    "Deployable",
     "Group",
     "ModelFamily",
     "MultiTaskModel",

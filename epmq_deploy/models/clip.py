@@ -144,7 +144,7 @@ class ClipFamily(ModelFamily):
             blocks.append(Block(name, tuple(group.inside(name) for group in groups)))
         return tuple(blocks)
 
-    def tokens(self, *inputs: Tensor) -> TokenWeights:
+    def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
         """Heads read the class token, the first."""
         return TokenWeights(pooled=torch.zeros(inputs[0].shape[0], dtype=torch.int64))
 

@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +26,19 @@ class Group:
         norm: dotted name of the LayerNorm or RMSNorm whose output that input is, where there is
             one.
         pooled: only what these layers give for the pooled token reaches the heads.
+        stream: whose tokens that input holds, where not its block's: the encoder's output, of which
+            cross attention takes keys and values.
     """
 
     layers: tuple[str, ...]
     norm: str | None = None
     pooled: bool = False
+    stream: str | None = None
 
     def inside(self, block: str) -> "Group":
         """The group with names relative to ``block`` made absolute."""
         norm = None if self.norm is None else f"{block}.{self.norm}"
-        return Group(tuple(f"{block}.{layer}" for layer in self.layers), norm, self.pooled)
+        return replace(self, layers=tuple(f"{block}.{layer}" for layer in self.layers), norm=norm)
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,17 @@ class Block:
         name: dotted module name, e.g. ``vision_model.encoder.layers.0``.
         groups: its linear layers, in the order they run.
         norm: dotted name of a norm that runs after all of them, where there is one.
+        stream: the sequence of blocks it belongs to, where a model has several (encoder, decoder);
+            blocks of one follow each other, and later ones see the finished earlier ones.
+        passes_on: outputs besides the hidden states that the next block takes: pairs of the place
+            in the output and the place among the arguments after the hidden states.
     """
 
     name: str
     groups: tuple[Group, ...]
     norm: str | None = None
+    stream: str = ""
+    passes_on: tuple[tuple[int, int], ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -69,6 +79,10 @@ class ModelFamily(ABC):
     modality: Literal["image", "text"]
     experts_carry_heads: bool = False
     """Whether a task without ``head`` in the recipe takes what ``expert_head`` finds."""
+    writes_texts: bool = False
+    """Whether tasks are answered in words; see ``epmq_deploy.models.writer``."""
+    tied: Mapping[str, str] = MappingProxyType({})
+    """Tensors that checkpoints may hold a copy of under a second name: that name to the first."""
 
     merges_text_tower: bool = False
     """Whether heads from class names differ between the merged model and its experts."""
@@ -134,8 +148,13 @@ class ModelFamily(ABC):
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
         """The blocks in the order they run, with the linear layers to quantize."""
 
-    def tokens(self, *inputs: Tensor) -> TokenWeights:
-        """Which tokens of a batch of model inputs are real, and which one the heads read."""
+    def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
+        """Which tokens of a batch of model inputs are real, and which one the heads read.
+
+        Args:
+            inputs: as ``input_names``.
+            stream: of a block or group.
+        """
         return TokenWeights()
 
     @abstractmethod
@@ -196,7 +215,37 @@ class ModelFamily(ABC):
         return self.zero_shot_head(folder, classes, templates, device)
 
 
-class MultiTaskModel(nn.Module):
+class Deployable(nn.Module, ABC):
+    """What becomes one graph.
+
+    Attributes:
+        stem: begins the name of the graph's file.
+        backbone: holds the layers, by dotted name.
+    """
+
+    stem: ClassVar[str] = "model"
+    backbone: nn.Module
+
+    @property
+    @abstractmethod
+    def input_names(self) -> tuple[str, ...]:
+        """As ``forward`` takes them."""
+
+    @property
+    @abstractmethod
+    def output_names(self) -> tuple[str, ...]:
+        """As ``forward`` gives them."""
+
+    @abstractmethod
+    def dynamic_axes(self) -> tuple[dict[int, str], ...]:
+        """Names of the axes that the graph leaves open, per input as ``input_names``."""
+
+    def runs(self, layer: str) -> bool:
+        """Whether a layer, by the backbone's dotted name, is part of the graph."""
+        return True
+
+
+class MultiTaskModel(Deployable):
     """A backbone with one head per task: what gets exported and evaluated.
 
     Args:
@@ -213,6 +262,20 @@ class MultiTaskModel(nn.Module):
         self.backbone = backbone
         self.tasks = tuple(heads)
         self.heads = nn.ModuleList(heads.values())
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The family's."""
+        return self.family.input_names
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """``embedding`` and ``logits_<task>``."""
+        return ("embedding", *(f"logits_{task}" for task in self.tasks))
+
+    def dynamic_axes(self) -> tuple[dict[int, str], ...]:
+        """The family's."""
+        return self.family.dynamic_axes()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The embedding ``[batch, D]``, then logits ``[batch, C_t]`` in the order of ``tasks``."""

@@ -20,7 +20,7 @@ class ImageClassifierFamily(ClassifierFamily):
     modality = "image"
     input_names = ("pixel_values",)
 
-    def tokens(self, *inputs: Tensor) -> TokenWeights:
+    def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
         """All tokens are real; heads read the first, where they read one."""
         if not self.reads_one_token:
             return TokenWeights()

@@ -1,6 +1,8 @@
 """Reading a model folder: its settings, and its tensors into a module."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +15,12 @@ from epmq_deploy.tensors import Rename
 M = TypeVar("M", bound=nn.Module)
 
 
-def fill(model: M, folder: Path, rename: Rename = lambda key: key) -> M:
+def fill(
+    model: M,
+    folder: Path,
+    rename: Rename = lambda key: key,
+    tied: Mapping[str, str] = MappingProxyType({}),
+) -> M:
     """Give every parameter the checkpoint's tensor of the same name, as float32, in eval mode.
 
     Tensors the module has no parameter for are left out: a folder may hold more (another tower).
@@ -22,11 +29,12 @@ def fill(model: M, folder: Path, rename: Rename = lambda key: key) -> M:
         model: with parameters of any value.
         folder: a Hugging Face model folder.
         rename: stored name to parameter name.
+        tied: see ``Checkpoint.open``.
 
     Raises:
         MismatchError: names every parameter the checkpoint lacks or holds in another shape.
     """
-    checkpoint = Checkpoint.open(folder, rename)
+    checkpoint = Checkpoint.open(folder, rename, tied)
     problems = []
     for name, parameter in model.named_parameters():
         info = checkpoint.tensors.get(name)

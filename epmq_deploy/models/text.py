@@ -36,7 +36,7 @@ class TextClassifierFamily(ClassifierFamily):
         """The longest text the encoder takes, in tokens."""
         return int(config["max_position_embeddings"])
 
-    def tokens(self, *inputs: Tensor) -> TokenWeights:
+    def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
         """Padding is not real; heads read the first token, where they read one."""
         mask = inputs[self.input_names.index("attention_mask")]
         first = torch.zeros(len(mask), dtype=torch.int64) if self.reads_one_token else None

@@ -4,6 +4,8 @@ They are a small part of a transformer's weights but, left in float32 beside 4-b
 part of its file. At 8 bits rounding needs no calibration.
 """
 
+import copy
+
 from torch import Tensor, nn
 
 from epmq_deploy.calibration.options import QuantizeOptions
@@ -24,6 +26,7 @@ def quantize_outer(
 
     Linear layers get groups as those in the blocks do; convolutions one scale per output channel
     and embedding tables one per row, symmetric, because that is what standard operators unpack.
+    Layers that share one weight (tied embeddings) share codes and grid: a table's, if one is one.
 
     Args:
         model: its weights become the dequantized ones.
@@ -35,21 +38,31 @@ def quantize_outer(
         report for every layer outside the blocks, kept ones too.
     """
     total = sum(parameter.numel() for parameter in model.parameters())
-    layers, reports = {}, []
-    for name, module in model.named_modules():
-        if name in inside or not is_quantizable(module):
+    layers: dict[str, QuantizedLinear] = {}
+    reports = []
+    for users in _users_by_weight(model, inside):
+        reasons = {name: _why_kept(name, user, options, total) for name, user in users.items()}
+        if any(reasons.values()):
+            reason = next(filter(None, reasons.values()))
+            reports += [LayerReport(name, "kept", reasons[name] or reason) for name in users]
             continue
-        reason = _why_kept(name, module, options, total)
-        if reason:
-            reports.append(LayerReport(name, "kept", reason))
-            continue
-        parameter = module.get_parameter("weight")
+        parameter = next(iter(users.values())).get_parameter("weight")
         weight = parameter.detach().flatten(1)
-        linear = _rounded(weight, options, per_row=not isinstance(module, nn.Linear))
+        per_row = not all(isinstance(user, nn.Linear) for user in users.values())
+        linear = _rounded(weight, options, per_row=per_row)
         parameter.data = linear.dequantize().reshape(parameter.shape).to(parameter.device)
-        layers[name] = linear
-        reports.append(_report(name, weight, linear))
+        layers |= {name: copy.deepcopy(linear) for name in users}
+        reports += [_report(name, weight, linear) for name in users]
     return layers, reports
+
+
+def _users_by_weight(model: nn.Module, inside: set[str]) -> list[dict[str, nn.Module]]:
+    """Layers outside the blocks by name, those that share a weight together."""
+    users: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        if name not in inside and is_quantizable(module):
+            users.setdefault(id(module.get_parameter("weight")), {})[name] = module
+    return list(users.values())
 
 
 def is_quantizable(module: nn.Module) -> bool:

@@ -54,7 +54,7 @@ def quantize_fingerprint(recipe: Recipe, merged: str) -> tuple[str, dict[str, st
     if uses_data(recipe.quantize):
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
-                inputs[f"calibration:{name}"] = data_sha256(task.calibration)
+                inputs[f"calibration:{name}"] = data_sha256(task.calibration, task.prompt)
     return fingerprint("quantize", recipe.quantize.deciding, inputs), inputs
 
 
@@ -197,7 +197,12 @@ def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> di
             continue
         try:
             chosen = load_samples(
-                name, task.calibration, family, limit=options.samples, seed=options.seed
+                name,
+                task.calibration,
+                family,
+                prompt=task.prompt,
+                limit=options.samples,
+                seed=options.seed,
             )
             next(batches(chosen, family, folder, 1))
         except EpmqError as error:

@@ -41,7 +41,8 @@ class _Task:
     """One task's batches on their way through student and expert."""
 
     name: str
-    tokens: list[TokenWeights] = field(default_factory=list)
+    # By stream, batch by batch.
+    tokens: list[dict[str, TokenWeights]] = field(default_factory=list)
     student: list[BlockBatch] = field(default_factory=list)
     expert: list[BlockBatch] = field(default_factory=list)
     # What the expert's current block showed, batch by batch.
@@ -82,6 +83,11 @@ class Walk:
         self._rounding = rounding
         self._probe = probe
         self._tasks: list[_Task] = []
+        self._blocks: tuple[Block, ...] = ()
+        self._batches: TaskBatches = {}
+        self._streams: set[str] = set()
+        # The one that batches are on their way through.
+        self._stream: str | None = None
         self._result = QuantizedModel()
         # The norm just re-fitted, whose output is the input of the group that comes next.
         self._refitted: nn.Module | None = None
@@ -106,21 +112,31 @@ class Walk:
         return self._guides
 
     def start(self, blocks: tuple[Block, ...], batches: TaskBatches) -> None:
-        """Run everything before the first block."""
-        if self._data_free:
-            self._tasks = [_Task(name) for name in self._guide.tasks]
+        """Say which blocks and batches there are; blocks must then come in this order."""
+        self._blocks = blocks
+        self._batches = batches
+        self._streams = {block.stream for block in blocks}
+        self._tasks = [_Task(name) for name in (self._guide.tasks if self._data_free else batches)]
+
+    def _enter_stream(self, first: Block) -> None:
+        """Where a block is the first of its stream, run everything before it.
+
+        Blocks of earlier streams are finished, so that this one receives what they give then.
+        """
+        if self._data_free or first.stream == self._stream:
             return
-        for name, make in batches.items():
-            task = _Task(name)
-            expert = None
-            if self._mix:
-                expert = self._guide.become(name, without=[block.name for block in blocks])
-            for inputs in make():
-                task.tokens.append(self._family.tokens(*inputs))
-                task.student.append(self._enter(self._model, blocks[0], inputs))
+        self._stream = first.stream
+        ahead = [block.name for block in self._blocks[self._blocks.index(first) :]]
+        for task in self._tasks:
+            task.tokens, task.student, task.expert = [], [], []
+            expert = self._guide.become(task.name, without=ahead) if self._mix else None
+            for inputs in self._batches[task.name]():
+                task.tokens.append(
+                    {name: self._family.tokens(*inputs, stream=name) for name in self._streams}
+                )
+                task.student.append(self._enter(self._model, first, inputs))
                 if expert is not None:
-                    task.expert.append(self._enter(expert, blocks[0], inputs))
-            self._tasks.append(task)
+                    task.expert.append(self._enter(expert, first, inputs))
 
     def _enter(self, model: nn.Module, first: Block, inputs: tuple[Tensor, ...]) -> BlockBatch:
         placed = [value.to(self._device) for value in inputs]
@@ -134,6 +150,7 @@ class Walk:
 
     def quantize_block(self, block: Block) -> QuantizedModel:
         """Quantize a block's layers in the order they run and go on to the next block."""
+        self._enter_stream(block)
         self._result = QuantizedModel()
         self._run_experts(block)
         done: dict[str, nn.Module] = {}
@@ -158,18 +175,34 @@ class Walk:
 
     def skip_block(self, block: Block) -> None:
         """Go on to the next block; this one's weights are final."""
+        self._enter_stream(block)
         for task in self._tasks:
             if task.expert:
                 expert = self._guide.module(task.name, block.name)
                 for batch in task.expert:
-                    record(expert, batch, {}, {}, self._cache, self._cache_dtype)
+                    record(
+                        expert,
+                        batch,
+                        {},
+                        {},
+                        self._cache,
+                        self._cache_dtype,
+                        passed_on=block.passes_on,
+                    )
         self._advance_student(block, {})
 
     def _advance_student(self, block: Block, done: Mapping[str, nn.Module]) -> None:
         student = self._model.get_submodule(block.name)
         for task in self._tasks:
             for batch in task.student:
-                advance(student, batch, self._cache, dtype=self._cache_dtype, done=done)
+                advance(
+                    student,
+                    batch,
+                    self._cache,
+                    dtype=self._cache_dtype,
+                    done=done,
+                    passed_on=block.passes_on,
+                )
 
     def _run_experts(self, block: Block) -> None:
         """Take every expert's batches through its block and keep what its layers answer."""
@@ -194,13 +227,16 @@ class Walk:
                     self._cache_dtype,
                     # Products would round them to this anyway.
                     torch.bfloat16 if self._products == torch.bfloat16 else None,
+                    block.passes_on,
                 )
                 for batch in task.expert
             ]
 
-    def _token_weights(self, task: _Task, index: int, like: Tensor, pooled: bool) -> Tensor | None:
+    def _token_weights(
+        self, task: _Task, index: int, like: Tensor, stream: str, pooled: bool
+    ) -> Tensor | None:
         others = self._others if pooled else 1.0
-        return task.tokens[index].weights(like.shape, others, like.device)
+        return task.tokens[index][stream].weights(like.shape, others, like.device)
 
     def _refit_norm(
         self, block: Block, name: str, pooled: bool, done: Mapping[str, nn.Module]
@@ -219,7 +255,7 @@ class Walk:
             for index, batch in enumerate(task.student):
                 inputs = input_of(student, norm, batch, done, self._cache)
                 task.entered.append(self._cache.keep(inputs))
-                weights = self._token_weights(task, index, inputs, pooled)
+                weights = self._token_weights(task, index, inputs, block.stream, pooled)
                 own, token_weights = counted(pre_affine(norm, inputs), weights)
                 wanted = own
                 if mix and task.seen:
@@ -253,7 +289,7 @@ class Walk:
         names = [name for name in group.layers if not self._options.skips(name)]
         if not names:
             return
-        sums = self._sums(block, names, group.pooled, done)
+        sums = self._sums(block, group, names, done)
         hessian = self._target.hessian(sums, self._options)
         for name in names:
             layer = _linear(self._model, name)
@@ -278,14 +314,14 @@ class Walk:
             self._apply(name, layer, weight, bias)
 
     def _sums(
-        self, block: Block, names: list[str], pooled: bool, done: Mapping[str, nn.Module]
+        self, block: Block, group: Group, names: list[str], done: Mapping[str, nn.Module]
     ) -> GroupSums:
         """Sum statistics over tasks, holding one task's Gram matrix at a time."""
         first = _linear(self._model, names[0])
         sums = GroupSums.zeros(first.in_features, first.weight.device)
         for task in self._tasks:
             try:
-                statistics = self._statistics(block, names, task, pooled, done)
+                statistics = self._statistics(block, group, names, task, done)
             except NumericsError as error:
                 raise NumericsError(f"layer {names[0]}: task {task.name!r}: {error}") from error
             biases = {}
@@ -311,9 +347,9 @@ class Walk:
     def _statistics(
         self,
         block: Block,
+        group: Group,
         names: list[str],
         task: _Task,
-        pooled: bool,
         done: Mapping[str, nn.Module],
     ) -> TaskStatistics:
         student = self._model.get_submodule(block.name)
@@ -328,6 +364,7 @@ class Walk:
             if self._mix < 1:
                 guides = {name: self._guide.tensor(task.name, f"{name}.weight") for name in names}
         accumulator = Accumulator(self._products)
+        stream = block.stream if group.stream is None else group.stream
         for index, batch in enumerate(task.student):
             if self._refitted is None:
                 inputs = input_of(student, first, batch, done, self._cache)
@@ -339,7 +376,7 @@ class Walk:
                 features = {name: task.seen[index][name].peek() for name in names}
             accumulator.add(
                 inputs,
-                self._token_weights(task, index, inputs, pooled),
+                self._token_weights(task, index, inputs, stream, group.pooled),
                 guides,
                 features,
                 self._mix,

@@ -12,8 +12,9 @@ from torch import Tensor
 from epmq_deploy.checkpoints import looks_like_hub_id
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.models import ModelFamily
-from epmq_deploy.recipe import DataSource, Task
+from epmq_deploy.recipe import DataSource, Prompt, Task
 from epmq_deploy.stage import file_sha256, files_sha256, fingerprint
+from epmq_deploy.tasks.wording import Wording
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
@@ -93,11 +94,27 @@ class Samples:
         return torch.tensor(values, dtype=torch.int64)
 
 
+@dataclass(frozen=True)
+class TextSamples(Samples):
+    """Samples of a task that is answered in words.
+
+    Attributes:
+        wording: makes texts of rows.
+    """
+
+    wording: Wording
+
+    def inputs(self, start: int, stop: int) -> list[Any]:
+        """What is read and what is to be written, of samples ``start`` to ``stop``."""
+        return [self.wording.pair(row) for row in self.rows.select(self.indices[start:stop])]
+
+
 def load_samples(
     task: str,
     source: DataSource,
     family: ModelFamily,
     *,
+    prompt: Prompt | None = None,
     limit: int | None = None,
     seed: int = 0,
 ) -> Samples:
@@ -106,29 +123,40 @@ def load_samples(
     Args:
         task: name used in messages.
         source: what to load.
-        family: says whether inputs are images or texts.
+        family: says whether inputs are images or texts, or texts and what to answer.
+        prompt: the task in words, where the family writes texts.
         limit: take at most this many, chosen at random; all in order when absent.
         seed: of that choice.
 
     Raises:
-        RecipeError: the data cannot be loaded, holds nothing or lacks the input column.
+        RecipeError: the data cannot be loaded, holds nothing or lacks a column.
     """
     rows = _load_rows(task, source)
     where, column = f"task {task!r}: {source.path}", source.input_column or family.modality
+    if len(rows) == 0:
+        raise RecipeError(f"{where} holds no samples")
+    indices = list(range(len(rows)))
+    if limit is not None:
+        random.Random(seed).shuffle(indices)
+    chosen = indices[:limit]
+    if family.writes_texts:
+        wording = Wording.of(prompt, column, source.label_column, rows.column_names, where)
+        for name in wording.columns:
+            _check_texts(rows, name, where)
+        labels = rows.select_columns([wording.label_column])[wording.label_column]
+        wording.check_labels(list(labels), where)
+        return TextSamples(task, rows, chosen, source, column, wording)
+    if prompt is not None:
+        raise RecipeError(f"{where}: prompt is for models that write texts, not for classifiers")
     if column not in rows.column_names:
         raise RecipeError(
             f"{where} has no column {column!r}; it has {', '.join(rows.column_names)}"
         )
-    if len(rows) == 0:
-        raise RecipeError(f"{where} holds no samples")
     if family.modality == "image":
         rows = _with_images(rows, column, source, where)
     else:
         _check_texts(rows, column, where)
-    indices = list(range(len(rows)))
-    if limit is not None:
-        random.Random(seed).shuffle(indices)
-    return Samples(task, rows, indices[:limit], source, column)
+    return Samples(task, rows, chosen, source, column)
 
 
 def batches(
@@ -176,8 +204,11 @@ def missing_data(tasks: Mapping[str, Task]) -> list[str]:
     ]
 
 
-def data_sha256(source: DataSource) -> str:
-    """Identifies a data source: its options, and its files' contents where it is local."""
+def data_sha256(source: DataSource, prompt: Prompt | None = None) -> str:
+    """Identifies a data source: its options, and its files' contents where it is local.
+
+    With ``prompt``, the texts made of it.
+    """
     path = Path(source.path)
     if path.is_file():
         content = file_sha256(path)
@@ -185,7 +216,10 @@ def data_sha256(source: DataSource) -> str:
         content = files_sha256(path, (file for file in path.rglob("*") if file.is_file()))
     else:
         content = source.path
-    return fingerprint("data", source.model_dump(exclude={"path"}), {"content": content})
+    options = source.model_dump(exclude={"path"})
+    if prompt is not None:
+        options["prompt"] = prompt.model_dump(mode="json")
+    return fingerprint("data", options, {"content": content})
 
 
 def _with_images(rows: Any, column: str, source: DataSource, where: str) -> Any:

@@ -55,11 +55,6 @@ class GraphFormat(ABC):
     stores_two_bits: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-3
 
-    @property
-    def file_name(self) -> str:
-        """Name of the exported file."""
-        return f"model{self.suffix}.onnx"
-
     def planned(
         self, layers: Mapping[str, QuantizedLinear], context: ExportContext
     ) -> "GraphFormat":

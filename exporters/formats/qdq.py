@@ -17,6 +17,8 @@ from epmq_deploy.exporters.integer_tensors import SIGNED, UNSIGNED, integer_tens
 from epmq_deploy.exporters.packed_linear import unpack_linear
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
+_ZERO = "epmq_deploy.zero"
+
 
 class QdqFormat(GraphFormat):
     """Signed codes without zero points where symmetric, else unsigned codes with zero points."""
@@ -73,6 +75,19 @@ def _lower_node(graph: ir.Graph, node: ir.Node) -> None:
     multiply = ir.node("MatMul", [node.inputs[0], dequantize.outputs[0]], name=name)
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], [dequantize, multiply], node.outputs, multiply.outputs
+    )
+    for use in list(multiply.outputs[0].uses()):
+        if use.node.op_type == "Relu":
+            _without_relu(graph, use.node)
+
+
+def _without_relu(graph: ir.Graph, relu: ir.Node) -> None:
+    """The same as a maximum: onnxruntime does not fuse a MatMul right before a Relu."""
+    if _ZERO not in graph.initializers:
+        add_initializer(graph, ir.Tensor(np.zeros((), np.float32), name=_ZERO))
+    maximum = ir.node("Max", [relu.inputs[0], graph.initializers[_ZERO]], name=relu.name)
+    ir.convenience.replace_nodes_and_values(
+        graph, relu, [relu], [maximum], relu.outputs, maximum.outputs
     )
 
 

@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, PreTrainedToken
 from epmq_deploy.cli.main import main
 from epmq_deploy.recipe import load_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("clip-*.yaml"))
 SIZE = 16
 EIGHT = {
     "sun397": 397,

@@ -1,0 +1,92 @@
+"""Tasks in words: from rows of data to what a model reads and what it is to write."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.writer import TextPair
+from epmq_deploy.recipe import Prompt, template_columns
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How rows become texts.
+
+    Attributes:
+        template: with ``{column}`` where a column's text goes.
+        label_column: holds integers where there are ``answers``, else the answers themselves.
+        answers: in label order.
+    """
+
+    template: str
+    label_column: str
+    answers: tuple[str, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Prompt | None,
+        input_column: str,
+        label_column: str | None,
+        columns: Collection[str],
+        where: str,
+    ) -> "Wording":
+        """The wording of a data source.
+
+        Args:
+            prompt: the task's.
+            input_column: read where the prompt has no template.
+            label_column: the data source's.
+            columns: that the data have.
+            where: what to call the data in messages.
+
+        Raises:
+            RecipeError: a column is not there.
+        """
+        prompt = prompt or Prompt()
+        template = prompt.template or f"{{{input_column}}}"
+        if label_column is None:
+            raise RecipeError(f"{where}: answers are needed, but label_column is not set")
+        missing = [
+            name for name in (*template_columns(template), label_column) if name not in columns
+        ]
+        if missing:
+            raise RecipeError(
+                f"{where} has no column {', '.join(map(repr, missing))}; it has "
+                f"{', '.join(columns)}"
+            )
+        return cls(template, label_column, prompt.answers)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that must hold texts."""
+        read = template_columns(self.template)
+        return read if self.answers is not None else (*read, self.label_column)
+
+    def check_labels(self, labels: Sequence[Any], where: str) -> None:
+        """Make sure that every label has an answer.
+
+        Args:
+            labels: of all rows.
+            where: what to call the data in messages.
+
+        Raises:
+            RecipeError: names the first row whose label has none.
+        """
+        if self.answers is None:
+            return
+        for row, label in enumerate(labels):
+            whole = isinstance(label, int) and not isinstance(label, bool)
+            if not whole or not 0 <= label < len(self.answers):
+                raise RecipeError(
+                    f"{where}: row {row}: column {self.label_column!r} holds {label!r}, but "
+                    f"prompt.answers has answers for 0 to {len(self.answers) - 1}"
+                )
+
+    def pair(self, row: Mapping[str, Any]) -> TextPair:
+        """What is read and what is to be written."""
+        label = row[self.label_column]
+        texts = {name: row[name] for name in template_columns(self.template)}
+        answer = label if self.answers is None else self.answers[label]
+        return TextPair(self.template.format_map(texts), answer)

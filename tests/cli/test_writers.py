@@ -1,0 +1,234 @@
+"""The four commands on tiny models that write texts, compared with ``transformers``."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from tiny_writers import WRITER_TASKS, WRITERS, TinyWriters, build_tiny_writers
+
+from epmq_deploy.calibration.targets.epmq import PRESETS
+from epmq_deploy.cli.main import main
+from epmq_deploy.models import family_of
+from epmq_deploy.models.writer import WriterFamily
+from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.model import apply_quantized
+from epmq_deploy.recipe import load_recipe
+from epmq_deploy.runtime.generation import TextWriter
+from epmq_deploy.runtime.text_scoring import TextScorer, normalised
+from epmq_deploy.tasks.data import load_samples
+
+# Tracing takes seconds a block, so there are few.
+T5_BLOCKS = {"num_layers": 1, "num_decoder_layers": 1}
+BLOCKS = {
+    "t5": T5_BLOCKS,
+    "flan-t5": T5_BLOCKS,
+    "llama": {"num_hidden_layers": 1},
+    "qwen2": {"num_hidden_layers": 1},
+    "qwen3": {},
+}
+TEXTS = ["first : red tree runs", "second : blue", "green house sleeps tree river red"]
+TOKENS = 7
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Tiny models and the folder with the outputs of the four commands."""
+
+    models: TinyWriters
+    out: Path
+
+    @property
+    def exported(self) -> Path:
+        return self.out / "exported"
+
+    @property
+    def family(self) -> WriterFamily:
+        family = family_of(self.models.base)
+        assert isinstance(family, WriterFamily)
+        return family
+
+    @property
+    def graphs(self) -> list[Mapping[str, Any]]:
+        manifest = json.loads((self.exported / "manifest.json").read_text())
+        graphs: list[Mapping[str, Any]] = manifest["details"]["graphs"]
+        return graphs
+
+    def writer(self, name: str) -> TextWriter:
+        scorer = TextScorer(self.family, self.exported, self.graphs, "cpu", 4, TOKENS)
+        return scorer.open(1)[name]
+
+    def model(self, name: str) -> Any:
+        """What a format's graphs have to agree with, as ``transformers`` loads it."""
+        model = self.models.load(self.out / "merged")
+        if name not in ("fp32", "fp16"):
+            # As this library loads it: one module for all uses of the embedding.
+            model.set_input_embeddings(model.get_input_embeddings())
+            apply_quantized(model, *load_artifact(self.out / "quantized"))
+        return model
+
+
+def run(*arguments: object) -> int:
+    """Run the command line in this process; its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(argument) for argument in arguments])
+    return int(caught.value.code or 0)
+
+
+@pytest.fixture(scope="module", params=BLOCKS)
+def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    """All four commands on one architecture."""
+    name = request.param
+    models = build_tiny_writers(tmp_path_factory.mktemp(name), WRITERS[name], **BLOCKS[name])
+    out = models.folder / "out"
+    assert run("run", models.recipe, "-o", out, "--quiet") == 0
+    return Chain(models, out)
+
+
+def test_the_files_are_those_optimum_and_transformers_js_look_for(chain: Chain) -> None:
+    stems = ["model"]
+    if chain.family.has_encoder:
+        stems = ["encoder_model", "decoder_model", "decoder_with_past_model"]
+    assert {path.name for path in (chain.exported / "onnx").iterdir()} == {
+        f"{stem}{suffix}.onnx" for stem in stems for suffix in ("", "_q4", "_qdq")
+    }
+    assert not (chain.exported / "heads.safetensors").exists()
+    for graph in chain.graphs:
+        session = onnxruntime.InferenceSession(chain.exported / graph["file"])
+        inputs = {item.name for item in session.get_inputs()}
+        outputs = {item.name for item in session.get_outputs()}
+        own = {
+            f"0.{stream}{part}" for stream in ("decoder.", "encoder.") for part in ("key", "value")
+        }
+        if graph["part"] == "encoder_model":
+            assert (inputs, outputs) == ({"input_ids", "attention_mask"}, {"last_hidden_state"})
+        elif graph["part"] == "decoder_model":
+            assert inputs == {"input_ids", "encoder_attention_mask", "encoder_hidden_states"}
+            assert {"logits"} | {f"present.{name}" for name in own} <= outputs
+        elif graph["part"] == "decoder_with_past_model":
+            past = {f"past_key_values.{name}" for name in own}
+            assert {"input_ids", "encoder_attention_mask"} | past <= inputs
+            assert {"logits", "present.0.decoder.key", "present.0.decoder.value"} <= outputs
+            assert not any(".encoder." in name for name in outputs)
+        else:
+            past = {"past_key_values.0.key", "past_key_values.0.value"}
+            assert {"input_ids", "attention_mask", "position_ids"} | past <= inputs
+            assert {"logits", "present.0.key", "present.0.value"} <= outputs
+
+
+def test_every_layer_runs_in_low_bits_where_it_is_part_of_the_graph(chain: Chain) -> None:
+    layers, _ = load_artifact(chain.out / "quantized")
+    tables = 1
+    linear = len(layers) - tables
+    low = {
+        (graph["format"], graph["part"]): graph["low_bit_nodes"]
+        for graph in chain.graphs
+        if graph["format"] != "fp32"
+    }
+    for name in ("matmulnbits", "qdq"):
+        if not chain.family.has_encoder:
+            assert low[name, "model"] == linear
+            continue
+        assert low[name, "encoder_model"] + low[name, "decoder_model"] == linear
+        # Keys and values of cross attention are computed once.
+        again = 2 * chain.models.load(chain.models.base).config.num_decoder_layers
+        assert low[name, "decoder_with_past_model"] == low[name, "decoder_model"] - again
+
+
+@pytest.mark.parametrize("name", ["fp32", "matmulnbits", "qdq"])
+def test_answers_are_those_of_transformers_token_by_token(chain: Chain, name: str) -> None:
+    """Batched, padded, with a cache here; one text by itself there."""
+    family, model = chain.family, chain.model(name)
+    special = family.special_tokens(chain.exported)
+    found = chain.writer(name).write(*family.prompts(chain.exported, TEXTS))
+    lengths = set()
+    for row, text in zip(found.tolist(), TEXTS, strict=True):
+        ids, _ = family.prompts(chain.exported, [text])
+        start = {} if special.start is None else {"decoder_start_token_id": special.start}
+        written = model.generate(
+            ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=list(special.end), **start
+        )
+        expected = written[0, 1 if family.has_encoder else ids.shape[1] :].tolist()
+        assert row[: len(expected)] == expected
+        assert set(row[len(expected) :]) <= {special.padding}
+        lengths.add(len(expected))
+    assert max(lengths) > 2, "nothing was written with a past"
+
+
+@pytest.mark.parametrize("name", ["fp32", "matmulnbits", "qdq"])
+def test_every_step_has_the_logits_of_a_pass_without_cache(chain: Chain, name: str) -> None:
+    """Ten steps with answers that do not end, against one forward pass over all of them."""
+    family, model, writer = chain.family, chain.model(name), chain.writer(name)
+    ids, mask = family.prompts(chain.exported, TEXTS)
+    tokens = torch.randint(2, 15, (len(TEXTS), 10), generator=torch.Generator().manual_seed(1))
+    found, values = writer.begin(ids.numpy(), mask.numpy())
+    steps = [found]
+    for token in tokens.split(1, dim=1):
+        found, values = writer.go_on(token.numpy(), values)
+        steps.append(found)
+    with torch.inference_mode():
+        if family.has_encoder:
+            start = torch.full_like(tokens[:, :1], family.special_tokens(chain.exported).start or 0)
+            behind = torch.cat([start, tokens], dim=1)
+            logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=behind).logits
+        else:
+            whole = torch.cat([mask, torch.ones_like(tokens)], dim=1)
+            logits = model(
+                input_ids=torch.cat([ids, tokens], dim=1),
+                attention_mask=whole,
+                position_ids=(whole.cumsum(1) - 1).clamp(min=0),
+            ).logits[:, ids.shape[1] - 1 :]
+    assert np.allclose(np.stack(steps, axis=1), logits, atol=2e-3 * float(logits.std()))
+
+
+def test_experts_score_as_transformers_scores_them(chain: Chain) -> None:
+    """Exact answers, counted here once more from the models' own."""
+    rows = json.loads((chain.exported / "eval.json").read_text())["rows"]
+    scores = {row["name"]: row["accuracy"] for row in rows}
+    assert set(scores) == {"experts", "fp32", "matmulnbits", "qdq"}
+    recipe = load_recipe(chain.models.recipe)
+    tokenizer = chain.family.tokenizer(chain.exported)
+    for task in WRITER_TASKS:
+        model, hits = chain.models.load(chain.models.expert(task)), 0
+        given = recipe.tasks[task]
+        assert given.evaluation is not None
+        samples = load_samples(task, given.evaluation, chain.family, prompt=given.prompt)
+        for pair in samples.inputs(0, len(samples)):
+            ids, _ = chain.family.prompts(chain.exported, [pair.text])
+            written = model.generate(ids, max_new_tokens=32, do_sample=False)
+            answer = written[0, 1 if chain.family.has_encoder else ids.shape[1] :]
+            text = tokenizer.decode(answer, skip_special_tokens=True)
+            hits += normalised(text) == normalised(pair.answer)
+        assert scores["experts"][task] == pytest.approx(100 * hits / len(samples))
+    assert scores["matmulnbits"] == scores["qdq"]
+
+
+def test_case_and_spaces_do_not_count() -> None:
+    assert normalised("  Not\n Acceptable ") == normalised("not acceptable")
+    assert normalised("acceptable") != normalised("un acceptable")
+
+
+@pytest.mark.parametrize("chain", ["flan-t5", "qwen3"], indirect=True)
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_runs(chain: Chain, tmp_path: Path, preset: str) -> None:
+    command = ["quantize", chain.out / "merged", "-o", tmp_path / "q", "-q", "--preset", preset]
+    assert run(*command) == 0
+
+
+@pytest.mark.parametrize("chain", ["t5"], indirect=True)
+def test_what_needs_a_head_is_refused(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", chain.out / "merged", "-o", tmp_path / "q", "-q", "--anchor", "auto"]
+    assert run(*command) == 2
+    assert "auto needs a head" in capsys.readouterr().err
+    recipe = chain.models.recipe
+    assert run("merge", recipe, "-o", tmp_path / "m", "-q", "--search") == 3
+    assert "has no head" in capsys.readouterr().err
+    assert run("merge", recipe, "-o", tmp_path / "m", "-q", "--method", "regmean") == 2
+    assert "encoder-decoders" in capsys.readouterr().err
