@@ -83,8 +83,7 @@ class Bench:
             entries = self.formats[name]
             footprint = measure_footprint(
                 [self.exported / entry["file"] for entry in entries],
-                # What the parts of a model hand to each other is not known here.
-                one if len(entries) == 1 else None,
+                one if self.scorer.feeds_graphs else None,
                 provider=provider_named(self.provider),
                 threads=self.threads[0],
                 session_config=entries[0]["session_config"],
@@ -96,11 +95,10 @@ class Bench:
         """Layers of the low-bit graphs against those of fp32 merged.
 
         Raises:
-            RecipeError: a format has several graphs.
+            RecipeError: the model writes texts, in many runs of its graphs.
         """
-        several = [name for name, entries in self.formats.items() if len(entries) > 1]
-        if several:
-            raise RecipeError(f"--diagnose: {', '.join(several)} have several graphs; leave it out")
+        if not self.scorer.feeds_graphs:
+            raise RecipeError("--diagnose: not for models that write texts; leave it out")
         low = {name: entries[0] for name, entries in self.formats.items() if name not in REFERENCES}
         return diagnose(
             self.exported / self.formats[REFERENCE][0]["file"],

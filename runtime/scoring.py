@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,13 @@ class Predictions:
 
 
 class Scorer(Protocol[Model]):
-    """How models of one kind of task are opened, fed and scored; ``Model`` is one format's."""
+    """How models of one kind of task are opened, fed and scored; ``Model`` is one format's.
+
+    Attributes:
+        feeds_graphs: whether ``batch`` is what a single graph runs on.
+    """
+
+    feeds_graphs: ClassVar[bool]
 
     def open(self, threads: int | None) -> Mapping[str, Model]:
         """Every format of the export, ready to run with that many threads."""
@@ -70,6 +76,7 @@ class ClassScorer:
         experts: in torch, or None.
     """
 
+    feeds_graphs: ClassVar[bool] = True
     family: ModelFamily
     folder: Path
     entries: Sequence[Mapping[str, Any]]

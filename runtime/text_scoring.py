@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -31,6 +31,7 @@ class TextScorer:
         experts: in torch, or None.
     """
 
+    feeds_graphs: ClassVar[bool] = False
     family: WriterFamily
     folder: Path
     entries: Sequence[Mapping[str, Any]]
