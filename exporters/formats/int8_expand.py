@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
-from epmq_deploy.exporters.formats.format import ExportContext, GraphFormat
+from epmq_deploy.exporters.formats.format import INT8_TOLERANCE, ExportContext, GraphFormat
 from epmq_deploy.exporters.graph import constant, low_bit_nodes, read_packed
 from epmq_deploy.exporters.int8_matmul import (
     INT8_SUFFIX,
@@ -53,6 +53,7 @@ class Int8ExpandFormat(GraphFormat):
     suffix = "_quantized"
     summary = "4 bits on disk, int8 at run time, standard ONNX: onnxruntime on x86 and ARM"
     min_opset = 21
+    tolerance = INT8_TOLERANCE
 
     def __init__(
         self, plans: Mapping[str, Int8Plan] | None = None, problems: list[str] | None = None
