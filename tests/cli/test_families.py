@@ -85,7 +85,7 @@ def test_the_float_graph_is_transformers_model_of_the_merge(chain: Chain) -> Non
     assert all("pooler" in name for name in problems.missing_keys)
     with torch.inference_mode():
         expected = merged(**dict(zip(family.input_names, inputs, strict=True))).logits
-    session = onnxruntime.InferenceSession(chain.out / "onnx" / "onnx" / "model.onnx")
+    session = onnxruntime.InferenceSession(chain.out / "exported" / "onnx" / "model.onnx")
     feed = {name: value.numpy() for name, value in zip(family.input_names, inputs, strict=True)}
     (logits,) = session.run([f"logits_{task}"], feed)
     assert np.allclose(logits, expected, atol=2e-4)
@@ -94,7 +94,7 @@ def test_the_float_graph_is_transformers_model_of_the_merge(chain: Chain) -> Non
 
 def test_experts_score_as_transformers_scores_them(chain: Chain) -> None:
     family = family_of(chain.models.base)
-    rows = json.loads((chain.out / "onnx" / "eval.json").read_text())["rows"]
+    rows = json.loads((chain.out / "exported" / "eval.json").read_text())["rows"]
     scores = {row["name"]: row["accuracy"] for row in rows}
     assert set(scores) == {"experts", "fp32", "matmulnbits", "qdq"}
     recipe = load_recipe(chain.models.recipe)
