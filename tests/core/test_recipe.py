@@ -22,7 +22,7 @@ def test_every_wrong_key_is_named_with_what_is_allowed() -> None:
         parse_recipe(content, "recipe.yaml")
     text = str(caught.value)
     assert text.startswith("recipe.yaml: 7 problem(s)")
-    assert "base.colour: no such option; allowed here: path, found 'red'" in text
+    assert "base.colour: no such option; allowed here: path, part, found 'red'" in text
     assert "tasks.t.head: " in text
     assert "merge.density: " in text
     assert "quantize.bits: Input should be 2, 3, 4 or 8, found 5" in text
