@@ -66,6 +66,8 @@ def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
         "eval.md",
         "report.html",
     }
+    card = (out / "README.md").read_text()
+    assert (out / "eval.md").read_text() in card
     report = json.loads((chain / "onnx" / "eval.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["experts", "fp32", "matmulnbits", "qdq"]
     assert report["samples"] == dict.fromkeys(TASKS, 15)
