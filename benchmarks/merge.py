@@ -177,6 +177,8 @@ def measure(folder: Path, method: str, *, warm: bool) -> dict[str, Any]:
         "peak_mb": round(found["peak_mb"]),
         "before_mb": round(found["before_mb"]),
         "peak_models": round(found["peak_mb"] * 1e6 / model, 2),
+        # Other work on the machine slows what computes more than what waits for disks.
+        "load": round(os.getloadavg()[0], 1),
     }
 
 

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/mergekit.py --mergekit ENVIRONMENT/bin/mergekit-yaml
 
-mergekit (PyPI) needs an environment of its own. Writes random BERTs of base size into a temporary
-folder, merges them by both programs, each from its command line in a process of its own, and
-removes them. Task Arithmetic is the same formula in both. mergekit's TIES trims each tensor by
+mergekit (PyPI) needs an environment of its own. Writes random RoBERTas of base size into a
+temporary folder, merges them by both programs, each from its command line in a process of its own,
+and removes them. Task Arithmetic is the same formula in both. mergekit's TIES trims each tensor by
 itself and takes the mean, so only its cost is compared. Writes
 ``benchmarks/results/mergekit.json``.
 """
@@ -27,10 +27,10 @@ def build(folder: Path, experts: int) -> None:
     """Write a base, experts, a recipe, and mergekit's configurations."""
     import torch
     import yaml
-    from transformers import BertConfig, BertModel
+    from transformers import RobertaConfig, RobertaForSequenceClassification
 
     torch.manual_seed(0)
-    base = BertModel(BertConfig())
+    base = RobertaForSequenceClassification(RobertaConfig())
     base.save_pretrained(folder / "base")
     state = {name: value.clone() for name, value in base.state_dict().items()}
     names = [f"expert{index}" for index in range(experts)]
@@ -70,9 +70,16 @@ def largest_difference(first: Path, second: Path) -> float:
     """Over all tensors that both files hold and that merging changed."""
     from safetensors.torch import load_file
 
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
-    # Poolers are heads to us, and stay the base's.
-    shared = [name for name in ours.keys() & theirs.keys() if not name.startswith("pooler.")]
+    # mergekit keeps the prefix of fine-tuned checkpoints.
+    ours, theirs = (
+        {
+            name.removeprefix("roberta."): value
+            for name, value in load_file(folder / "model.safetensors").items()
+        }
+        for folder in (first, second)
+    )
+    # Classifiers are heads to us, and stay the base's.
+    shared = [name for name in ours.keys() & theirs.keys() if "classifier" not in name]
     assert len(shared) > 150, "the two programs wrote other tensors"
     return max(float((ours[name] - theirs[name]).abs().max()) for name in shared)
 
@@ -84,7 +91,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--temporary", type=Path, help="where to make the temporary folder")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"model": "BERT base, float32", "experts": arguments.experts}
+    results: dict[str, Any] = {"model": "RoBERTa base, float32", "experts": arguments.experts}
     with tempfile.TemporaryDirectory(dir=arguments.temporary) as name:
         folder = Path(name)
         build(folder, arguments.experts)
@@ -103,7 +110,7 @@ def main() -> None:
                 row["largest_difference"] = largest_difference(ours, theirs)
             results[method] = row
             print(method, row, flush=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+            RESULTS.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from epmq_deploy.card import write_card
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import EvalOptions, Recipe, load_recipe, override
-from epmq_deploy.stage import atomic_text, read_manifest
+from epmq_deploy.stage import MANIFEST, atomic_text, read_manifest
 
 if TYPE_CHECKING:
     from epmq_deploy.runtime.report import EvalReport
@@ -74,7 +75,10 @@ def evaluate_to(
 
 
 def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None:
-    """Write a report as JSON, Markdown and a page, print it, then hold its gates."""
+    """Write a report as JSON, Markdown and a page, print it, then hold its gates.
+
+    An export's own report is shown in its model card, too.
+    """
     from epmq_deploy.cli.eval_table import eval_table
     from epmq_deploy.runtime.eval_json import report_dict
     from epmq_deploy.runtime.gates import check_gates
@@ -83,9 +87,12 @@ def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None
 
     content = report_dict(report)
     markdown, page = views_of(file)
+    table = markdown_table(report)
     atomic_text(file, json.dumps(content, indent=2) + "\n")
-    atomic_text(markdown, markdown_table(report))
+    atomic_text(markdown, table)
     atomic_text(page, html_page(report))
+    if file.name == EVAL_FILE and (file.parent / MANIFEST).is_file():
+        write_card(file.parent, read_manifest(file.parent, "export"), table)
     terminal.result(content, eval_table(report))
     check_gates(report)
 

@@ -138,15 +138,27 @@ def _noises(values: LayerValues, wanted: LayerValues, runs: Any) -> tuple[LayerN
     own = {name: _Ratio() for name in values.layers}
     for found, reference in runs:
         for name, place in values.layers.items():
-            goal = wanted.layers[name]
-            total[name].add(found[place.output], reference[goal.output])
+            goal, output = wanted.layers[name], found[place.output]
+            total[name].add(output, _laid_out(reference[goal.output], output))
             if isinstance(goal, FloatLayer) and place.input is not None:
-                own[name].add(found[place.output], goal.apply(found[place.input]))
+                own[name].add(output, goal.apply(_unsmoothed(found[place.input], place.factors)))
             else:
-                own[name].add(found[place.output], reference[goal.output])
+                own[name].add(output, _laid_out(reference[goal.output], output))
     return tuple(
         LayerNoise(name, total[name].decibels, own[name].decibels) for name in values.layers
     )
+
+
+def _unsmoothed(inputs: Array, factors: Array | None) -> Array:
+    """What a layer would have received had its input, ``[..., K]``, not been divided."""
+    return inputs if factors is None else inputs * factors[: inputs.shape[-1]]
+
+
+def _laid_out(wanted: Array, found: Array) -> Array:
+    """A convolution's ``[B, N, h, w]`` as ``[B, h * w, N]`` where patches are multiplied."""
+    if wanted.ndim == 4 and found.ndim == 3:
+        return wanted.reshape(*wanted.shape[:2], -1).swapaxes(1, 2)
+    return wanted
 
 
 def _blamed(noises: Sequence[LayerNoise]) -> tuple[str, ...]:

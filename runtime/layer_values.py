@@ -7,7 +7,7 @@ see `epmq_deploy.exporters.graph` for the names.
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,9 @@ import onnx_ir as ir
 Array = npt.NDArray[np.float32]
 
 _CODES = ".codes"
+_QUANTIZING = ("DynamicQuantizeLinear", "QuantizeLinear")
+# Levels of the factors, padded to whole blocks, and what one level stands for.
+_SMOOTHING = ("smoothing", "smoothing_unit")
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,12 @@ class Layer:
         input: name of the value it multiplies; None where that is one of the graph's inputs, or
             was not asked for.
         output: name of the value it gives, bias included.
+        factors: what its input was divided by per channel, ``[K]``, where it was smoothed.
     """
 
     input: str | None
     output: str
+    factors: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class FloatLayer(Layer):
         bias: ``[N]``, or None.
     """
 
-    weight: Array
-    bias: Array | None
+    weight: Array = field(kw_only=True)
+    bias: Array | None = field(kw_only=True)
 
     def apply(self, inputs: Array) -> Array:
         """``[..., K]`` to ``[..., N]``."""
@@ -120,11 +125,22 @@ def _layer(node: ir.Node, product: ir.Value, read: str | None) -> Layer:
             output, bias = users[0].outputs[0], added
     weight = _array(node.inputs[1]) if node.op_type in ("MatMul", "Gemm") else None
     if weight is None:
-        return Layer(read, str(output.name))
+        return Layer(read, str(output.name), _factors(node))
     if node.op_type == "Gemm":
         weight = weight.T if node.attributes.get_int("transB", 0) else weight
         bias = _array(node.inputs[2]) if len(node.inputs) > 2 else bias
-    return FloatLayer(read, str(output.name), weight, bias)
+    return FloatLayer(read, str(output.name), weight=weight, bias=bias)
+
+
+def _factors(node: ir.Node) -> Array | None:
+    """Smoothing factors of a layer in int8; see `epmq_deploy.exporters.int8_smoothing`."""
+    assert node.graph is not None, "layers are nodes of a graph"
+    held = {part: node.graph.initializers.get(f"{node.name}.{part}") for part in _SMOOTHING}
+    levels, unit = (None if value is None else value.const_value for value in held.values())
+    if levels is None or unit is None:
+        return None
+    factors: Array = levels.numpy().astype(np.float32).reshape(-1) * unit.numpy()
+    return factors
 
 
 def _input(name: str, product: ir.Value) -> str | None:
@@ -139,8 +155,10 @@ def _input(name: str, product: ir.Value) -> str | None:
                 continue
             if str(made_by.name) == name or str(made_by.name).startswith(f"{name}."):
                 waiting.append(made_by)
-            else:
-                return str(value.name)
+                continue
+            # Layers that share an input share its quantization, which one of them gives its name.
+            read = made_by.inputs[0] if made_by.op_type in _QUANTIZING else value
+            return None if read is None or read.producer() is None else str(read.name)
     return None
 
 

@@ -225,9 +225,17 @@ def merge_linear_layers(
         options: of the method.
         sequential: take the inputs of each block from the merged model's preceding blocks
             (RegMean++) instead of the expert's own.
+
+    Raises:
+        RecipeError: an encoder and a decoder, say.
     """
     model = data.backbone()
     blocks = data.family.blocks(model)
+    if any(block.stream != blocks[0].stream or block.passes_on for block in blocks):
+        raise RecipeError(
+            f"merge.method: {options.method} takes models whose blocks form one sequence; those of "
+            f"the {data.family.name} family do not, so merge without calibration data"
+        )
     merged = model if sequential else None
     if merged is not None:
         inside = tuple(f"{block.name}." for block in blocks)

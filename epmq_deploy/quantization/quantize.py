@@ -148,7 +148,7 @@ def _heads(recipe: Recipe, place: Workplace) -> dict[str, TaskHead]:
     missing = ", ".join(task for task in recipe.tasks if task not in heads)
     if missing:
         what = ", ".join(f"quantize.{option}" for option, given in asked.items() if given)
-        raise RecipeError(f"{what} needs a head for every task; {missing} has none (tasks.*.head)")
+        raise RecipeError(f"{what} needs a head for every task (tasks.*.head); without: {missing}")
     return heads
 
 

@@ -66,6 +66,8 @@ def test_the_four_commands_leave_what_users_expect(chain: Path) -> None:
         "eval.md",
         "report.html",
     }
+    card = (out / "README.md").read_text()
+    assert (out / "eval.md").read_text() in card
     report = json.loads((chain / "onnx" / "eval.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["experts", "fp32", "matmulnbits", "qdq"]
     assert report["samples"] == dict.fromkeys(TASKS, 15)
@@ -377,3 +379,23 @@ def test_an_expert_changed_after_the_merge_is_noticed(
     file.write_bytes(content)
     assert run("quantize", tmp_path / "merged", "-o", tmp_path / "q") == 3
     assert "expert 'red' was changed since it was merged" in capsys.readouterr().err
+
+
+def test_layers_in_int8_are_diagnosed_on_what_they_were_meant_to_read(
+    chain: Path, tmp_path: Path
+) -> None:
+    """Smoothing divides inputs, and patches are multiplied instead of convolved."""
+    out = tmp_path / "out"
+    assert run("export", chain / "quantized", "-o", out, "--target", "cpu", "-q") == 0
+    assert run("eval", out, "--diagnose", "--no-experts", "-q") == 0
+    report = json.loads((out / "eval.json").read_text())
+    own = {
+        name: {noise["layer"]: noise["own_db"] for noise in found["layers"]}
+        for name, found in report["diagnoses"].items()
+    }
+    in_int8, in_float = own["int8-expand"], own["matmulnbits"]
+    assert in_int8.keys() == in_float.keys()
+    assert len(in_int8) > 12
+    blocks = [layer for layer in in_int8 if ".layers." in layer]
+    # Rounding weights to 4 bits is the larger part of the noise.
+    assert all(abs(in_int8[layer] - in_float[layer]) < 1 for layer in blocks)

@@ -412,6 +412,17 @@ def with_prompt(recipe: Recipe, prompt: dict[str, object] | None, **data: object
     return parse_recipe(content, "test")
 
 
+@two_streams
+@pytest.mark.parametrize("method", ["regmean", "regmean_pp"])
+def test_least_squares_merging_takes_one_sequence_of_blocks(
+    merged: Merged, tmp_path: Path, method: str
+) -> None:
+    recipe = override(merged.recipe, "merge", {"method": method})
+    with pytest.raises(RecipeError, match=f"{method} takes models whose blocks form one sequence"):
+        merge(recipe, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("merged", ["t5"], indirect=True)
 @pytest.mark.parametrize(
     ("prompt", "data", "message"),
