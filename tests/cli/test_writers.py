@@ -231,6 +231,6 @@ def test_what_needs_a_head_is_refused(
     assert run("merge", recipe, "-o", tmp_path / "m", "-q", "--search") == 3
     assert "has no head" in capsys.readouterr().err
     assert run("merge", recipe, "-o", tmp_path / "m", "-q", "--method", "regmean") == 2
-    assert "encoder-decoders" in capsys.readouterr().err
+    assert "form one sequence" in capsys.readouterr().err
     assert run("eval", chain.exported, "-o", tmp_path / "e.json", "-q", "--diagnose") == 2
     assert "not for models that write texts" in capsys.readouterr().err
