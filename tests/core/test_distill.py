@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_zoo import TASKS, TinyZoo
 
 from epmq_deploy.errors import RecipeError
@@ -13,8 +14,8 @@ from epmq_deploy.models import family_of
 from epmq_deploy.quantization import distill as distill_module
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.model import apply_quantized
-from epmq_deploy.quantization.quantize import quantize
-from epmq_deploy.recipe import Recipe, load_recipe, override
+from epmq_deploy.quantization.quantize import quantize, quantize_fingerprint
+from epmq_deploy.recipe import Head, Recipe, load_recipe, override
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +27,12 @@ def merged(tiny: TinyZoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distilling(tiny: TinyZoo, epochs: int) -> Recipe:
     return override(load_recipe(tiny.recipe), "quantize", {"distill": epochs})
+
+
+def with_head(recipe: Recipe, head: Head | None) -> Recipe:
+    """The recipe with another head of its first task."""
+    changed = recipe.tasks[TASKS[0]].model_copy(update={"head": head})
+    return recipe.model_copy(update={"tasks": {**recipe.tasks, TASKS[0]: changed}})
 
 
 def test_codes_stay_and_the_divergence_falls(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
@@ -84,10 +91,7 @@ def test_what_does_not_help_is_undone_and_said(
 
 
 def test_every_task_needs_a_head(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
-    recipe = distilling(tiny, 1)
-    tasks = dict(recipe.tasks)
-    tasks[TASKS[0]] = tasks[TASKS[0]].model_copy(update={"head": None})
-    headless = recipe.model_copy(update={"tasks": tasks})
+    headless = with_head(distilling(tiny, 1), None)
     with pytest.raises(RecipeError, match=rf"quantize\.distill needs a head .*: {TASKS[0]}$"):
         quantize(headless, merged, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -96,3 +100,22 @@ def test_every_task_needs_a_head(tiny: TinyZoo, merged: Path, tmp_path: Path) ->
 def test_it_needs_calibration_data(tiny: TinyZoo) -> None:
     with pytest.raises(RecipeError, match="leave out alpha, norms and distill"):
         override(load_recipe(tiny.recipe), "quantize", {"preset": "weights", "distill": 1})
+
+
+@pytest.mark.parametrize("asked", [{"distill": 1}, {"anchor": "auto"}])
+def test_heads_that_guide_the_codes_decide_them(
+    tiny: TinyZoo, tmp_path: Path, asked: dict[str, object]
+) -> None:
+    def mark(recipe: Recipe, **flags: object) -> str:
+        return quantize_fingerprint(override(recipe, "quantize", flags), "merged")[0]
+
+    recipe = load_recipe(tiny.recipe)
+    other = with_head(recipe, Head(classes=("ox", "owl")))
+    assert mark(recipe) == mark(other)
+    assert mark(recipe, **asked) != mark(other, **asked)
+    file = tmp_path / "head.safetensors"
+    given = with_head(recipe, Head(matrix=str(file)))
+    save_file({"head": torch.zeros(2, 12)}, file)
+    before = mark(given, **asked)
+    save_file({"head": torch.ones(2, 12)}, file)
+    assert mark(given, **asked) != before
