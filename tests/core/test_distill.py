@@ -1,6 +1,7 @@
 """Distillation: scales, biases and norms move towards the experts' predictions, codes do not."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,3 +120,25 @@ def test_heads_that_guide_the_codes_decide_them(
     before = mark(given, **asked)
     save_file({"head": torch.ones(2, 12)}, file)
     assert mark(given, **asked) != before
+
+
+def test_killed_while_distilling_it_goes_on_and_gives_the_same_files(
+    tiny: TinyZoo, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = distilling(tiny, 2)
+    whole = quantize(recipe, merged, tmp_path / "whole")
+
+    def killed(*arguments: object) -> Iterator[None]:
+        yield next(interleaved(*arguments))  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    interleaved = distill_module._interleaved
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill_module, "_interleaved", killed)
+        quantize(recipe, merged, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    resumed = quantize(recipe, merged, tmp_path / "resumed")
+    # The report has times in it.
+    assert {**resumed.outputs, "report.json": ""} == {**whole.outputs, "report.json": ""}
+    assert resumed.details == whole.details
+    assert {item.name for item in tmp_path.iterdir()} == {"whole", "resumed"}
