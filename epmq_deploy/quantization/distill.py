@@ -1,8 +1,9 @@
 """Distillation: what codes leave free is tuned end to end towards the experts' predictions.
 
-Scales, biases and norms are trained with codes and zero points fixed, as in the second phase of
-EfficientQAT (Chen et al., arXiv 2407.11062), on the divergence from each expert's softened
-predictions on its own calibration samples (Hinton et al., arXiv 1503.02531). No labels are used.
+Scales and vectors (biases, norms, CLIP's class token) are trained with codes and zero points fixed,
+as in the second phase of EfficientQAT (Chen et al., arXiv 2407.11062), on the divergence from each
+expert's softened predictions on its own calibration samples (Hinton et al., arXiv 1503.02531). No
+labels are used.
 """
 
 import logging
@@ -46,7 +47,7 @@ def distill(
     """Tune a quantized model on its calibration samples.
 
     Args:
-        model: with the weights of ``quantized``; changed in place.
+        model: with the weights of ``quantized``; has the tuned ones afterwards, kept or not.
         quantized: what calibration yielded; left unmodified.
         place: samples and experts.
         heads: of every task.
@@ -60,9 +61,11 @@ def distill(
     assert place.experts is not None, "guided targets are given experts"
     judge = Judge.of_experts(place.family, place.folder, place.samples, heads, place.experts.become)
     before = mean_divergence(judge.scores(model))
-    kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
     scales = _free_scales(model, quantized)
     vectors = {name: value for name, value in model.named_parameters() if value.dim() == 1}
+    for vector in vectors.values():
+        # On the CPU it is also what calibration yielded, which is to stay as it is.
+        vector.data = vector.data.clone()
     try:
         _train(model, [*scales.values(), *vectors.values()], place, judge, epochs, products)
     finally:
@@ -81,7 +84,6 @@ def distill(
     log.info("distillation: divergence from the experts %.4f, before %.4f", after, before)
     if not after < before:
         log.warning("distillation did not lower the divergence from the experts; it is undone")
-        model.load_state_dict(kept)
         return quantized, found
     tuned = replace(
         quantized,

@@ -154,6 +154,10 @@ def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
 
 
 def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
+    if task.head is not None and family.writes_texts:
+        raise RecipeError(
+            f"the {family.name} family writes its answers and takes no head; give prompt.answers"
+        )
     if task.head is None or task.head.from_expert:
         return head_of_expert(task, family, folder)
     if task.head.classes is not None:

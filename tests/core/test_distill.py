@@ -54,7 +54,7 @@ def test_codes_stay_and_the_divergence_falls(tiny: TinyZoo, merged: Path, tmp_pa
     assert "vision_model.post_layernorm.weight" in replaced
 
 
-def test_the_model_is_what_is_stored(
+def test_the_model_that_was_scored_is_what_is_stored(
     tiny: TinyZoo, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = []
@@ -65,7 +65,7 @@ def test_the_model_is_what_is_stored(
         models.append(model)
 
     monkeypatch.setattr(distill_module, "apply_quantized", remember)
-    quantize(distilling(tiny, 1), merged, tmp_path / "out")
+    assert quantize(distilling(tiny, 2), merged, tmp_path / "out").details["distill"]["kept"]
     stored = family_of(merged).load(merged)
     apply_quantized(stored, *load_artifact(tmp_path / "out"))
     for name, value in stored.state_dict().items():
@@ -101,6 +101,12 @@ def test_every_task_needs_a_head(tiny: TinyZoo, merged: Path, tmp_path: Path) ->
 def test_it_needs_calibration_data(tiny: TinyZoo) -> None:
     with pytest.raises(RecipeError, match="leave out alpha, norms and distill"):
         override(load_recipe(tiny.recipe), "quantize", {"preset": "weights", "distill": 1})
+
+
+@pytest.mark.parametrize("held", [{"bias": "keep"}, {"norms": False}])
+def test_what_it_tunes_cannot_be_held(tiny: TinyZoo, held: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=r"quantize: distill tunes biases and norms: leave out"):
+        override(load_recipe(tiny.recipe), "quantize", {"distill": 1, **held})
 
 
 @pytest.mark.parametrize("asked", [{"distill": 1}, {"anchor": "auto"}])
