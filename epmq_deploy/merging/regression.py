@@ -223,7 +223,7 @@ def merge_linear_layers(
             (RegMean++) instead of the expert's own.
 
     Raises:
-        RecipeError: an encoder and a decoder, say.
+        RecipeError: blocks form several sequences: an encoder and a decoder, say.
     """
     model = data.backbone()
     blocks = data.family.blocks(model)
