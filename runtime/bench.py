@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from epmq_deploy.errors import RecipeError
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import EvalOptions
 from epmq_deploy.runtime.diagnosis import Diagnosis, diagnose
@@ -55,7 +54,7 @@ class Bench:
         footprints = self._footprints()
         return {
             name: {
-                "file": entries[0]["file"],
+                "files": tuple(entry["file"] for entry in entries),
                 "bytes": sum(entry["bytes"] for entry in entries),
                 "timings": tuple(timings[name]),
                 "footprint": footprints[name],
@@ -83,8 +82,8 @@ class Bench:
             entries = self.formats[name]
             footprint = measure_footprint(
                 [self.exported / entry["file"] for entry in entries],
-                # What the parts of a model hand to each other is not known here.
-                one if len(entries) == 1 else None,
+                # What one graph hands to the next is not known here.
+                one if self.scorer.feeds_graphs else None,
                 provider=provider_named(self.provider),
                 threads=self.threads[0],
                 session_config=entries[0]["session_config"],
@@ -93,14 +92,7 @@ class Bench:
         return {name: median_footprint(found) for name, found in measured.items()}
 
     def diagnoses(self) -> dict[str, Diagnosis]:
-        """Layers of the low-bit graphs against those of fp32 merged.
-
-        Raises:
-            RecipeError: a format has several graphs.
-        """
-        several = [name for name, entries in self.formats.items() if len(entries) > 1]
-        if several:
-            raise RecipeError(f"--diagnose: {', '.join(several)} have several graphs; leave it out")
+        """Layers of the low-bit graphs against those of fp32 merged, one graph a format."""
         low = {name: entries[0] for name, entries in self.formats.items() if name not in REFERENCES}
         return diagnose(
             self.exported / self.formats[REFERENCE][0]["file"],

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,14 @@ class Predictions:
 
 
 class Scorer(Protocol[Model]):
-    """How models of one kind of task are opened, fed and scored; ``Model`` is one format's."""
+    """How models of one kind of task are opened, fed and scored; ``Model`` is one format's.
+
+    Attributes:
+        feeds_graphs: whether a batch is what a format's only graph takes. Otherwise values go from
+            one run to the next, or from one graph to another.
+    """
+
+    feeds_graphs: ClassVar[bool]
 
     def open(self, threads: int | None) -> Mapping[str, Model]:
         """Every format of the export, ready to run with that many threads."""
@@ -77,15 +84,13 @@ class ClassScorer:
     batch_size: int
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     experts: ExpertBackbone | None = None
+    feeds_graphs: ClassVar[bool] = True
 
     def open(self, threads: int | None) -> Mapping[str, Graph]:
         """See base."""
         return {
-            entry["format"]: Graph(
-                self.folder / entry["file"],
-                provider=self.provider,
-                threads=threads,
-                session_config=entry["session_config"],
+            entry["format"]: Graph.exported(
+                self.folder, entry, provider=self.provider, threads=threads
             )
             for entry in self.entries
         }

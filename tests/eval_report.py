@@ -71,7 +71,7 @@ def _row(name: str, tasks: Mapping[str, int]) -> Row:
         name,
         predictions(tasks),
         1.0,
-        file=f"onnx/model_{name}.onnx",
+        files=(f"onnx/model_{name}.onnx",),
         bytes=megabytes * 1_000_000,
         timings=timings,
         footprint=Footprint(12.5, 1_500_000 * megabytes),
