@@ -20,16 +20,17 @@ def divide_input(graph: ir.Graph, factors: Mapping[ir.Node, Tensor | None]) -> N
 
     Args:
         graph: changed in place.
-        factors: float32 ``[K]`` by node, one tensor for nodes that share an input; None for none.
+        factors: float32 ``[K]`` by node, one tensor for nodes that share an input and its division;
+            None for none.
     """
-    wanted: dict[ir.Value, list[ir.Node]] = {}
-    for node, given in factors.items():
-        if given is not None and node.inputs[0] is not None:
-            wanted.setdefault(node.inputs[0], []).append(node)
-    for value, nodes in wanted.items():
-        (shared,) = {id(factors[node]): factors[node] for node in nodes}.values()
-        assert shared is not None, "left out above"
-        reciprocals = (1 / shared).numpy()
+    # Groups may read one value: cross attention of all blocks that of the encoder.
+    wanted: dict[tuple[ir.Value, int], list[ir.Node]] = {}
+    given = {id(found): found for found in factors.values() if found is not None}
+    for node, found in factors.items():
+        if found is not None and node.inputs[0] is not None:
+            wanted.setdefault((node.inputs[0], id(found)), []).append(node)
+    for (value, key), nodes in wanted.items():
+        reciprocals = (1 / given[key]).numpy()
         norm = _norm_for(value, nodes)
         if norm is None:
             _insert_mul(graph, value, nodes, reciprocals)

@@ -28,7 +28,8 @@ class LayerGrid:
         bits: per code.
         block_size: columns that share a scale in the file; None where no file can hold it.
         in_features: ``K``.
-        symmetric: whether it is stored without zero points.
+        symmetric: whether it is stored without zero points: those of symmetric codes of 2 and 3 bits
+            are not the default of their containers of 4.
     """
 
     bits: int
@@ -40,7 +41,7 @@ class LayerGrid:
     def of(cls, layer: QuantizedLinear) -> "LayerGrid":
         """That of a quantized layer."""
         block = block_size_for(layer.group_size, layer.in_features)
-        return cls(layer.bits, block, layer.in_features, layer.symmetric)
+        return cls(layer.bits, block, layer.in_features, _centred(layer.bits, layer.symmetric))
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Target:
         if shifted:
             found.append(
                 f"{_named(shifted)} stored with zero points, it takes none: quantize with "
-                "--symmetric"
+                f"--symmetric --bits {max(self.widths)}"
             )
         return [f"target {self.name}: {text}" for text in found]
 
@@ -192,7 +193,12 @@ def planned_grids(
 def _planned(layer: nn.Module, options: QuantizeOptions) -> LayerGrid:
     columns = layer.get_parameter("weight").shape[1]
     group = columns if options.group_size == -1 else options.group_size
-    return LayerGrid(options.bits, block_size_for(group, columns), columns, options.symmetric)
+    centred = _centred(options.bits, options.symmetric)
+    return LayerGrid(options.bits, block_size_for(group, columns), columns, centred)
+
+
+def _centred(bits: int, symmetric: bool) -> bool:
+    return symmetric and bits == container_bits(bits)
 
 
 def target_of(name: str) -> Target:

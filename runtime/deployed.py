@@ -161,12 +161,7 @@ def load(
     chosen = entries.get(format or _recommended(place, entries))
     if chosen is None:
         raise RecipeError(f"{place} has no graph of format {format!r}; it has {', '.join(entries)}")
-    graph = Graph(
-        place / chosen["file"],
-        provider=provider,
-        threads=threads,
-        session_config=chosen["session_config"],
-    )
+    graph = Graph.exported(place, chosen, provider=provider, threads=threads)
     if not any(name.startswith(_LOGITS) for name in graph.output_names):
         raise RecipeError(f"{place / chosen['file']} gives no logits of any task")
     return DeployedModel(graph, family_of(place), place, made.details["classes"], batch_size)

@@ -80,9 +80,10 @@ class _Ratio:
         if self._noise == 0:
             return _LARGEST_DB
         ratio = self._signal / self._noise
-        return (
-            max(-_LARGEST_DB, min(_LARGEST_DB, 10 * math.log10(ratio))) if ratio else -_LARGEST_DB
-        )
+        # Infinite or undefined values are no signal.
+        if not ratio > 0:
+            return -_LARGEST_DB
+        return max(-_LARGEST_DB, min(_LARGEST_DB, 10 * math.log10(ratio)))
 
 
 def diagnose(

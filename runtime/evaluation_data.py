@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, TaskHead
-from epmq_deploy.recipe import Recipe
+from epmq_deploy.recipe import Recipe, Task
 from epmq_deploy.tasks.data import Samples, batches, load_samples
 from epmq_deploy.tasks.heads import head_of_expert
 
@@ -22,52 +22,53 @@ def evaluation_samples(
         heads: of the exported graphs; before there are any, what the recipe says of them counts.
 
     Raises:
-        MismatchError: names every task without data or head, or with labels its head lacks.
+        MismatchError: names every task without data or head, or with labels its head lacks; also
+            where layers are to be compared of a model whose graphs do not run by themselves.
     """
     samples, problems = {}, []
+    if recipe.eval.diagnose and family.writes_texts:
+        problems.append("--diagnose compares layers of classifiers; leave it out (eval.diagnose)")
     for name, task in recipe.tasks.items():
         if task.evaluation is None:
             problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
             continue
-        if family.writes_texts:
-            try:
-                samples[name] = load_samples(
-                    name,
-                    task.evaluation,
-                    family,
-                    prompt=task.prompt,
-                    limit=recipe.eval.max_samples,
-                )
-            except EpmqError as error:
-                problems.append(str(error))
-            continue
-        names = task.head.classes if task.head is not None else None
-        count = len(names) if names is not None else None
         try:
-            head = head_of_expert(task, family, folder) if heads is None else heads.get(name)
-        except EpmqError as error:
-            problems.append(f"task {name!r}: {error}")
-            continue
-        if head is None and (task.head is None or heads is not None):
-            problems.append(f"task {name!r} has no head (tasks.{name}.head)")
-            continue
-        if head is not None:
-            count = head.classes
-        try:
+            count = None if family.writes_texts else _classes(name, task, family, folder, heads)
             samples[name] = load_samples(
-                name,
-                task.evaluation,
-                family,
-                prompt=task.prompt,
-                limit=recipe.eval.max_samples,
+                name, task.evaluation, family, prompt=task.prompt, limit=recipe.eval.max_samples
             )
-            next(batches(samples[name], family, folder, 1))
-            problems += _label_problems(samples[name], count, names)
+            if not family.writes_texts:
+                next(batches(samples[name], family, folder, 1))
+                names = task.head.classes if task.head is not None else None
+                problems += _label_problems(samples[name], count, names)
         except EpmqError as error:
             problems.append(str(error))
     if problems:
         raise MismatchError("evaluation", problems)
     return samples
+
+
+def _classes(
+    name: str,
+    task: Task,
+    family: ModelFamily,
+    folder: Path,
+    heads: Mapping[str, TaskHead] | None,
+) -> int | None:
+    """Number of classes of a task's head; None where that is not known yet.
+
+    Raises:
+        RecipeError: there is no head, or its expert's cannot be read.
+    """
+    try:
+        head = head_of_expert(task, family, folder) if heads is None else heads.get(name)
+    except EpmqError as error:
+        raise RecipeError(f"task {name!r}: {error}") from error
+    if head is not None:
+        return head.classes
+    if task.head is None or heads is not None:
+        raise RecipeError(f"task {name!r} has no head (tasks.{name}.head)")
+    return None if task.head.classes is None else len(task.head.classes)
 
 
 def _label_problems(samples: Samples, count: int | None, names: Sequence[str] | None) -> list[str]:

@@ -18,16 +18,16 @@ class Recommendation:
 
     Attributes:
         format: its name.
-        file: relative to the export's folder.
+        files: relative to the export's folder.
         reason: one clause.
     """
 
     format: str
-    file: str
+    files: tuple[str, ...]
     reason: str
 
     def __str__(self) -> str:
-        return f"deploy {self.file}: {self.reason}"
+        return f"deploy {', '.join(self.files)}: {self.reason}"
 
 
 def misses(report: EvalReport) -> list[str]:
@@ -62,7 +62,7 @@ def recommend(report: EvalReport) -> Recommendation | None:
     fastest = min(_ratio(row) for row in passing)
     equal = [row for row in passing if _ratio(row) <= fastest * _TIE]
     best = min(equal, key=lambda row: row.bytes or 0)
-    return Recommendation(best.name, best.file or best.name, _reason(report, best, passing, equal))
+    return Recommendation(best.name, best.files, _reason(report, best, passing, equal))
 
 
 def _misses(report: EvalReport, row: Row) -> list[str]:

@@ -51,8 +51,14 @@ class TextWriter(ABC):
     def go_on(self, token: Array, values: Values) -> tuple[Array, Values]:
         """Logits ``[B, V]`` of what follows a token, int64 ``[B, 1]``, and values for the next."""
 
-    def write(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """The likeliest token after the other, int64 ``[B, length]``; padding behind each end."""
+    def write(self, ids: Tensor, mask: Tensor, length: int | None = None) -> Tensor:
+        """The likeliest token after the other, int64 ``[B, length]``; padding behind each end.
+
+        Args:
+            ids: int64 ``[B, T]``.
+            mask: likewise.
+            length: tokens to write whatever they are; up to the end of all answers when absent.
+        """
         logits, values = self.begin(ids.numpy(), mask.numpy())
         ended = np.zeros(len(logits), dtype=np.bool_)
         written: list[Array] = []
@@ -60,14 +66,15 @@ class TextWriter(ABC):
             token = np.where(ended, self._special.padding, logits.argmax(axis=1))
             written.append(token)
             ended |= np.isin(token, self._special.end)
-            if ended.all() or len(written) == self._max_tokens:
+            done = ended.all() if length is None else len(written) >= length
+            if done or len(written) == self._max_tokens:
                 return torch.from_numpy(np.stack(written, axis=1))
             logits, values = self.go_on(token[:, None].astype(np.int64), values)
 
     def run(self, inputs: Sequence[Tensor], outputs: object = None) -> Mapping[str, Array]:
-        """A whole answer, for timing: ``inputs`` are token ids and mask."""
-        ids, mask = inputs
-        return {"answers": self.write(ids, mask).numpy()}
+        """A whole answer, for timing: ``inputs`` are token ids, mask and number of tokens."""
+        ids, mask, length = inputs
+        return {"answers": self.write(ids, mask, int(length)).numpy()}
 
 
 class EncoderDecoderWriter(TextWriter):

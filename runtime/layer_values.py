@@ -144,7 +144,7 @@ def _factors(node: ir.Node) -> Array | None:
 
 
 def _input(name: str, product: ir.Value) -> str | None:
-    """The value that a layer's own nodes read, where it is none of the graph's inputs."""
+    """The value that a layer quantizes or multiplies, where it is none of the graph's inputs."""
     producer = product.producer()
     waiting = [] if producer is None else [producer]
     while waiting:
@@ -153,11 +153,14 @@ def _input(name: str, product: ir.Value) -> str | None:
             made_by = None if value is None else value.producer()
             if value is None or made_by is None:
                 continue
-            if str(made_by.name) == name or str(made_by.name).startswith(f"{name}."):
+            # What is quantized is the input as it was smoothed. Layers that share an input share
+            # both nodes, which one of them gives its name.
+            quantizing = made_by.op_type in _QUANTIZING
+            own = str(made_by.name) == name or str(made_by.name).startswith(f"{name}.")
+            if own and not quantizing:
                 waiting.append(made_by)
                 continue
-            # Layers that share an input share its quantization, which one of them gives its name.
-            read = made_by.inputs[0] if made_by.op_type in _QUANTIZING else value
+            read = made_by.inputs[0] if quantizing else value
             return None if read is None or read.producer() is None else str(read.name)
     return None
 

@@ -11,13 +11,13 @@ STYLE = """
     --m5: #d8bd3d; --m6: #8fd0f2; --m7: #ad90d6; }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
+body { margin: 0; background: var(--paper); color: var(--ink); overflow-wrap: anywhere;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 46rem; margin: 0 auto; padding: 1rem 1rem 3rem; }
 h1 { font-size: 1.5rem; line-height: 1.2; margin: .5rem 0 1rem; }
-h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.25rem 0 .5rem; }
 .verdict { background: var(--mark); border-left: 4px solid var(--m1); padding: .75rem 1rem;
-  margin: 0 0 1rem; font-weight: 600; overflow-wrap: anywhere; }
+  margin: 0 0 1rem; font-weight: 600; }
 .note, footer, caption { color: var(--dim); font-size: .875rem; }
 .missed { color: var(--heat); }
 footer { margin-top: 3rem; }

@@ -10,7 +10,7 @@ from epmq_deploy.runtime.significance import Interval
 # In units of the drawing, which the page shows at about their size.
 WIDTH = 380.0
 _BAR, _GAP, _HEAD, _GROUP = 10.0, 4.0, 17.0, 8.0
-_VALUES = 34.0
+_VALUES = 38.0
 _LABEL = 14.0
 _MARGIN = 138.0
 _AXIS = 40.0

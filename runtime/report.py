@@ -26,8 +26,9 @@ class Row:
         average_interval: of their average over tasks.
         against: differences from fp32 merged by task; empty for experts and fp32 merged itself.
         against_average: the difference on average over tasks.
-        file: relative to the export's folder; absent for experts, as is all that follows.
-        bytes: size of the file, external data included.
+        files: relative to the export's folder, in the order they run; none for experts, as of all
+            that follows.
+        bytes: size of the files, external data included.
         timings: by batch size and threads, in the order asked for.
         footprint: load time and memory.
     """
@@ -38,7 +39,7 @@ class Row:
     average_interval: Interval
     against: Mapping[str, Difference] = field(default_factory=dict)
     against_average: Difference | None = None
-    file: str | None = None
+    files: tuple[str, ...] = ()
     bytes: int | None = None
     timings: tuple[Timing, ...] = ()
     footprint: Footprint | None = None
@@ -62,7 +63,7 @@ class Gates:
         max_drop: points of average accuracy lost against fp32 merged (the point estimate; its
             interval is reported beside it).
         max_latency_ratio: latency relative to fp32 merged, of the first timing.
-        max_size: file size in MB (10^6 bytes).
+        max_size: size of all its files in MB (10^6 bytes).
     """
 
     max_drop: float | None = None

@@ -47,7 +47,8 @@ class Scorer(Protocol[Model]):
     """How models of one kind of task are opened, fed and scored; ``Model`` is one format's.
 
     Attributes:
-        feeds_graphs: whether ``batch`` is what a single graph runs on.
+        feeds_graphs: whether a batch is what a format's only graph takes. Otherwise values go from
+            one run to the next, or from one graph to another.
     """
 
     feeds_graphs: ClassVar[bool]
@@ -84,15 +85,13 @@ class ClassScorer:
     batch_size: int
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     experts: ExpertBackbone | None = None
+    feeds_graphs: ClassVar[bool] = True
 
     def open(self, threads: int | None) -> Mapping[str, Graph]:
         """See base."""
         return {
-            entry["format"]: Graph(
-                self.folder / entry["file"],
-                provider=self.provider,
-                threads=threads,
-                session_config=entry["session_config"],
+            entry["format"]: Graph.exported(
+                self.folder, entry, provider=self.provider, threads=threads
             )
             for entry in self.entries
         }

@@ -61,6 +61,23 @@ class Graph:
         # Open axes by their names.
         self.input_shapes = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
 
+    @classmethod
+    def exported(
+        cls, folder: Path, entry: Mapping[str, Any], *, provider: str, threads: int | None
+    ) -> "Graph":
+        """A graph of an export, with the session options it was exported for.
+
+        Args:
+            folder: of the export.
+            entry: what its manifest says of the graph.
+            provider: see class.
+            threads: see class.
+        """
+        config = entry["session_config"]
+        return cls(
+            folder / entry["file"], provider=provider, threads=threads, session_config=config
+        )
+
     def run(
         self, inputs: Sequence[Tensor], outputs: Sequence[str] | None = None
     ) -> Mapping[str, np.ndarray[Any, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from epmq_deploy.experts import ExpertBackbone
@@ -39,16 +40,14 @@ class TextScorer:
     batch_size: int
     max_tokens: int
     experts: ExpertBackbone | None = None
+    feeds_graphs: ClassVar[bool] = False
 
     def open(self, threads: int | None) -> Mapping[str, TextWriter]:
         """See base."""
         parts: dict[str, dict[str, Graph]] = {}
         for entry in self.entries:
-            parts.setdefault(entry["format"], {})[entry["part"]] = Graph(
-                self.folder / entry["file"],
-                provider=self.provider,
-                threads=threads,
-                session_config=entry["session_config"],
+            parts.setdefault(entry["format"], {})[entry["part"]] = Graph.exported(
+                self.folder, entry, provider=self.provider, threads=threads
             )
         return {
             name: text_writer(self.family, self.folder, graphs, self.max_tokens)
@@ -75,10 +74,17 @@ class TextScorer:
         return Predictions(np.array(list(map(normalised, truth))), answers)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
-        """See base."""
+        """See base; with the number of tokens to write, that of the longest wanted answer.
+
+        So that formats are timed on the same work, whatever they would write.
+        """
         rows = [index % len(samples) for index in range(start, start + size)]
-        texts = [samples.inputs(row, row + 1)[0].text for row in rows]
-        return self.family.prompts(self.folder, texts)
+        pairs = [samples.inputs(row, row + 1)[0] for row in rows]
+        tokenizer = self.family.tokenizer(self.folder)
+        answers = tokenizer([pair.answer for pair in pairs], add_special_tokens=False)["input_ids"]
+        # Each with its end.
+        length = torch.tensor(1 + max(map(len, answers)))
+        return (*self.family.prompts(self.folder, [pair.text for pair in pairs]), length)
 
 
 def normalised(text: str) -> str:

@@ -41,7 +41,9 @@ def build_report(tasks: Mapping[str, int] = TASKS, blocks: int = 4) -> EvalRepor
     """A report with two timings a graph, a diagnosis and layers of a quantization."""
     rows = tuple(_row(name, tasks) for name in MODELS)
     layers = ["vision_model.embeddings.patch_embedding"]
-    layers += [f"encoder.layers.{block}.{kind}" for block in range(blocks) for kind in KINDS]
+    layers += [
+        f"vision_model.encoder.layers.{block}.{kind}" for block in range(blocks) for kind in KINDS
+    ]
     noises = tuple(LayerNoise(name, 20.0 - i, 25.0 - i) for i, name in enumerate(layers))
     reports = [
         LayerReport(name, "solved", "", 4, 64, 0.02 + 0.001 * i, 0.01 + 0.001 * i)
@@ -54,7 +56,7 @@ def build_report(tasks: Mapping[str, int] = TASKS, blocks: int = 4) -> EvalRepor
         gates=Gates(),
         margin=1.0,
         fingerprint="mark",
-        diagnoses={"worse": Diagnosis(noises, (layers[-1],), (), 16)},
+        diagnoses={"worse": Diagnosis(noises, tuple(layers[-2:]), (), 16)},
         layers=(LayerReport("embeddings.table", "kept", "too small"), *reports),
     )
 
@@ -71,7 +73,7 @@ def _row(name: str, tasks: Mapping[str, int]) -> Row:
         name,
         predictions(tasks),
         1.0,
-        file=f"onnx/model_{name}.onnx",
+        files=(f"onnx/model_{name}.onnx",),
         bytes=megabytes * 1_000_000,
         timings=timings,
         footprint=Footprint(12.5, 1_500_000 * megabytes),

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # Samples per step; smaller than calibration's batches, as every step moves the parameters.
 _BATCH = 16
 # Highest learning rate: of biases and norms as they are, of scales relative to their size.
-_RATE = 2e-3
+_RATE = 5e-4
 _WARM_UP = 0.1
 _TEMPERATURE = 2.0
 

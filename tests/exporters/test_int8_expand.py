@@ -19,6 +19,7 @@ from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.formats.format import ExportContext
 from epmq_deploy.exporters.int8_plan import Int8Plan, int8_error, plan_layers
+from epmq_deploy.exporters.int8_smoothing import divide_input
 from epmq_deploy.exporters.verify import verify_runs_low_bit
 from epmq_deploy.models.family import Group
 from epmq_deploy.quantization.grid import expand_groups
@@ -175,6 +176,31 @@ def test_norms_take_factors_in(smoothed: Any) -> None:
         if name.endswith(("q_proj", "fc1")):
             assert plan.factors is not None
             assert f"{name}.smooth" not in names
+
+
+def test_groups_may_divide_one_value_each_in_its_own_way() -> None:
+    """Cross attention of all blocks reads what the encoder gives."""
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal((8, 3), np.float32) for name in ("k", "v", "next_k")}
+    factors = [torch.rand(8) + 0.5, torch.rand(8) + 0.5]
+    wanted = dict(zip(weights, [factors[0], factors[0], factors[1]], strict=True))
+    tensors = [
+        numpy_helper.from_array(weight * wanted[name].numpy()[:, None], f"{name}.weight")
+        for name, weight in weights.items()
+    ]
+    nodes = [helper.make_node("MatMul", ["x", f"{n}.weight"], [n], name=n) for n in weights]
+    x, *outputs = (helper.make_tensor_value_info(name, 1, None) for name in ("x", *weights))
+    graph = helper.make_graph(nodes, "three", [x], outputs, tensors)
+    opsets = [helper.make_opsetid("", 21)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    divide_input(model.graph, {node: wanted[str(node.name)] for node in list(model.graph)})
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    rows = rng.standard_normal((4, 8), np.float32)
+    found = session.run(None, {"x": rows})
+    for one, weight in zip(found, weights.values(), strict=True):
+        np.testing.assert_allclose(one, rows @ weight, rtol=1e-4, atol=1e-5)
 
 
 def one_layer(layer: QuantizedLinear, plan: Int8Plan, rows: Tensor) -> Tensor:

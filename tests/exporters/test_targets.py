@@ -108,14 +108,19 @@ def test_two_bit_containers() -> None:
         check_export(ExportOptions(target="cuda", two_bit_containers=True))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("group", "columns"), [(32, 112), (48, 96), (-1, 96), (512, 64)])
-def test_grids_are_foreseen(tools: types.SimpleNamespace, group: int, columns: int) -> None:
+def test_grids_are_foreseen(
+    tools: types.SimpleNamespace, group: int, columns: int, bits: int
+) -> None:
     """What is planned before quantization is what is packed after it."""
     model = nn.Sequential(nn.Linear(columns, 8))
-    options = RtnOptions(group_size=group, layers={"0": {"bits": 8, "symmetric": True}})
+    options = RtnOptions(group_size=group, layers={"0": {"bits": bits, "symmetric": True}})
     (planned,) = planned_grids(model, [Block("", (Group(("0",)),))], options).values()
     size = columns if group == -1 else min(group, columns)
-    layer = tools.quantize(torch.randn(8, columns), 8, size, True)
+    layer = tools.quantize(torch.randn(8, columns), bits, size, True)
+    packed = pack_linear("0", layer)
     assert planned == LayerGrid.of(layer)
-    assert planned.block_size == pack_linear("0", layer).block_size
+    assert planned.block_size == packed.block_size
+    assert planned.symmetric == (packed.zero_points is None)
     assert planned_grids(model, [Block("", (Group(("0",)),))], RtnOptions(skip=("0",))) == {}

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper, save
 
 from epmq_deploy.errors import MismatchError
-from epmq_deploy.runtime.diagnosis import diagnose
+from epmq_deploy.exporters.int8_matmul import Emitter, multiply, quantize_input
+from epmq_deploy.exporters.int8_smoothing import divide_input
+from epmq_deploy.runtime.diagnosis import _Ratio, diagnose
 
 WIDTH, LAYERS = 16, ("stack.0.fc", "stack.1.fc", "stack.2.fc")
 SAMPLES = [(torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(i)),) for i in range(8)]
@@ -73,6 +76,44 @@ def test_noise_is_found_where_it_was_put(fp32: Path, tmp_path: Path) -> None:
     assert noises["stack.2.fc"].output_db < 25
     assert found.worst_first[0].layer == "stack.1.fc"
     assert found.blamed == ("stack.1.fc",)
+
+
+def in_int8(file: Path, name: str, factors: np.ndarray) -> Path:
+    """A graph with one layer in int8, smoothed by a multiplication in front of it."""
+    model = ir.load(file)
+    node = next(node for node in model.graph if node.name == name)
+    divide_input(model.graph, {node: torch.from_numpy(factors)})
+    emit = Emitter(model.graph, name)
+    weight = weights()[name] * factors[:, None]
+    steps = np.abs(weight).max(axis=0) / 127
+    codes = emit.tensor("int8", np.rint(weight / steps).astype(np.int8))
+    emit.tensor("smoothing", (4 * factors).astype(np.int8))
+    emit.tensor("smoothing_unit", np.array(0.25, np.float32))
+    scales = emit.tensor("channel_scales", steps)
+    product = multiply(emit, quantize_input(emit, node.inputs[0], None), codes, scales)
+    ir.convenience.replace_nodes_and_values(
+        model.graph, node, [node], emit.nodes, node.outputs, [product]
+    )
+    ir.save(model, file)
+    return file
+
+
+@pytest.mark.parametrize("name", LAYERS[1:])
+def test_a_smoothed_layer_is_compared_on_what_it_was_meant_to_read(
+    fp32: Path, tmp_path: Path, name: str
+) -> None:
+    factors = np.array([0.25, 4.0] * (WIDTH // 2), np.float32)
+    file = in_int8(write(tmp_path / "low.onnx", weights(), low_bit=True), name, factors)
+    found = diagnose(fp32, {"low": file}, {"low": {}}, SAMPLES, **SESSION)["low"]
+    own = {noise.layer: noise.own_db for noise in found.layers}
+    assert own[name] > 20
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_no_numbers_are_noise(value: float) -> None:
+    ratio = _Ratio()
+    ratio.add(np.full((2, 3), value, np.float32), np.ones((2, 3), np.float32))
+    assert ratio.decibels == -150
 
 
 def test_equal_layers_are_not_blamed(fp32: Path, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_recommends_the_fastest_that_meets_the_gates(
 ) -> None:
     found = recommend(replace(REPORT, gates=gates))
     assert found is not None
-    assert (found.format, found.file) == (format_, f"onnx/model_{format_}.onnx")
+    assert (found.format, found.files) == (format_, (f"onnx/model_{format_}.onnx",))
     assert reason in found.reason
     assert ("meets the gates" in found.reason) == (gates != Gates())
 
@@ -106,7 +106,7 @@ def test_round_trip_through_json(tmp_path: Path) -> None:
     assert read_report(file) == REPORT
     content = json.loads(file.read_text())
     assert content["rows"][5]["drop"] == pytest.approx(20)
-    assert content["recommendation"]["file"] == "onnx/model_equal.onnx"
+    assert content["recommendation"]["files"] == ["onnx/model_equal.onnx"]
 
 
 def test_markdown_has_a_column_per_model_and_marks_what_is_significant() -> None:
