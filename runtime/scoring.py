@@ -85,7 +85,6 @@ class ClassScorer:
     batch_size: int
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     experts: ExpertBackbone | None = None
-    feeds_graphs: ClassVar[bool] = True
 
     def open(self, threads: int | None) -> Mapping[str, Graph]:
         """See base."""
