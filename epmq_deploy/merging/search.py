@@ -104,6 +104,7 @@ def _judge(
         recipe,
         sources,
         samples=options.search_samples,
+        option="merge.search_samples",
         seed=0,
         heads=True,
         purpose="merge.search",
