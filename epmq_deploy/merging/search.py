@@ -112,5 +112,5 @@ def _judge(
         progress=progress,
     )
     return Judge.of_experts(
-        sources.family, sources.base.folder, data.samples, data.heads, data.expert
+        sources.family, sources.base.folder, data.samples, data.heads, data.expert, data.heads
     )

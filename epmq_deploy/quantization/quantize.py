@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -34,7 +35,7 @@ from epmq_deploy.stage import (
     write_manifest,
 )
 from epmq_deploy.tasks.data import Samples, data_sha256, load_calibration
-from epmq_deploy.tasks.heads import build_heads, heads_sha256
+from epmq_deploy.tasks.heads import build_heads, heads_of_experts, heads_sha256
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,9 @@ def _quantized(
 ) -> tuple[QuantizedModel, dict[str, Any]]:
     """The quantized model, and how what depends on the model was settled."""
     heads = _heads(recipe, place)
+    if heads:
+        own = heads_of_experts(recipe, heads, place.device)
+        place = replace(place, expert_heads=own)
     options, plans = _planned(recipe.quantize, place, heads, finished)
     model, quantized = place.calibrate(options, finished=finished)
     if isinstance(options, EpmqOptions) and options.distill:
