@@ -70,6 +70,8 @@ def _parameter(name: str, field: FieldInfo, methods: list[str]) -> inspect.Param
     help_text = field.description or ""
     if choices:
         help_text += f" ({' | '.join(choices)})"
+    if base == list[str]:
+        help_text += "; repeat for several"
     if methods:
         help_text += f" ({', '.join(methods)} only)"
     flag = f"--{name.replace('_', '-')}"

@@ -154,6 +154,7 @@ def _calibrated(
         recipe,
         sources,
         samples=options.samples,
+        option="merge.samples",
         seed=options.seed,
         heads=method.needs_heads,
         purpose=f"merge.method {method.name}",

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import ExpertBackbone, Sources
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import Recipe
-from epmq_deploy.tasks.data import Samples, batches, load_samples
+from epmq_deploy.tasks.data import Samples, batches, load_calibration
 from epmq_deploy.tasks.heads import build_heads
 
 
@@ -70,6 +70,7 @@ def load_data(
     sources: Sources,
     *,
     samples: int,
+    option: str,
     seed: int,
     heads: bool,
     purpose: str,
@@ -82,6 +83,7 @@ def load_data(
         recipe: names the data and the heads.
         sources: base and experts.
         samples: at most this many per task.
+        option: that says so, for messages (``merge.samples``).
         seed: of their choice.
         heads: whether heads are needed.
         purpose: what needs them, for messages (``merge.search``).
@@ -91,23 +93,15 @@ def load_data(
     Raises:
         MismatchError: calibration data or heads are missing or cannot be used; all at once.
     """
-    chosen, problems = {}, []
-    for task, given in recipe.tasks.items():
-        if given.calibration is None:
-            problems.append(f"task {task!r} has no calibration data, which {purpose} needs")
-            continue
-        try:
-            chosen[task] = load_samples(
-                task,
-                given.calibration,
-                sources.family,
-                prompt=given.prompt,
-                limit=samples,
-                seed=seed,
-            )
-            next(batches(chosen[task], sources.family, sources.base.folder, 1))
-        except EpmqError as error:
-            problems.append(str(error))
+    chosen, problems = load_calibration(
+        recipe.tasks,
+        sources.family,
+        sources.base.folder,
+        limit=samples,
+        seed=seed,
+        option=option,
+        without=f", which {purpose} needs",
+    )
     experts = ExpertBackbone(sources, device)
     built: dict[str, TaskHead] = {}
     if heads:

@@ -60,6 +60,9 @@ def regression_mean(mean: Tensor, cross: Tensor, gram: Tensor) -> Tensor:
 
     Returns:
         ``[N, K]``, float32.
+
+    Raises:
+        NumericsError: ``gram`` is not positive definite even with damping, by rounding.
     """
     exact = gram.to(torch.float64)
     deviation = cross.to(torch.float64) - mean.to(torch.float64) @ exact
@@ -67,7 +70,13 @@ def regression_mean(mean: Tensor, cross: Tensor, gram: Tensor) -> Tensor:
     if float(size) == 0:
         return mean.clone()
     damped = exact + _DAMPING * size * torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-    solved = torch.cholesky_solve(deviation.T, torch.linalg.cholesky(damped)).T
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        raise NumericsError(
+            "its inputs do not decide the least-squares problem; lower merge.off_diagonal or raise "
+            "merge.samples"
+        )
+    solved = torch.cholesky_solve(deviation.T, factor).T
     return (mean.to(torch.float64) + solved).to(torch.float32)
 
 
@@ -133,7 +142,10 @@ class _Pass:
             for name in names:
                 assert known.gram is not None, "there is at least one expert"
                 gram = shrink_off_diagonal(known.gram, self._factor(name))
-                solved[name] = regression_mean(known.mean[name], known.cross[name], gram)
+                try:
+                    solved[name] = regression_mean(known.mean[name], known.cross[name], gram)
+                except NumericsError as error:
+                    raise NumericsError(f"{name}: {error}") from error
         if self._merged is not None:
             inside = [name for name in self._held if name.startswith(f"{block.name}.")]
             _add_to(self._merged, self._vectors, inside, solved)

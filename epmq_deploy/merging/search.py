@@ -104,6 +104,7 @@ def _judge(
         recipe,
         sources,
         samples=options.search_samples,
+        option="merge.search_samples",
         seed=0,
         heads=True,
         purpose="merge.search",
@@ -111,5 +112,5 @@ def _judge(
         progress=progress,
     )
     return Judge.of_experts(
-        sources.family, sources.base.folder, data.samples, data.heads, data.expert
+        sources.family, sources.base.folder, data.samples, data.heads, data.expert, data.heads
     )

@@ -13,7 +13,7 @@ from epmq_deploy.checkpoints import Checkpoint
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.family import Block, Group, ModelFamily
 from epmq_deploy.models.head import Activation, TaskHead
-from epmq_deploy.models.loading import fill, read_config
+from epmq_deploy.models.loading import config_differences, fill, read_config
 from epmq_deploy.tensors import Rename
 
 
@@ -79,11 +79,7 @@ class ClassifierFamily(ModelFamily):
 
     def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
         """Compares what defines the encoder."""
-        return [
-            f"{key} is {expert[key]!r} in its config.json, the base has {base[key]!r}"
-            for key in self.architecture
-            if key in base and key in expert and base[key] != expert[key]
-        ]
+        return config_differences(self.architecture, base, expert)
 
     def is_deployed(self, key: str) -> bool:
         """The encoder."""

@@ -15,7 +15,7 @@ from epmq_deploy.calibration.tokens import TokenWeights
 from epmq_deploy.checkpoints import Checkpoint
 from epmq_deploy.models.family import Block, Group, ModelFamily
 from epmq_deploy.models.image import image_processor, pixel_values
-from epmq_deploy.models.loading import fill, read_config
+from epmq_deploy.models.loading import config_differences, fill, read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
 from epmq_deploy.tensors import Rename
 
@@ -81,11 +81,7 @@ class ClipFamily(ModelFamily):
             # Published configs leave out what is as usual.
             usual = (CLIPVisionConfig() if tower == "vision" else CLIPTextConfig()).to_dict()
             ours, theirs = usual | base.get(f"{tower}_config", {}), usual | described
-            problems += [
-                f"{key} is {theirs[key]!r} in its config.json, the base has {ours[key]!r}"
-                for key in _ARCHITECTURE[tower]
-                if ours[key] != theirs[key]
-            ]
+            problems += config_differences(_ARCHITECTURE[tower], ours, theirs)
         return problems
 
     def is_deployed(self, key: str) -> bool:

@@ -175,8 +175,10 @@ class ModelFamily(ABC):
 
     def embedding_width(self, model: nn.Module, folder: Path) -> int:
         """``D`` of what ``embed`` returns."""
+        device = next(model.parameters()).device
+        inputs = (value.to(device) for value in self.example_inputs(folder, 1))
         with torch.inference_mode():
-            return self.embed(model, *self.example_inputs(folder, 1)).shape[1]
+            return self.embed(model, *inputs).shape[1]
 
     def expert_head(self, expert: Checkpoint) -> TaskHead | None:
         """The head an expert's checkpoint holds; None where it holds none.

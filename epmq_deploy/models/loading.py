@@ -1,6 +1,6 @@
-"""Reading a model folder: its settings, and its tensors into a module."""
+"""Reading a model folder: its settings, and its tensors into a module; comparing settings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -61,3 +61,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config is None:
         raise RecipeError(f"{folder}: no config.json; expected a Hugging Face model folder")
     return config
+
+
+def config_differences(
+    keys: Iterable[str], base: Mapping[str, Any], expert: Mapping[str, Any]
+) -> list[str]:
+    """One sentence for each of ``keys`` that both configs hold, with different values."""
+    return [
+        f"{key} is {expert[key]!r} in its config.json, the base has {base[key]!r}"
+        for key in keys
+        if key in base and key in expert and base[key] != expert[key]
+    ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from epmq_deploy.checkpoints import Checkpoint
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.family import ModelFamily
-from epmq_deploy.models.loading import fill, read_config
+from epmq_deploy.models.loading import config_differences, fill, read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
 
 OUTPUT = "lm_head.weight"
@@ -91,11 +91,7 @@ class WriterFamily(ModelFamily):
 
     def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
         """Compares what defines the model."""
-        return [
-            f"{key} is {expert[key]!r} in its config.json, the base has {base[key]!r}"
-            for key in self.architecture
-            if key in base and key in expert and base[key] != expert[key]
-        ]
+        return config_differences(self.architecture, base, expert)
 
     def is_deployed(self, key: str) -> bool:
         """The whole model; buffers that old checkpoints hold are no weights."""

@@ -47,7 +47,7 @@ def distill(
     """Tune a quantized model on its calibration samples.
 
     Args:
-        model: with the weights of ``quantized``; has the tuned ones afterwards, kept or not.
+        model: with the weights of ``quantized``; has those returned afterwards.
         quantized: what calibration yielded; left unmodified.
         place: samples and experts.
         heads: of every task.
@@ -58,11 +58,11 @@ def distill(
         The model with new scales, biases and norms, and the divergence from the experts before and
         after as plain data. What did not lower the divergence is not kept, which is logged.
     """
-    assert place.experts is not None, "guided targets are given experts"
-    judge = Judge.of_experts(place.family, place.folder, place.samples, heads, place.experts.become)
+    judge = place.judge(place.samples, heads)
     before = mean_divergence(judge.scores(model))
     scales = _free_scales(model, quantized)
     vectors = {name: value for name, value in model.named_parameters() if value.dim() == 1}
+    originals = {name: vector.data for name, vector in vectors.items()}
     for vector in vectors.values():
         # On the CPU it is also what calibration yielded, which is to stay as it is.
         vector.data = vector.data.clone()
@@ -84,6 +84,7 @@ def distill(
     log.info("distillation: divergence from the experts %.4f, before %.4f", after, before)
     if not after < before:
         log.warning("distillation did not lower the divergence from the experts; it is undone")
+        apply_quantized(model, {name: quantized.layers[name] for name in scales}, originals)
         return quantized, found
     tuned = replace(
         quantized,

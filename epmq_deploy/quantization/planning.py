@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Workplace:
         experts: base and experts, where the method needs them.
         device: where to run.
         progress: shows long work.
+        expert_heads: of tasks whose experts predict through other heads than the merged model.
     """
 
     family: ModelFamily
@@ -50,6 +51,14 @@ class Workplace:
     experts: ExpertBackbone | None
     device: torch.device
     progress: Progress | None = None
+    expert_heads: Mapping[str, TaskHead] = field(default_factory=dict)
+
+    def judge(self, samples: Mapping[str, Samples], heads: Mapping[str, TaskHead]) -> Judge:
+        """Judges models with these heads by the experts' predictions on these samples."""
+        assert self.experts is not None, "guided targets are given experts"
+        own = {**heads, **self.expert_heads}
+        become = self.experts.become
+        return Judge.of_experts(self.family, self.folder, samples, heads, become, own)
 
     def calibrate(self, options: QuantizeOptions, **how: Any) -> tuple[nn.Module, QuantizedModel]:
         """The merged model after ``quantize_model`` with these options, and its result."""
@@ -91,9 +100,7 @@ def plan_anchor(
         held[task] = replace(chosen, indices=chosen.indices[:count])
         fitted[task] = replace(chosen, indices=chosen.indices[count:])
     part = replace(place, samples=fitted)
-    experts = place.experts
-    assert experts is not None, "guided targets are given experts"
-    judge = Judge.of_experts(place.family, place.folder, held, heads, experts.become)
+    judge = place.judge(held, heads)
 
     def score(strength: float) -> Scores:
         trial = options.model_copy(update={"anchor": strength})

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -33,8 +34,8 @@ from epmq_deploy.stage import (
     refuse_existing,
     write_manifest,
 )
-from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
-from epmq_deploy.tasks.heads import build_heads, heads_sha256
+from epmq_deploy.tasks.data import Samples, data_sha256, load_calibration
+from epmq_deploy.tasks.heads import build_heads, heads_of_experts, heads_sha256
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,9 @@ def _quantized(
 ) -> tuple[QuantizedModel, dict[str, Any]]:
     """The quantized model, and how what depends on the model was settled."""
     heads = _heads(recipe, place)
+    if heads:
+        own = heads_of_experts(recipe, heads, place.device)
+        place = replace(place, expert_heads=own)
     options, plans = _planned(recipe.quantize, place, heads, finished)
     model, quantized = place.calibrate(options, finished=finished)
     if isinstance(options, EpmqOptions) and options.distill:
@@ -196,8 +200,6 @@ def _planned(
 def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> dict[str, Samples]:
     """The calibration samples of every task, loaded and chosen; empty where none are needed.
 
-    One sample of each task is decoded to make sure that the rest can be.
-
     Args:
         recipe: tasks and options.
         family: the model's family.
@@ -209,35 +211,16 @@ def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> di
     options = recipe.quantize
     if not uses_data(options):
         return {}
-    samples, problems = {}, []
-    for name, task in recipe.tasks.items():
-        if task.calibration is None:
-            problems.append(
-                f"task {name!r} has no calibration data: add tasks.{name}.calibration to the "
-                "recipe and pass it with --recipe, or use --preset weights, which needs none"
-            )
-            continue
-        try:
-            chosen = load_samples(
-                name,
-                task.calibration,
-                family,
-                prompt=task.prompt,
-                limit=options.samples,
-                seed=options.seed,
-            )
-            next(batches(chosen, family, folder, 1))
-        except EpmqError as error:
-            problems.append(str(error))
-            continue
-        if len(chosen) < options.samples:
-            log.warning(
-                "task %r: %d calibration samples, %d were asked for (quantize.samples)",
-                name,
-                len(chosen),
-                options.samples,
-            )
-        samples[name] = chosen
+    samples, problems = load_calibration(
+        recipe.tasks,
+        family,
+        folder,
+        limit=options.samples,
+        seed=options.seed,
+        option="quantize.samples",
+        without=": add tasks.{task}.calibration to the recipe and pass it with --recipe, or use "
+        "--preset weights, which needs none",
+    )
     if problems:
         raise MismatchError("calibration data", problems)
     return samples

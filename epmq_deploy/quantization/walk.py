@@ -354,15 +354,13 @@ class Walk:
     ) -> TaskStatistics:
         student = self._model.get_submodule(block.name)
         first = _linear(self._model, names[0])
-        guides: dict[str, Tensor | None] = {}
         if self._data_free:
             own = {name: self._guide.tensor(task.name, f"{name}.weight") for name in names}
             bases = {name: self._guide.base_tensor(f"{name}.weight") for name in names}
             return weight_statistics(own, bases)
-        if self._guides:
-            guides = dict.fromkeys(names)
-            if self._mix < 1:
-                guides = {name: self._guide.tensor(task.name, f"{name}.weight") for name in names}
+        guides: dict[str, Tensor | None] = dict.fromkeys(names) if self._guides else {}
+        if self._guides and self._mix < 1:
+            guides = {name: self._guide.tensor(task.name, f"{name}.weight") for name in names}
         accumulator = Accumulator(self._products)
         stream = block.stream if group.stream is None else group.stream
         for index, batch in enumerate(task.student):
@@ -371,9 +369,7 @@ class Walk:
             else:
                 with torch.inference_mode():
                     inputs = self._refitted(task.entered[index].value())
-            features = {}
-            if task.seen:
-                features = {name: task.seen[index][name].peek() for name in names}
+            features = {name: task.seen[index][name].peek() for name in names if task.seen}
             accumulator.add(
                 inputs,
                 self._token_weights(task, index, inputs, stream, group.pooled),

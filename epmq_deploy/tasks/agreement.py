@@ -85,8 +85,9 @@ class Judge:
         samples: Mapping[str, Samples],
         heads: Mapping[str, TaskHead],
         expert: Callable[[str], nn.Module],
+        expert_heads: Mapping[str, TaskHead],
     ) -> "Judge":
-        """The judge that wants what experts predict through the same heads.
+        """The judge that wants what experts predict.
 
         Args:
             family: embeds and preprocesses.
@@ -94,9 +95,10 @@ class Judge:
             samples: by task.
             heads: by task.
             expert: the backbone of a task's expert, until the next call.
+            expert_heads: the heads experts predict through, by task.
         """
         wanted = {
-            task: logits_of(expert(task), family, folder, chosen, heads[task])
+            task: logits_of(expert(task), family, folder, chosen, expert_heads[task])
             for task, chosen in samples.items()
         }
         return cls(family, folder, samples, heads, wanted)

@@ -1,5 +1,6 @@
 """Loading a task's samples with ``datasets``."""
 
+import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.checkpoints import looks_like_hub_id
-from epmq_deploy.errors import NumericsError, RecipeError
+from epmq_deploy.errors import EpmqError, NumericsError, RecipeError
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.recipe import DataSource, Prompt, Task
 from epmq_deploy.stage import file_sha256, files_sha256, fingerprint
 from epmq_deploy.tasks.wording import Wording
+
+log = logging.getLogger(__name__)
 
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
 
@@ -157,6 +160,55 @@ def load_samples(
     else:
         _check_texts(rows, column, where)
     return Samples(task, rows, chosen, source, column)
+
+
+def load_calibration(
+    tasks: Mapping[str, Task],
+    family: ModelFamily,
+    folder: Path,
+    *,
+    limit: int,
+    seed: int,
+    option: str,
+    without: str,
+) -> tuple[dict[str, Samples], list[str]]:
+    """Calibration samples by task, and one sentence for every task whose data cannot be used.
+
+    One sample of each task is decoded to make sure that the rest can be. Fewer than asked for are
+    logged.
+
+    Args:
+        tasks: the recipe's tasks.
+        family: the model's family.
+        folder: a model folder with preprocessor settings.
+        limit: take at most this many per task.
+        seed: of their choice.
+        option: that asks for so many, for messages (``merge.samples``).
+        without: ends the sentence on a task without data; ``{task}`` is its name.
+    """
+    samples, problems = {}, []
+    for name, task in tasks.items():
+        source = task.calibration
+        if source is None:
+            end = without.format(task=name)
+            problems.append(f"task {name!r} has no calibration data{end}")
+            continue
+        try:
+            chosen = load_samples(name, source, family, prompt=task.prompt, limit=limit, seed=seed)
+            next(batches(chosen, family, folder, 1))
+        except EpmqError as error:
+            problems.append(str(error))
+            continue
+        if len(chosen) < limit:
+            log.warning(
+                "task %r: %d calibration samples, %d were asked for (%s)",
+                name,
+                len(chosen),
+                limit,
+                option,
+            )
+        samples[name] = chosen
+    return samples, problems
 
 
 def batches(

@@ -1,11 +1,14 @@
 """Merging CLIP's image tower, its text tower or both."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image as Picture
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -26,7 +29,11 @@ from transformers import (
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.merging.merge import merge, merge_fingerprint
 from epmq_deploy.models import TaskHead, family_of
-from epmq_deploy.recipe import Recipe, override, parse_recipe
+from epmq_deploy.quantization.planning import Workplace
+from epmq_deploy.quantization.quantize import quantize
+from epmq_deploy.recipe import DataSource, Recipe, override, parse_recipe
+from epmq_deploy.tasks.agreement import Judge
+from epmq_deploy.tasks.data import batches
 from epmq_deploy.tasks.heads import build_heads, heads_of_experts
 
 CLASSES = ("cat", "dog", "house")
@@ -243,3 +250,44 @@ def test_the_part_decides_the_merge(models: tuple[Path, dict[str, CLIPModel]]) -
     folder, _ = models
     marks = {merge_fingerprint(recipe_of(folder, part), {}) for part in ("image", "text", "both")}
     assert len(marks) == 3
+
+
+def test_codes_are_guided_by_experts_with_their_own_text_towers(
+    models: tuple[Path, dict[str, CLIPModel]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models"
+    shutil.copytree(models[0], folder)
+    settings = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}}
+    settings["crop_size"] = {"height": 16, "width": 16}
+    (folder / "base" / "preprocessor_config.json").write_text(json.dumps(settings))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8, generator=generator)
+    rows = {"image": [Picture.fromarray(image.numpy()) for image in pixels], "label": [0] * 6}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "data.parquet")
+    source = DataSource(path=str(tmp_path / "data.parquet"))
+    recipe = recipe_of(folder, "both")
+    tasks = {
+        name: task.model_copy(update={"calibration": source}) for name, task in recipe.tasks.items()
+    }
+    recipe = override(recipe.model_copy(update={"tasks": tasks}), "quantize", {"distill": 1})
+    merge(recipe, tmp_path / "merged")
+    judges = []
+    judge = Workplace.judge
+
+    def remember(*arguments: Any) -> Judge:
+        judges.append(judge(*arguments))
+        return judges[-1]
+
+    monkeypatch.setattr(Workplace, "judge", remember)
+    quantize(recipe, tmp_path / "merged", tmp_path / "quantized")
+    (found,) = judges
+    for name, wanted in found.wanted.items():
+        model = models[1][name]
+        (inputs,) = batches(found.samples[name], found.family, folder / "base", 8)
+        with torch.no_grad():
+            features = model.get_image_features(*inputs).pooler_output
+        head = plain_head(model, folder / "base")
+        assert torch.allclose(
+            wanted, features / features.norm(dim=1, keepdim=True) @ head.T, atol=1e-4
+        )
+        assert not torch.allclose(found.heads[name].weight, head, atol=1e-2)

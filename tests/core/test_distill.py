@@ -54,8 +54,9 @@ def test_codes_stay_and_the_divergence_falls(tiny: TinyZoo, merged: Path, tmp_pa
     assert "vision_model.post_layernorm.weight" in replaced
 
 
-def test_the_model_that_was_scored_is_what_is_stored(
-    tiny: TinyZoo, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rate", [2e-3, 1e3])
+def test_the_model_is_what_is_stored_kept_or_undone(
+    tiny: TinyZoo, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float
 ) -> None:
     models = []
     original = distill_module.apply_quantized
@@ -65,7 +66,9 @@ def test_the_model_that_was_scored_is_what_is_stored(
         models.append(model)
 
     monkeypatch.setattr(distill_module, "apply_quantized", remember)
-    assert quantize(distilling(tiny, 2), merged, tmp_path / "out").details["distill"]["kept"]
+    monkeypatch.setattr(distill_module, "_RATE", rate)
+    manifest = quantize(distilling(tiny, 2), merged, tmp_path / "out")
+    assert manifest.details["distill"]["kept"] == (rate < 1)
     stored = family_of(merged).load(merged)
     apply_quantized(stored, *load_artifact(tmp_path / "out"))
     for name, value in stored.state_dict().items():

@@ -114,3 +114,10 @@ def test_models_that_write_texts_take_no_head(tmp_path: Path, given: dict[str, o
     task = Task(expert="expert", head=Head.model_validate(given))
     with pytest.raises(MismatchError, match=r"takes no head; give prompt\.answers"):
         build_heads({"a": task}, t5.FAMILY, tmp_path, FEATURES)
+
+
+def test_the_width_is_found_wherever_the_model_is(tiny: TinyZoo) -> None:
+    family = family_of(tiny.base)
+    # Unlike the CPU, this device refuses inputs that are elsewhere, as CUDA does.
+    elsewhere = family.load(tiny.base).to("meta")
+    assert family.embedding_width(elsewhere, tiny.base) == FEATURES
