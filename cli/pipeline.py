@@ -10,7 +10,7 @@ from typing import Any
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, write_and_show
 from epmq_deploy.device import DeviceName, pick_device
-from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.experts import Sources, open_sources
 from epmq_deploy.recipe import Recipe, Task
 from epmq_deploy.stage import Manifest, is_done, refuse_existing
@@ -101,7 +101,7 @@ def preflight(recipe: Recipe) -> Sources:
     from epmq_deploy.merging.merge import check_options
     from epmq_deploy.merging.preflight import check_experts
     from epmq_deploy.quantization.model import check_patterns
-    from epmq_deploy.quantization.quantize import calibration_samples
+    from epmq_deploy.quantization.quantize import calibration_samples, missing_heads
     from epmq_deploy.runtime.evaluation_data import evaluation_samples
     from epmq_deploy.tasks.data import missing_data
     from epmq_deploy.tasks.heads import build_heads
@@ -121,7 +121,9 @@ def preflight(recipe: Recipe) -> Sources:
         features = family.embedding_width(model, folder)
         # Class names are all encoded later; one of each task shows that they can be.
         brief = {name: _brief(task) for name, task in recipe.tasks.items()}
-        build_heads(brief, family, folder, features)
+        heads = build_heads(brief, family, folder, features)
+        if problem := missing_heads(recipe.quantize, recipe.tasks, heads):
+            raise RecipeError(problem)
 
     checks: tuple[Callable[[], object], ...] = (
         lambda: check_options(recipe),

@@ -1,13 +1,13 @@
 """The base of every option model, and unions of them built from registries."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Options(BaseModel):
@@ -25,6 +25,11 @@ def shared_fields(first: type[Options], second: type[Options]) -> set[str]:
 def union_by_method(members: Iterable[type[Options]]) -> Any:
     """A pydantic type accepting any of ``members``, told apart by their ``method`` field."""
     return Annotated[reduce(or_, members), Field(discriminator="method")]
+
+
+def texts_read_by(parse: Callable[[Iterable[str]], Any]) -> BeforeValidator:
+    """Lets a mapping be given as command lines give it: as texts for ``parse``."""
+    return BeforeValidator(lambda value: parse(value) if isinstance(value, list | tuple) else value)
 
 
 def layers_from_text(entries: Iterable[str]) -> dict[str, dict[str, Any]]:

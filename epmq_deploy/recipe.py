@@ -359,11 +359,14 @@ def _describe(error: ValidationError) -> list[str]:
         path = item["loc"]
         tagged = len(path) > 1 and path[0] in ("merge", "quantize") and path[1] in tags
         key = ".".join(str(part) for part in (path[:1] + path[2:] if tagged else path))
-        message = item["msg"]
+        message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = f"no such option; allowed here: {', '.join(_allowed_keys(path))}"
         elif item["type"] == "model_type":
             message = "must be a mapping of options"
+        elif item["type"] == "union_tag_invalid":
+            tag, known = item["ctx"]["tag"], item["ctx"]["expected_tags"]
+            key, message = f"{key}.method", f"{tag!r} is no method; known: {known}"
         found = item["input"]
         shown = f", found {found!r}" if isinstance(found, str | int | float | bool) else ""
         lines.append(f"{key or 'recipe'}: {message}{shown}")

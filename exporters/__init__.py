@@ -1,6 +1,6 @@
 """ONNX export: one graph with low-bit layers, lowered to every format asked for."""
 
-from epmq_deploy.exporters.export import FP32_FORMAT, ExportedGraph, export_graphs
+from epmq_deploy.exporters.export import FP32_FORMAT, ExportedGraph, verify_graph, write_graphs
 from epmq_deploy.exporters.formats import (
     all_formats,
     format_names,
@@ -14,10 +14,11 @@ __all__ = [
     "FP32_FORMAT",
     "ExportedGraph",
     "all_formats",
-    "export_graphs",
     "format_names",
     "formats_of",
     "low_bit_format_names",
     "read_codes",
     "session_config",
+    "verify_graph",
+    "write_graphs",
 ]

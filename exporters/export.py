@@ -1,7 +1,8 @@
 """Export a merged model and its quantized layers as ONNX graphs."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import gc
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,12 @@ from epmq_deploy.exporters.session import INT8_LEVEL
 from epmq_deploy.exporters.swap import export_copy, swapped_copy
 from epmq_deploy.exporters.trace import trace
 from epmq_deploy.exporters.two_bits import narrow_to_two_bits
-from epmq_deploy.exporters.verify import verify_codes, verify_int8_rows, verify_runs_low_bit
+from epmq_deploy.exporters.verify import (
+    verify_codes,
+    verify_int8_rows,
+    verify_runs_low_bit,
+    verify_valid,
+)
 from epmq_deploy.models.family import Deployable
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
@@ -28,27 +34,55 @@ FP32_FORMAT = "fp32"
 
 
 @dataclass(frozen=True)
-class ExportedGraph:
-    """One file that was written and verified.
+class GraphFile:
+    """One ONNX file.
 
     Attributes:
         format: a registered format's name.
+        part: the graph's role, ``model`` where a model is one graph.
         path: the ``.onnx`` file.
         bytes: size on disk, external data included.
         opset: version of the default operator set.
-        low_bit_nodes: nodes that multiply by a linear layer's codes in the graph onnxruntime runs.
         layers: what the format decided for each layer, by dotted name.
     """
 
     format: str
+    part: str
     path: Path
     bytes: int
     opset: int
+    layers: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WrittenGraph(GraphFile):
+    """A file and what `verify_graph` wants to see in it.
+
+    Attributes:
+        linear: linear layers, by dotted name; none in a float format.
+        rows: convolutions and embeddings likewise.
+        integer: layers that are to run as integer GEMM, by dotted name.
+        accuracy_level: of the MatMulNBits nodes.
+    """
+
+    linear: Mapping[str, QuantizedLinear]
+    rows: Mapping[str, QuantizedLinear]
+    integer: Collection[str]
+    accuracy_level: int
+
+
+@dataclass(frozen=True)
+class ExportedGraph(GraphFile):
+    """A file that was verified.
+
+    Attributes:
+        low_bit_nodes: nodes that multiply by a linear layer's codes in the graph onnxruntime runs.
+    """
+
     low_bit_nodes: int
-    layers: Mapping[str, Any] = field(default_factory=dict)
 
 
-def export_graphs(
+def write_graphs(
     model: Deployable,
     example_inputs: tuple[Tensor, ...],
     layers: Mapping[str, QuantizedLinear],
@@ -61,11 +95,11 @@ def export_graphs(
     two_bit_containers: bool | None = None,
     file_limit: int = PROTOBUF_LIMIT,
     context: ExportContext | None = None,
-) -> tuple[ExportedGraph, ...]:
+) -> tuple[WrittenGraph, ...]:
     """Write the merged model in float32 and its quantized form in every format asked for.
 
-    All formats are lowered from one graph and hold the solver's codes bit for bit, which is
-    checked on the files written.
+    All formats are lowered from one graph and hold the solver's codes bit for bit, which
+    `verify_graph` checks on the files; it does not need the model any more.
 
     Args:
         model: the merged model, float32, on CPU; left as it is.
@@ -92,7 +126,7 @@ def export_graphs(
         RecipeError: an unknown format, or options or group sizes a format cannot hold.
         MismatchError: layers, parameters or inputs that do not belong to the model, or a layer that
             runs more than once.
-        NumericsError: a written file does not hold the codes or would not run in low bits.
+        NumericsError: a graph is not valid ONNX.
     """
     linear, rows = by_kind(model.backbone, layers)
     known = context or ExportContext()
@@ -103,7 +137,7 @@ def export_graphs(
     two_bits = accuracy_level == INT8_LEVEL if two_bit_containers is None else two_bit_containers
     write = partial(
         _write,
-        stem=model.stem,
+        part=model.stem,
         output=output,
         opset=opset,
         accuracy_level=accuracy_level,
@@ -113,6 +147,7 @@ def export_graphs(
     graph = trace(export_copy(model), example_inputs, opset)
     floats = [fmt for fmt in chosen if not fmt.low_bit and fmt.name != FP32_FORMAT]
     written = [write(graph.clone(), fmt, {}, {}) for fmt in (*formats_of([FP32_FORMAT]), *floats)]
+    del graph
     quantized = [fmt for fmt in chosen if fmt.low_bit]
     if not quantized:
         return tuple(written)
@@ -124,6 +159,9 @@ def export_graphs(
         if two_bits and fmt.stores_two_bits:
             narrow_to_two_bits(lowered.graph)
         written.append(write(lowered, fmt, linear, rows))
+        # Graphs refer to themselves, so that their tensors would stay for long.
+        del lowered
+        gc.collect()
     return tuple(written)
 
 
@@ -146,19 +184,34 @@ def _write(
     linear: Mapping[str, QuantizedLinear],
     rows: Mapping[str, QuantizedLinear],
     *,
-    stem: str,
+    part: str,
     output: Path,
     opset: int,
     accuracy_level: int,
     file_limit: int,
-) -> ExportedGraph:
-    """Lower a graph, write it, and verify what the file holds and how it runs."""
+) -> WrittenGraph:
+    """Lower a graph, check it and write it."""
     fmt.lower(graph)
     graph.metadata_props[FORMAT_KEY] = fmt.name
-    path = output / f"{stem}{fmt.suffix}.onnx"
+    path = output / f"{part}{fmt.suffix}.onnx"
+    verify_valid(graph, path.name)
     size = write_model(graph, path, limit=file_limit)
-    if linear or rows:
-        verify_codes(path, {**linear, **rows})
-        verify_int8_rows(path, rows)
-    nodes = verify_runs_low_bit(path, linear, accuracy_level, integer_layers(graph.graph))
-    return ExportedGraph(fmt.name, path, size, opset, nodes, fmt.details())
+    integer = integer_layers(graph.graph)
+    return WrittenGraph(
+        fmt.name, part, path, size, opset, fmt.details(), linear, rows, integer, accuracy_level
+    )
+
+
+def verify_graph(graph: WrittenGraph) -> ExportedGraph:
+    """Verify what a file holds and how onnxruntime would run it.
+
+    Raises:
+        NumericsError: it does not hold the codes, or would not run in low bits.
+    """
+    if graph.linear or graph.rows:
+        verify_codes(graph.path, {**graph.linear, **graph.rows})
+        verify_int8_rows(graph.path, graph.rows)
+    nodes = verify_runs_low_bit(graph.path, graph.linear, graph.accuracy_level, graph.integer)
+    return ExportedGraph(
+        graph.format, graph.part, graph.path, graph.bytes, graph.opset, graph.layers, nodes
+    )

@@ -1,5 +1,6 @@
 """The export stage: the quantized artifact in, a folder of verified ONNX files out."""
 
+import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,10 +14,16 @@ from epmq_deploy.checkpoints import copy_settings
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.experts import check_unchanged, open_sources
 from epmq_deploy.exporters.browser_demo import check_demo, check_demo_model, write_demo
-from epmq_deploy.exporters.export import ExportedGraph, by_kind, export_graphs
+from epmq_deploy.exporters.export import ExportedGraph, by_kind, verify_graph, write_graphs
 from epmq_deploy.exporters.formats import all_formats
 from epmq_deploy.exporters.formats.format import ExportContext
-from epmq_deploy.exporters.parity import Parity, measure_parity, torch_outputs
+from epmq_deploy.exporters.parity import (
+    Outputs,
+    Parity,
+    ParityInputs,
+    measure_parity,
+    torch_outputs,
+)
 from epmq_deploy.exporters.parts import Part, parts_of
 from epmq_deploy.exporters.session import session_config
 from epmq_deploy.exporters.targets import (
@@ -111,8 +118,8 @@ def export(
     with atomic_folder(output) as folder:
         place = folder / GRAPHS_FOLDER
         place.mkdir()
-        graphs = [
-            export_graphs(
+        written = [
+            write_graphs(
                 part.model,
                 part.example,
                 part.layers_of(layers),
@@ -126,7 +133,13 @@ def export(
             )
             for part in parts
         ]
-        parities = _parities(graphs, parts, layers, replaced, options)
+        outputs = _torch_outputs(parts, layers, replaced)
+        samples = [part.samples for part in parts]
+        # Sessions need the memory that the model takes.
+        del backbone, parts
+        gc.collect()
+        graphs = [[verify_graph(graph) for graph in of_part] for of_part in written]
+        parities = _parities(graphs, outputs, samples, options)
         copy_settings(merged, folder)
         if heads:
             save_heads(folder, heads)
@@ -139,12 +152,12 @@ def export(
             "target": options.target and asdict(target_of(options.target)),
             "classes": classes,
             "graphs": [
-                _described(graph, part, parities[graph.path], folder, options)
-                for written, part in zip(graphs, parts, strict=True)
-                for graph in written
+                _described(graph, parities[graph.path], folder, options)
+                for of_part in graphs
+                for graph in of_part
             ],
-            "parity_inputs": parts[0].samples.kind,
-            "tasks_without_parity": dict(parts[0].samples.missing),
+            "parity_inputs": samples[0].kind,
+            "tasks_without_parity": dict(samples[0].missing),
             "codes": {name: layers[name].codes_sha256() for name in sorted(layers)},
         }
         inputs |= model_inputs(made)
@@ -152,12 +165,12 @@ def export(
 
 
 def _described(
-    graph: ExportedGraph, part: Part, parity: Parity, folder: Path, options: ExportOptions
+    graph: ExportedGraph, parity: Parity, folder: Path, options: ExportOptions
 ) -> dict[str, Any]:
     """What the manifest says of a graph."""
     return {
         "format": graph.format,
-        "part": part.model.stem,
+        "part": graph.part,
         "file": graph.path.relative_to(folder).as_posix(),
         "bytes": graph.bytes,
         "opset": graph.opset,
@@ -168,26 +181,34 @@ def _described(
     }
 
 
-def _parities(
-    graphs: Sequence[Sequence[ExportedGraph]],
+def _torch_outputs(
     parts: Sequence[Part],
     layers: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
+) -> list[tuple[Outputs, Outputs]]:
+    """What torch computes for each part: merged and quantized, which the backbone becomes."""
+    merged = [torch_outputs(part.model, part.samples.batches) for part in parts]
+    # All parts share it.
+    apply_quantized(parts[0].model.backbone, layers, replaced)
+    quantized = [torch_outputs(part.model, part.samples.batches) for part in parts]
+    return list(zip(merged, quantized, strict=True))
+
+
+def _parities(
+    graphs: Sequence[Sequence[ExportedGraph]],
+    outputs: Sequence[tuple[Outputs, Outputs]],
+    samples: Sequence[ParityInputs],
     options: ExportOptions,
 ) -> dict[Path, Parity]:
-    """Compare every graph with torch, by file; the backbone becomes the quantized one."""
+    """Compare every graph with torch, by file."""
     low_bit = {fmt.name for fmt in all_formats() if fmt.low_bit}
-    found = {}
-    for quantized in (False, True):
-        if quantized:
-            # All parts share it.
-            apply_quantized(parts[0].model.backbone, layers, replaced)
-        for written, part in zip(graphs, parts, strict=True):
-            inputs = part.samples.batches
-            expected = torch_outputs(part.model, inputs)
-            for graph in written:
-                if (graph.format in low_bit) == quantized:
-                    found[graph.path] = measure_parity(
-                        graph, expected, inputs, options.accuracy_level
-                    )
-    return found
+    return {
+        graph.path: measure_parity(
+            graph,
+            quantized if graph.format in low_bit else merged,
+            inputs.batches,
+            options.accuracy_level,
+        )
+        for of_part, (merged, quantized), inputs in zip(graphs, outputs, samples, strict=True)
+        for graph in of_part
+    }

@@ -28,8 +28,8 @@ class LayerGrid:
         bits: per code.
         block_size: columns that share a scale in the file; None where no file can hold it.
         in_features: ``K``.
-        symmetric: whether it is stored without zero points; symmetric codes of 2 and 3 bits are
-            not, as theirs are not the default of containers of 4.
+        symmetric: whether it is stored without zero points; those of symmetric codes of 2 and 3
+            bits are not the default of their containers of 4.
     """
 
     bits: int

@@ -58,7 +58,7 @@ def evaluate(
 
     Raises:
         RecipeError: ``exported`` is no export, or the provider is not there or not really used.
-        MismatchError: no fp32 graph, tasks without data or head, or labels beyond it; all at once.
+        MismatchError: no fp32 graph, or see `evaluation_samples`; all at once.
     """
     progress = progress or NoProgress()
     made = open_output(exported, "export")

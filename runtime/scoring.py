@@ -77,6 +77,7 @@ class ClassScorer:
         experts: in torch, or None.
     """
 
+    feeds_graphs: ClassVar[bool] = True
     family: ModelFamily
     folder: Path
     entries: Sequence[Mapping[str, Any]]
@@ -84,7 +85,6 @@ class ClassScorer:
     batch_size: int
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     experts: ExpertBackbone | None = None
-    feeds_graphs: ClassVar[bool] = True
 
     def open(self, threads: int | None) -> Mapping[str, Graph]:
         """See base."""

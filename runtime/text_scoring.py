@@ -32,6 +32,7 @@ class TextScorer:
         experts: in torch, or None.
     """
 
+    feeds_graphs: ClassVar[bool] = False
     family: WriterFamily
     folder: Path
     entries: Sequence[Mapping[str, Any]]
@@ -39,7 +40,6 @@ class TextScorer:
     batch_size: int
     max_tokens: int
     experts: ExpertBackbone | None = None
-    feeds_graphs: ClassVar[bool] = False
 
     def open(self, threads: int | None) -> Mapping[str, TextWriter]:
         """See base."""

@@ -5,9 +5,9 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from epmq_deploy.options import Options, given_for, layers_from_text
+from epmq_deploy.options import Options, given_for, layers_from_text, texts_read_by
 
 
 def _runs_somewhere(value: int) -> int:
@@ -54,7 +54,7 @@ class QuantizeOptions(Options):
     skip: tuple[str, ...] = Field(
         (), description="layers to leave unquantized, as name patterns (*.mlp.fc2)"
     )
-    layers: dict[str, LayerOptions] = Field(
+    layers: Annotated[dict[str, LayerOptions], texts_read_by(layers_from_text)] = Field(
         {},
         description="other options for layers by name pattern (*.mlp.fc2:bits=8,group_size=64)",
     )
@@ -67,12 +67,6 @@ class QuantizeOptions(Options):
     target_size: float | None = Field(
         None, gt=0, description="choose bits per layer so that quantized layers take this many MB"
     )
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers_from_text(cls, value: Any) -> Any:
-        """Command lines give ``PATTERN:option=value,...``."""
-        return layers_from_text(value) if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _one_target(self) -> Self:

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -36,14 +36,23 @@ from epmq_deploy.stage import (
 )
 from epmq_deploy.tasks.agreement import Tuned
 from epmq_deploy.tasks.data import data_sha256
+from epmq_deploy.tasks.heads import heads_sha256
 
 log = logging.getLogger(__name__)
 
 
 def uses_data(options: MergeOptions) -> bool:
     """Whether merging takes calibration samples."""
-    searched = isinstance(options, ScaledOptions) and options.search
-    return searched or isinstance(options, DataOptions)
+    return _is_searched(options) or isinstance(options, DataOptions)
+
+
+def uses_heads(options: MergeOptions) -> bool:
+    """Whether merging takes the tasks' heads."""
+    return _is_searched(options) or MERGE_METHODS[options.method].needs_heads
+
+
+def _is_searched(options: MergeOptions) -> TypeGuard[ScaledOptions]:
+    return isinstance(options, ScaledOptions) and options.search
 
 
 def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
@@ -56,8 +65,8 @@ def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
                 decisive[f"calibration:{name}"] = data_sha256(task.calibration, task.prompt)
-            if task.head is not None:
-                decisive[f"head:{name}"] = fingerprint("head", task.head.model_dump(), {})
+    if uses_heads(options):
+        decisive |= heads_sha256(recipe.tasks)
     return fingerprint("merge", options.deciding, decisive)
 
 
@@ -120,7 +129,7 @@ def merge(
         found_in_data = _calibrated(recipe, sources, method, vectors, progress)
         statistics = found_in_data.statistics
         details |= found_in_data.details
-    if isinstance(options, ScaledOptions) and options.search:
+    if _is_searched(options):
         found = search_scaling(recipe, sources, method, vectors, statistics, progress)
         options = options.at(found.value)
         details |= _search_details(found)

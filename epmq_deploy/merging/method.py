@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
-from epmq_deploy.options import Options, given_for, layers_from_text
+from epmq_deploy.options import Options, given_for, layers_from_text, texts_read_by
 
 # Parameters that elementwise methods take at a time: temporaries stay small and in the cache.
 CHUNK = 2**17
@@ -31,7 +31,7 @@ class MergeOptions(Options):
     mixed_dtypes: bool = Field(
         False, description="accept experts stored in another float dtype than the base"
     )
-    layers: dict[str, dict[str, Any]] = Field(
+    layers: Annotated[dict[str, dict[str, Any]], texts_read_by(layers_from_text)] = Field(
         {},
         description="other options of the method for tensors by name pattern "
         "(*.mlp.*:scaling=0.2); of two patterns the later one counts",
@@ -39,12 +39,6 @@ class MergeOptions(Options):
 
     whole_model: ClassVar[frozenset[str]] = frozenset()
     """Own options of the method that cannot differ between tensors."""
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers_from_text(cls, value: Any) -> Any:
-        """Command lines give ``PATTERN:option=value,...``."""
-        return layers_from_text(value) if isinstance(value, list | tuple) else value
 
     @model_validator(mode="after")
     def _layers_hold_options(self) -> Self:

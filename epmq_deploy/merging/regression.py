@@ -109,10 +109,6 @@ class _Pass:
 
     def start(self, blocks: Sequence[Block]) -> None:
         """Run what comes before the first block, in the experts or in the merged model."""
-        if len({block.stream for block in blocks}) > 1:
-            raise RecipeError(
-                "merges by regression do not support encoder-decoders; choose another merge.method"
-            )
         names = [block.name for block in blocks]
         for task in self._data.tasks:
             model = self._merged or self._data.expert(task, without=names)
@@ -227,7 +223,7 @@ def merge_linear_layers(
             (RegMean++) instead of the expert's own.
 
     Raises:
-        RecipeError: an encoder and a decoder, say.
+        RecipeError: blocks form several sequences: an encoder and a decoder, say.
     """
     model = data.backbone()
     blocks = data.family.blocks(model)

@@ -7,53 +7,23 @@ none of them is fitted.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from epmq_deploy.experts import Sources
 from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
 from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
 from epmq_deploy.merging.recipe_data import load_data
-from epmq_deploy.models import TaskHead
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import Recipe
-from epmq_deploy.tasks.agreement import Scores, Tuned, divergence, logits_of, mean_divergence, tune
-from epmq_deploy.tasks.data import Samples
+from epmq_deploy.tasks.agreement import Judge, Scores, Tuned, mean_divergence, tune
 
 log = logging.getLogger(__name__)
 
 _FACTOR, _STEPS = 1.5, 4
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Scores models by how closely they predict what the experts predict.
-
-    Attributes:
-        sources: base and experts.
-        samples: by task.
-        heads: by task.
-        wanted: the experts' logits on their own task's samples, ``[n, C]``.
-    """
-
-    sources: Sources
-    samples: Mapping[str, Samples]
-    heads: Mapping[str, TaskHead]
-    wanted: Mapping[str, Tensor]
-
-    def scores(self, model: nn.Module) -> Scores:
-        """Divergences from the experts, task by task ``[n]``."""
-        family, folder = self.sources.family, self.sources.base.folder
-        return {
-            task: divergence(
-                logits_of(model, family, folder, chosen, self.heads[task]), self.wanted[task]
-            )
-            for task, chosen in self.samples.items()
-        }
 
 
 def search_scaling(
@@ -140,9 +110,6 @@ def _judge(
         device=device,
         progress=progress,
     )
-    family, folder = sources.family, sources.base.folder
-    wanted = {
-        task: logits_of(data.expert(task), family, folder, chosen, data.heads[task])
-        for task, chosen in data.samples.items()
-    }
-    return Judge(sources, data.samples, data.heads, wanted)
+    return Judge.of_experts(
+        sources.family, sources.base.folder, data.samples, data.heads, data.expert
+    )

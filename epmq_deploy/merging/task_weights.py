@@ -1,27 +1,21 @@
 """Weights per task, for methods that take them."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from epmq_deploy.merging.method import MergeOptions
-from epmq_deploy.options import numbers_from_text
+from epmq_deploy.options import numbers_from_text, texts_read_by
 
 
 class WeightedOptions(MergeOptions):
     """Options of methods that weigh the experts."""
 
-    weights: dict[str, float] = Field(
+    weights: Annotated[dict[str, float], texts_read_by(numbers_from_text)] = Field(
         {}, description="factor on each expert's task vector, for all tasks (cars=1,sun=0.5)"
     )
-
-    @field_validator("weights", mode="before")
-    @classmethod
-    def _weights_from_text(cls, value: Any) -> Any:
-        """Command lines give ``TASK=NUMBER``."""
-        return numbers_from_text(value) if isinstance(value, list | tuple) else value
 
 
 def weight_problems(options: WeightedOptions, tasks: Sequence[str]) -> list[str]:

@@ -193,10 +193,8 @@ class WriterFamily(ModelFamily):
         templates: Sequence[str],
         device: torch.device,
     ) -> Tensor:
-        """See base."""
-        raise RecipeError(
-            f"the {self.name} family writes its answers and takes no head; give prompt.answers"
-        )
+        """Recipes cannot ask for one."""
+        raise NotImplementedError
 
 
 def end_tokens(config: dict[str, Any], folder: Path) -> tuple[int, ...]:

@@ -7,30 +7,14 @@ predict on the rest. No labels are needed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from epmq_deploy.tasks.agreement import Scores, tune
+from epmq_deploy.tasks.agreement import Scores, Tuned, tune
 
 _STEP = 4.0
 _STEPS = 3
 
 
-@dataclass(frozen=True)
-class AnchorSearch:
-    """What a search found.
-
-    Attributes:
-        anchor: the strength chosen.
-        curve: mean divergence from the experts by strength tried.
-        standard_error: of the difference between the best and the starting strength.
-    """
-
-    anchor: float
-    curve: dict[float, float]
-    standard_error: float
-
-
-def search_anchor(score: Callable[[float], Scores], start: float) -> AnchorSearch:
+def search_anchor(score: Callable[[float], Scores], start: float) -> Tuned:
     """Walk from ``start`` in factors of four as long as the divergence falls.
 
     Another strength than ``start`` is chosen only when it is better by more than one standard error
@@ -40,5 +24,4 @@ def search_anchor(score: Callable[[float], Scores], start: float) -> AnchorSearc
         score: divergence from the experts, sample by sample, for a strength.
         start: strength to begin with.
     """
-    found = tune(score, start, factor=_STEP, steps=_STEPS)
-    return AnchorSearch(found.value, found.curve, found.standard_error)
+    return tune(score, start, factor=_STEP, steps=_STEPS)

@@ -1,8 +1,9 @@
 """Distillation: what codes leave free is tuned end to end towards the experts' predictions.
 
-Scales, biases and norms are trained with codes and zero points fixed, as in the second phase of
-EfficientQAT (Chen et al., arXiv 2407.11062), on the divergence from each expert's softened
-predictions on its own calibration samples (Hinton et al., arXiv 1503.02531). No labels are used.
+Scales and vectors (biases, norms, CLIP's class token) are trained with codes and zero points fixed,
+as in the second phase of EfficientQAT (Chen et al., arXiv 2407.11062), on the divergence from each
+expert's softened predictions on its own calibration samples (Hinton et al., arXiv 1503.02531). No
+labels are used.
 """
 
 import logging
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from epmq_deploy.experts import ExpertBackbone
 from epmq_deploy.models import TaskHead
 from epmq_deploy.progress import NoProgress
 from epmq_deploy.quantization.grid import expand_groups
@@ -22,7 +22,7 @@ from epmq_deploy.quantization.model import apply_quantized
 from epmq_deploy.quantization.planning import Workplace
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 from epmq_deploy.quantization.quantized_model import QuantizedModel
-from epmq_deploy.tasks.agreement import divergence, logits_of, mean_divergence
+from epmq_deploy.tasks.agreement import Judge, divergence, mean_divergence
 from epmq_deploy.tasks.data import batches
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # Samples per step; smaller than calibration's batches, as every step moves the parameters.
 _BATCH = 16
 # Highest learning rate: of biases and norms as they are, of scales relative to their size.
-_RATE = 2e-3
+_RATE = 5e-4
 _WARM_UP = 0.1
 _TEMPERATURE = 2.0
 
@@ -47,7 +47,7 @@ def distill(
     """Tune a quantized model on its calibration samples.
 
     Args:
-        model: with the weights of ``quantized``; changed in place.
+        model: with the weights of ``quantized``; has the tuned ones afterwards, kept or not.
         quantized: what calibration yielded; left unmodified.
         place: samples and experts.
         heads: of every task.
@@ -59,13 +59,15 @@ def distill(
         after as plain data. What did not lower the divergence is not kept, which is logged.
     """
     assert place.experts is not None, "guided targets are given experts"
-    wanted = _expert_logits(place, place.experts, heads)
-    before = _mean_divergence(model, place, heads, wanted)
-    kept = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    judge = Judge.of_experts(place.family, place.folder, place.samples, heads, place.experts.become)
+    before = mean_divergence(judge.scores(model))
     scales = _free_scales(model, quantized)
     vectors = {name: value for name, value in model.named_parameters() if value.dim() == 1}
+    for vector in vectors.values():
+        # On the CPU it is also what calibration yielded, which is to stay as it is.
+        vector.data = vector.data.clone()
     try:
-        _train(model, [*scales.values(), *vectors.values()], place, heads, wanted, epochs, products)
+        _train(model, [*scales.values(), *vectors.values()], place, judge, epochs, products)
     finally:
         for name in scales:
             parametrize.remove_parametrizations(model.get_submodule(name), "weight")
@@ -77,12 +79,11 @@ def distill(
     replaced = {name: value.detach().cpu() for name, value in vectors.items()}
     # As they will be stored, to the last bit.
     apply_quantized(model, layers, replaced)
-    after = _mean_divergence(model, place, heads, wanted)
+    after = mean_divergence(judge.scores(model))
     found = {"epochs": epochs, "before": before, "after": after, "kept": after < before}
     log.info("distillation: divergence from the experts %.4f, before %.4f", after, before)
     if not after < before:
         log.warning("distillation did not lower the divergence from the experts; it is undone")
-        model.load_state_dict(kept)
         return quantized, found
     tuned = replace(
         quantized,
@@ -126,8 +127,7 @@ def _train(
     model: nn.Module,
     parameters: list[nn.Parameter],
     place: Workplace,
-    heads: Mapping[str, TaskHead],
-    wanted: Mapping[str, Tensor],
+    judge: Judge,
     epochs: int,
     products: torch.dtype,
 ) -> None:
@@ -141,10 +141,10 @@ def _train(
     device, low = place.device, products == torch.bfloat16
     progress = place.progress or NoProgress()
     for _ in progress.track(range(epochs), "distilling"):
-        for task, inputs, logits in _interleaved(place, wanted):
+        for task, inputs, logits in _interleaved(judge):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                 features = place.family.embed(model, *(value.to(device) for value in inputs))
-            found = heads[task](features.to("cpu", torch.float32))
+            found = judge.heads[task](features.to("cpu", torch.float32))
             soft = divergence(found / _TEMPERATURE, logits / _TEMPERATURE)
             optimizer.zero_grad()
             soft.mean().mul(_TEMPERATURE**2).backward()  # type: ignore[no-untyped-call]
@@ -152,13 +152,11 @@ def _train(
             schedule.step()
 
 
-def _interleaved(
-    place: Workplace, wanted: Mapping[str, Tensor]
-) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor]]:
+def _interleaved(judge: Judge) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor]]:
     """One batch of every task in turn, with the expert's logits for it."""
     running = {
-        task: batches(samples, place.family, place.folder, _BATCH)
-        for task, samples in place.samples.items()
+        task: batches(samples, judge.family, judge.folder, _BATCH)
+        for task, samples in judge.samples.items()
     }
     seen = dict.fromkeys(running, 0)
     while running:
@@ -169,28 +167,4 @@ def _interleaved(
                 continue
             start = seen[task]
             seen[task] += len(inputs[0])
-            yield task, inputs, wanted[task][start : seen[task]]
-
-
-def _expert_logits(
-    place: Workplace, experts: ExpertBackbone, heads: Mapping[str, TaskHead]
-) -> dict[str, Tensor]:
-    return {
-        task: logits_of(experts.become(task), place.family, place.folder, samples, heads[task])
-        for task, samples in place.samples.items()
-    }
-
-
-def _mean_divergence(
-    model: nn.Module,
-    place: Workplace,
-    heads: Mapping[str, TaskHead],
-    wanted: Mapping[str, Tensor],
-) -> float:
-    scores = {
-        task: divergence(
-            logits_of(model, place.family, place.folder, samples, heads[task]), wanted[task]
-        )
-        for task, samples in place.samples.items()
-    }
-    return mean_divergence(scores)
+            yield task, inputs, judge.wanted[task][start : seen[task]]

@@ -22,8 +22,7 @@ from epmq_deploy.quantization.anchor_search import search_anchor
 from epmq_deploy.quantization.model import quantize_model
 from epmq_deploy.quantization.outer import quantize_outer
 from epmq_deploy.quantization.quantized_model import QuantizedModel
-from epmq_deploy.tasks.accuracy import embeddings
-from epmq_deploy.tasks.agreement import Scores, divergence
+from epmq_deploy.tasks.agreement import Judge, Scores, mean_divergence
 from epmq_deploy.tasks.data import Samples, batches
 
 log = logging.getLogger(__name__)
@@ -94,37 +93,21 @@ def plan_anchor(
     part = replace(place, samples=fitted)
     experts = place.experts
     assert experts is not None, "guided targets are given experts"
-    wanted = {task: _logits(place, experts.become(task), held, task, heads) for task in held}
+    judge = Judge.of_experts(place.family, place.folder, held, heads, experts.become)
 
     def score(strength: float) -> Scores:
         trial = options.model_copy(update={"anchor": strength})
         model, _ = part.calibrate(trial, rounding=False)
-        found = {
-            task: divergence(_logits(place, model, held, task, heads), wanted[task])
-            for task in held
-        }
-        mean = sum(float(values.mean()) for values in found.values()) / len(found)
-        log.info("anchor %g: divergence from the experts %.4f", strength, mean)
+        found = judge.scores(model)
+        log.info("anchor %g: divergence from the experts %.4f", strength, mean_divergence(found))
         return found
 
     search = search_anchor(score, options.values.anchor)
     return {
-        "anchor": search.anchor,
+        "anchor": search.value,
         "curve": [[strength, mean] for strength, mean in search.curve.items()],
         "standard_error": search.standard_error,
     }
-
-
-def _logits(
-    place: Workplace,
-    model: nn.Module,
-    samples: Mapping[str, Samples],
-    task: str,
-    heads: Mapping[str, TaskHead],
-) -> torch.Tensor:
-    chosen = batches(samples[task], place.family, place.folder, 64)
-    found = [heads[task](embeddings(model, place.family, inputs)) for inputs in chosen]
-    return torch.cat(found)
 
 
 def plan_bits(options: QuantizeOptions, place: Workplace) -> dict[str, Any]:

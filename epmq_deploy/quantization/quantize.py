@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -34,7 +34,7 @@ from epmq_deploy.stage import (
     write_manifest,
 )
 from epmq_deploy.tasks.data import Samples, batches, data_sha256, load_samples
-from epmq_deploy.tasks.heads import build_heads
+from epmq_deploy.tasks.heads import build_heads, heads_sha256
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,32 @@ def uses_data(options: QuantizeOptions) -> TypeGuard[CalibratedOptions]:
     return calibrated and not TARGETS[options.method].is_data_free(options)
 
 
+def _asks_for_heads(options: QuantizeOptions) -> list[str]:
+    """The options given that need the tasks' heads."""
+    if not isinstance(options, EpmqOptions):
+        return []
+    asked = {"anchor: auto": options.anchor == "auto", "distill": options.distill > 0}
+    return [f"quantize.{option}" for option, given in asked.items() if given]
+
+
+def missing_heads(options: QuantizeOptions, tasks: Collection[str], heads: Collection[str]) -> str:
+    """One sentence when the options need heads that are not there, else nothing.
+
+    Args:
+        options: of the method.
+        tasks: names of all tasks.
+        heads: names of those with a head.
+    """
+    asked = _asks_for_heads(options)
+    missing = [task for task in tasks if task not in heads]
+    if not asked or not missing:
+        return ""
+    return (
+        f"{', '.join(asked)} needs a head for every task (tasks.*.head); "
+        f"without: {', '.join(missing)}"
+    )
+
+
 def quantize_fingerprint(recipe: Recipe, merged: str) -> tuple[str, dict[str, str]]:
     """What decides the codes, after a merge of fingerprint ``merged``; also input hashes."""
     inputs = {"merge": merged}
@@ -55,6 +81,8 @@ def quantize_fingerprint(recipe: Recipe, merged: str) -> tuple[str, dict[str, st
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
                 inputs[f"calibration:{name}"] = data_sha256(task.calibration, task.prompt)
+    if _asks_for_heads(recipe.quantize):
+        inputs |= heads_sha256(recipe.tasks)
     return fingerprint("quantize", recipe.quantize.deciding, inputs), inputs
 
 
@@ -137,18 +165,12 @@ def _heads(recipe: Recipe, place: Workplace) -> dict[str, TaskHead]:
     Raises:
         RecipeError: a task has none.
     """
-    options = recipe.quantize
-    if not isinstance(options, EpmqOptions):
-        return {}
-    asked = {"anchor: auto": options.anchor == "auto", "distill": options.distill}
-    if not any(asked.values()):
+    if not _asks_for_heads(recipe.quantize):
         return {}
     features = place.family.embedding_width(place.family.load(place.folder), place.folder)
     heads = build_heads(recipe.tasks, place.family, place.folder, features, device=place.device)
-    missing = ", ".join(task for task in recipe.tasks if task not in heads)
-    if missing:
-        what = ", ".join(f"quantize.{option}" for option, given in asked.items() if given)
-        raise RecipeError(f"{what} needs a head for every task (tasks.*.head); without: {missing}")
+    if problem := missing_heads(recipe.quantize, recipe.tasks, heads):
+        raise RecipeError(problem)
     return heads
 
 

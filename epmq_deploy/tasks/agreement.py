@@ -60,6 +60,59 @@ def logits_of(
 
 
 @dataclass(frozen=True)
+class Judge:
+    """Scores models by how closely they predict what the experts predict.
+
+    Attributes:
+        family: embeds and preprocesses.
+        folder: a model folder with preprocessor settings.
+        samples: by task.
+        heads: by task.
+        wanted: the experts' logits on their own task's samples, ``[n, C]``.
+    """
+
+    family: ModelFamily
+    folder: Path
+    samples: Mapping[str, Samples]
+    heads: Mapping[str, TaskHead]
+    wanted: Mapping[str, Tensor]
+
+    @classmethod
+    def of_experts(
+        cls,
+        family: ModelFamily,
+        folder: Path,
+        samples: Mapping[str, Samples],
+        heads: Mapping[str, TaskHead],
+        expert: Callable[[str], nn.Module],
+    ) -> "Judge":
+        """The judge that wants what experts predict through the same heads.
+
+        Args:
+            family: embeds and preprocesses.
+            folder: a model folder with preprocessor settings.
+            samples: by task.
+            heads: by task.
+            expert: the backbone of a task's expert, until the next call.
+        """
+        wanted = {
+            task: logits_of(expert(task), family, folder, chosen, heads[task])
+            for task, chosen in samples.items()
+        }
+        return cls(family, folder, samples, heads, wanted)
+
+    def scores(self, model: nn.Module) -> Scores:
+        """Divergences from the experts, task by task ``[n]``."""
+        return {
+            task: divergence(
+                logits_of(model, self.family, self.folder, chosen, self.heads[task]),
+                self.wanted[task],
+            )
+            for task, chosen in self.samples.items()
+        }
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What tuning a strength found.
 

@@ -14,6 +14,7 @@ from epmq_deploy.experts import open_sources
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe, Task
+from epmq_deploy.stage import file_sha256, fingerprint
 
 HEADS_FILE = "heads.safetensors"
 
@@ -88,6 +89,26 @@ def heads_of_experts(
     return own
 
 
+def heads_sha256(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Identifies the heads a recipe gives, by role (``head:<task>``), as input of a stage.
+
+    Where a matrix lies does not count, what it holds does. Heads made of models are decided by the
+    models, which are inputs themselves.
+    """
+    found = {}
+    for name, task in tasks.items():
+        if task.head is None:
+            continue
+        contents = {}
+        matrix = task.head.matrix
+        # One that is missing is named when it is read.
+        if matrix is not None and Path(matrix).is_file():
+            contents["matrix"] = file_sha256(Path(matrix))
+        options = task.head.model_dump(mode="json", exclude={"matrix"})
+        found[f"head:{name}"] = fingerprint("head", options, contents)
+    return found
+
+
 def leaves_head_to_expert(task: Task, family: ModelFamily) -> bool:
     """Whether a task's head is looked for in its expert's checkpoint."""
     return family.experts_carry_heads if task.head is None else task.head.from_expert
@@ -133,6 +154,10 @@ def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
 
 
 def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
+    if task.head is not None and family.writes_texts:
+        raise RecipeError(
+            f"the {family.name} family writes its answers and takes no head; give prompt.answers"
+        )
     if task.head is None or task.head.from_expert:
         return head_of_expert(task, family, folder)
     if task.head.classes is not None:

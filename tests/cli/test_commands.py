@@ -202,6 +202,11 @@ def test_guided_quantization_without_data_says_what_is_missing(
             "numbers its classes class 0, class 1, class 2; put tasks.red.head.classes",
         ),
         ({"tasks__red__head": {"matrix": "heads/none.safetensors"}}, 3, "none.safetensors"),
+        (
+            {"tasks__red__head": None, "quantize__distill": 1},
+            3,
+            "quantize.distill needs a head for every task (tasks.*.head); without: red",
+        ),
         ({"quantize__skip": ["*.fc9"]}, 3, "*.fc9 matches no layer"),
     ],
 )

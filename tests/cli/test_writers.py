@@ -261,4 +261,4 @@ def test_what_needs_a_head_is_refused(
     assert run("merge", recipe, "-o", tmp_path / "m", "-q", "--search") == 3
     assert "has no head" in capsys.readouterr().err
     assert run("merge", recipe, "-o", tmp_path / "m", "-q", "--method", "regmean") == 2
-    assert "blocks form one sequence" in capsys.readouterr().err
+    assert "form one sequence" in capsys.readouterr().err

@@ -1,10 +1,12 @@
 """Distillation: scales, biases and norms move towards the experts' predictions, codes do not."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_zoo import TASKS, TinyZoo
 
 from epmq_deploy.errors import RecipeError
@@ -13,8 +15,8 @@ from epmq_deploy.models import family_of
 from epmq_deploy.quantization import distill as distill_module
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.model import apply_quantized
-from epmq_deploy.quantization.quantize import quantize
-from epmq_deploy.recipe import Recipe, load_recipe, override
+from epmq_deploy.quantization.quantize import quantize, quantize_fingerprint
+from epmq_deploy.recipe import Head, Recipe, load_recipe, override
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,12 @@ def merged(tiny: TinyZoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def distilling(tiny: TinyZoo, epochs: int) -> Recipe:
     return override(load_recipe(tiny.recipe), "quantize", {"distill": epochs})
+
+
+def with_head(recipe: Recipe, head: Head | None) -> Recipe:
+    """The recipe with another head of its first task."""
+    changed = recipe.tasks[TASKS[0]].model_copy(update={"head": head})
+    return recipe.model_copy(update={"tasks": {**recipe.tasks, TASKS[0]: changed}})
 
 
 def test_codes_stay_and_the_divergence_falls(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
@@ -46,7 +54,7 @@ def test_codes_stay_and_the_divergence_falls(tiny: TinyZoo, merged: Path, tmp_pa
     assert "vision_model.post_layernorm.weight" in replaced
 
 
-def test_the_model_is_what_is_stored(
+def test_the_model_that_was_scored_is_what_is_stored(
     tiny: TinyZoo, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = []
@@ -57,7 +65,7 @@ def test_the_model_is_what_is_stored(
         models.append(model)
 
     monkeypatch.setattr(distill_module, "apply_quantized", remember)
-    quantize(distilling(tiny, 1), merged, tmp_path / "out")
+    assert quantize(distilling(tiny, 2), merged, tmp_path / "out").details["distill"]["kept"]
     stored = family_of(merged).load(merged)
     apply_quantized(stored, *load_artifact(tmp_path / "out"))
     for name, value in stored.state_dict().items():
@@ -84,10 +92,7 @@ def test_what_does_not_help_is_undone_and_said(
 
 
 def test_every_task_needs_a_head(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
-    recipe = distilling(tiny, 1)
-    tasks = dict(recipe.tasks)
-    tasks[TASKS[0]] = tasks[TASKS[0]].model_copy(update={"head": None})
-    headless = recipe.model_copy(update={"tasks": tasks})
+    headless = with_head(distilling(tiny, 1), None)
     with pytest.raises(RecipeError, match=rf"quantize\.distill needs a head .*: {TASKS[0]}$"):
         quantize(headless, merged, tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -96,3 +101,50 @@ def test_every_task_needs_a_head(tiny: TinyZoo, merged: Path, tmp_path: Path) ->
 def test_it_needs_calibration_data(tiny: TinyZoo) -> None:
     with pytest.raises(RecipeError, match="leave out alpha, norms and distill"):
         override(load_recipe(tiny.recipe), "quantize", {"preset": "weights", "distill": 1})
+
+
+@pytest.mark.parametrize("held", [{"bias": "keep"}, {"norms": False}])
+def test_what_it_tunes_cannot_be_held(tiny: TinyZoo, held: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=r"quantize: distill tunes biases and norms: leave out"):
+        override(load_recipe(tiny.recipe), "quantize", {"distill": 1, **held})
+
+
+@pytest.mark.parametrize("asked", [{"distill": 1}, {"anchor": "auto"}])
+def test_heads_that_guide_the_codes_decide_them(
+    tiny: TinyZoo, tmp_path: Path, asked: dict[str, object]
+) -> None:
+    def mark(recipe: Recipe, **flags: object) -> str:
+        return quantize_fingerprint(override(recipe, "quantize", flags), "merged")[0]
+
+    recipe = load_recipe(tiny.recipe)
+    other = with_head(recipe, Head(classes=("ox", "owl")))
+    assert mark(recipe) == mark(other)
+    assert mark(recipe, **asked) != mark(other, **asked)
+    file = tmp_path / "head.safetensors"
+    given = with_head(recipe, Head(matrix=str(file)))
+    save_file({"head": torch.zeros(2, 12)}, file)
+    before = mark(given, **asked)
+    save_file({"head": torch.ones(2, 12)}, file)
+    assert mark(given, **asked) != before
+
+
+def test_killed_while_distilling_it_goes_on_and_gives_the_same_files(
+    tiny: TinyZoo, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = distilling(tiny, 2)
+    whole = quantize(recipe, merged, tmp_path / "whole")
+
+    def killed(*arguments: object) -> Iterator[None]:
+        yield next(interleaved(*arguments))  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    interleaved = distill_module._interleaved
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distill_module, "_interleaved", killed)
+        quantize(recipe, merged, tmp_path / "resumed")
+    assert not (tmp_path / "resumed").exists()
+    resumed = quantize(recipe, merged, tmp_path / "resumed")
+    # The report has times in it.
+    assert {**resumed.outputs, "report.json": ""} == {**whole.outputs, "report.json": ""}
+    assert resumed.details == whole.details
+    assert {item.name for item in tmp_path.iterdir()} == {"whole", "resumed"}

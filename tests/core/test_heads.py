@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny_zoo import FEATURES, TASKS, TinyZoo
 
 from epmq_deploy.errors import MismatchError
-from epmq_deploy.models import TaskHead, family_of
+from epmq_deploy.models import TaskHead, family_of, t5
 from epmq_deploy.recipe import Head, Task, load_recipe
 from epmq_deploy.tasks.heads import build_heads, class_names
 
@@ -107,3 +107,10 @@ def test_zero_shot_rows_are_means_of_unit_prompts_times_the_logit_scale() -> Non
             expected = total / total.norm() * model.logit_scale.exp()
             assert torch.allclose(row, expected, atol=1e-4)
     assert json.loads((base / "config.json").read_text())["model_type"] == "clip"
+
+
+@pytest.mark.parametrize("given", [{"classes": ["a", "b"]}, {"from_expert": True}, {"matrix": "m"}])
+def test_models_that_write_texts_take_no_head(tmp_path: Path, given: dict[str, object]) -> None:
+    task = Task(expert="expert", head=Head.model_validate(given))
+    with pytest.raises(MismatchError, match=r"takes no head; give prompt\.answers"):
+        build_heads({"a": task}, t5.FAMILY, tmp_path, FEATURES)

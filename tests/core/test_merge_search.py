@@ -2,16 +2,18 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_zoo import TASKS, TinyZoo
 
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge, merge_fingerprint
 from epmq_deploy.models import family_of
-from epmq_deploy.recipe import Recipe, load_recipe, override
+from epmq_deploy.recipe import Head, Recipe, load_recipe, override
 from epmq_deploy.tasks.agreement import divergence, logits_of, tune
 from epmq_deploy.tasks.data import load_samples
 from epmq_deploy.tasks.heads import build_heads
@@ -77,6 +79,28 @@ def test_data_decide_a_searched_merge_and_no_other(tiny: TinyZoo) -> None:
     searched, changed = (override(r, "merge", {"search": True}) for r in (recipe, other))
     assert merge_fingerprint(searched, {}) != merge_fingerprint(changed, {})
     assert set(TASKS) == set(recipe.tasks)
+
+
+@pytest.mark.parametrize(
+    ("flags", "decided"),
+    [
+        ({"method": "fisher"}, True),
+        ({"method": "ties", "search": True}, True),
+        ({"method": "regmean"}, False),
+    ],
+)
+def test_heads_decide_the_merges_that_take_them(
+    tiny: TinyZoo, tmp_path: Path, flags: dict[str, Any], decided: bool
+) -> None:
+    recipe = override(load_recipe(tiny.recipe), "merge", flags)
+    file = tmp_path / "head.safetensors"
+    blue = recipe.tasks["blue"].model_copy(update={"head": Head(matrix=str(file))})
+    marks = []
+    for value in (0.0, 1.0):
+        save_file({"head": torch.full((2, 12), value)}, file)
+        given = recipe.model_copy(update={"tasks": {**recipe.tasks, "blue": blue}})
+        marks.append(merge_fingerprint(given, {}))
+    assert (marks[0] != marks[1]) == decided
 
 
 @pytest.mark.parametrize("best", [0.08, 0.3, 0.55, 2.0])

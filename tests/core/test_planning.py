@@ -69,8 +69,8 @@ def bowl(best: float, noise: float = 0.0) -> object:
 @pytest.mark.parametrize("best", [0.05, 0.2, 0.8, 3.2, 0.0125])
 def test_walks_to_the_least_divergence(best: float) -> None:
     found = search_anchor(bowl(best), 0.05)  # type: ignore[arg-type]
-    assert found.anchor == pytest.approx(best)
-    assert found.curve[found.anchor] == pytest.approx(0, abs=1e-9)
+    assert found.value == pytest.approx(best)
+    assert found.curve[found.value] == pytest.approx(0, abs=1e-9)
 
 
 def test_noise_alone_does_not_move_it() -> None:
@@ -80,7 +80,7 @@ def test_noise_alone_does_not_move_it() -> None:
 
     # One of five candidates beats one standard error by chance now and then; not by three.
     found = search_anchor(score, 0.05)
-    assert abs(found.curve[found.anchor] - found.curve[0.05]) < 3 * found.standard_error + 1e-12
+    assert abs(found.curve[found.value] - found.curve[0.05]) < 3 * found.standard_error + 1e-12
 
 
 def test_divergence_is_that_of_the_distributions() -> None:

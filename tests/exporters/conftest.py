@@ -17,10 +17,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from epmq_deploy.exporters import (
     ExportedGraph,
-    export_graphs,
     format_names,
     low_bit_format_names,
     session_config,
+    verify_graph,
+    write_graphs,
 )
 from epmq_deploy.models import MultiTaskModel, TaskHead
 from epmq_deploy.models.clip import FAMILY
@@ -38,7 +39,7 @@ OUTSIDE = (
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model and everything `export_graphs` takes with it."""
+    """A model and everything `write_graphs` takes with it."""
 
     model: MultiTaskModel
     images: Tensor
@@ -189,10 +190,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 def export(case: Case, formats: Sequence[str], folder: Path, **options: Any) -> Sequence[Any]:
-    """`export_graphs` of a whole case."""
-    return export_graphs(
+    """A whole case, written and verified."""
+    written = write_graphs(
         case.model, (case.images,), case.layers, case.replaced, formats, folder, **options
     )
+    return [verify_graph(graph) for graph in written]
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from tiny_text import TinyText
 from torch import Tensor, nn
 
 from epmq_deploy.errors import MismatchError
-from epmq_deploy.exporters import export_graphs, low_bit_format_names, read_codes, session_config
+from epmq_deploy.exporters import low_bit_format_names, read_codes, session_config, write_graphs
 from epmq_deploy.models import MultiTaskModel, TaskHead
 from epmq_deploy.models.bert import FAMILY as BERT
 from epmq_deploy.models.clip import ClipFamily
@@ -198,7 +198,7 @@ def text(tiny_text: TinyText, tools: types.SimpleNamespace, tmp_path_factory: An
     model = MultiTaskModel(BERT, backbone, {"topic": TaskHead(torch.randn(3, 32))}).eval()
     example = BERT.example_inputs(tiny_text.base, 2)
     with torch.no_grad():
-        graphs = export_graphs(model, example, layers, {}, low_bit_format_names(), folder)
+        graphs = write_graphs(model, example, layers, {}, low_bit_format_names(), folder)
         for name, layer in layers.items():
             backbone.get_submodule(name).weight.copy_(layer.dequantize())
     return types.SimpleNamespace(model=model, layers=layers, graphs=graphs[1:])

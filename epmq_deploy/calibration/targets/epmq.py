@@ -124,6 +124,12 @@ class EpmqOptions(CalibratedOptions):
             )
         return self
 
+    @model_validator(mode="after")
+    def _distillation_is_not_held(self) -> "EpmqOptions":
+        if self.distill and (self.bias == "keep" or self.norms is False):
+            raise ValueError("distill tunes biases and norms: leave out bias: keep, norms: false")
+        return self
+
 
 class Epmq(CalibrationTarget[EpmqOptions]):
     """``Y_t = ((1 - alpha) X_t + alpha Z_t) W_t^T``, anchor ``rho W_m + (1 - rho) W_b``.
