@@ -18,7 +18,7 @@ from epmq_deploy.exporters.session import session_config
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.image import image_processor
 from epmq_deploy.models.text import TextClassifierFamily
-from epmq_deploy.recipe import ExportOptions, Task
+from epmq_deploy.recipe import ExportOptions
 
 DEMO_FOLDER = "demo"
 _PAGE = ("index.html", "app.js", "classifier.js", "files.js", "images.js", "texts.js")
@@ -86,8 +86,7 @@ def check_demo_model(
 def write_demo(
     folder: Path,
     family: ModelFamily,
-    tasks: Mapping[str, Task],
-    outputs: Sequence[str],
+    classes: Mapping[str, Sequence[str] | None],
     graph: Path,
     options: ExportOptions,
 ) -> None:
@@ -96,8 +95,7 @@ def write_demo(
     Args:
         folder: the exported folder, complete but for the manifest.
         family: the model's family.
-        tasks: the recipe's, for class names.
-        outputs: tasks the graph has logits of.
+        classes: names of each task's classes, where they are known; tasks the graph has logits of.
         graph: the graph to run, in ``folder``.
         options: with target and libraries.
 
@@ -120,8 +118,8 @@ def write_demo(
         "session_config": _nested(session_config(options.accuracy_level)),
         "inputs": list(family.input_names),
         "tasks": [
-            {"name": name, "output": f"logits_{name}", "classes": _classes(tasks[name])}
-            for name in outputs
+            {"name": name, "output": f"logits_{name}", "classes": names and list(names)}
+            for name, names in classes.items()
         ],
     }
     if isinstance(family, TextClassifierFamily):
@@ -183,11 +181,6 @@ def _fast_tokenizer(folder: Path, family: TextClassifierFamily) -> Any:
     if not tokenizer.is_fast:
         raise RecipeError(f"--demo: {type(tokenizer).__name__} has no form the page can run")
     return tokenizer
-
-
-def _classes(task: Task) -> list[str] | None:
-    named = task.head is not None and task.head.classes is not None
-    return list(task.head.classes) if named else None  # type: ignore[union-attr,arg-type]
 
 
 def _nested(entries: Mapping[str, str]) -> dict[str, Any]:

@@ -113,6 +113,8 @@ def export(
     )
     check_demo_model(options, family, merged, heads)
     chosen = chosen_formats(options)
+    context = ExportContext(options, load_inputs(quantized), groups)
+    classes = {name: class_names(recipe.tasks[name], head) for name, head in heads.items()}
     with atomic_folder(output) as folder:
         place = folder / GRAPHS_FOLDER
         place.mkdir()
@@ -127,7 +129,7 @@ def export(
                 opset=options.opset,
                 accuracy_level=options.accuracy_level,
                 two_bit_containers=chosen_two_bit_containers(options),
-                context=ExportContext(options, load_inputs(quantized), groups),
+                context=context,
             )
             for part in parts
         ]
@@ -145,12 +147,10 @@ def export(
         shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
         if options.demo:
             shown = next(graph for graph in graphs[0] if graph.format == chosen[0])
-            write_demo(folder, family, recipe.tasks, list(heads), shown.path, options)
+            write_demo(folder, family, classes, shown.path, options)
         details = {
             "target": options.target and asdict(target_of(options.target)),
-            "classes": {
-                name: class_names(recipe.tasks[name], head) for name, head in heads.items()
-            },
+            "classes": classes,
             "graphs": [
                 _described(graph, parities[graph.path], folder, options)
                 for of_part in graphs

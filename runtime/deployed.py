@@ -146,17 +146,21 @@ def load(
     Args:
         folder: output of ``epmq export``.
         format: graph to run, e.g. ``matmulnbits``; when absent the one ``epmq eval`` recommended,
-            or the first low-bit one where it was not evaluated.
+            or the first low-bit one where nothing was evaluated.
         provider: see `epmq_deploy.runtime.providers.provider_named`.
         threads: intra-op threads; onnxruntime's default when absent.
         batch_size: inputs per run.
 
     Raises:
-        RecipeError: no export, no such format, or the provider is not there or not really used.
+        RecipeError: no export, no such format, an evaluation that recommends none, a model that
+            writes texts, or the provider is not there or not really used.
         NumericsError: onnxruntime cannot load the graph.
     """
     place = Path(folder)
     made = read_manifest(place, "export")
+    family = family_of(place)
+    if family.writes_texts:
+        raise RecipeError(f"{place} holds a model that writes texts; load opens classifiers")
     entries = {entry["format"]: entry for entry in made.details["graphs"]}
     chosen = entries.get(format or _recommended(place, entries))
     if chosen is None:
@@ -164,19 +168,22 @@ def load(
     graph = Graph.exported(place, chosen, provider=provider, threads=threads)
     if not any(name.startswith(_LOGITS) for name in graph.output_names):
         raise RecipeError(f"{place / chosen['file']} gives no logits of any task")
-    return DeployedModel(graph, family_of(place), place, made.details["classes"], batch_size)
+    return DeployedModel(graph, family, place, made.details["classes"], batch_size)
 
 
 def _recommended(folder: Path, entries: Mapping[str, Any]) -> str:
     """The format the evaluation in the folder recommends, or the first low-bit one there is."""
     from epmq_deploy.runtime.eval_json import read_report
-    from epmq_deploy.runtime.gates import recommend
+    from epmq_deploy.runtime.gates import NONE_RECOMMENDED, recommend
 
     report = read_report(folder / "eval.json")
-    advice = report and recommend(report)
-    if advice and advice.format in entries:
-        return advice.format
-    return next((name for name in entries if name not in REFERENCES), next(iter(entries)))
+    low_bit = [name for name in entries if name not in REFERENCES]
+    if report is None or not low_bit:
+        return next(iter(low_bit or entries))
+    advice = recommend(report)
+    if advice is None:
+        raise RecipeError(f"{folder / 'eval.json'}: {NONE_RECOMMENDED}; choose one with format=...")
+    return advice.format
 
 
 def _is_sequence(inputs: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.writer import WriterFamily
@@ -57,9 +57,8 @@ def evaluate(
         progress: shows one step per task, and one per setting that is timed.
 
     Raises:
-        RecipeError: ``exported`` is no export, the provider is not there or not really used, or
-            layers are to be diagnosed of a model that writes texts.
-        MismatchError: no fp32 graph, tasks without data or head, or labels beyond it; all at once.
+        RecipeError: ``exported`` is no export, or the provider is not there or not really used.
+        MismatchError: no fp32 graph, or see `evaluation_samples`; all at once.
     """
     progress = progress or NoProgress()
     made = open_output(exported, "export")
@@ -76,8 +75,6 @@ def evaluate(
     if experts is not None and heads:
         heads = heads_of_experts(recipe, heads, experts.device)
     scorer = _scorer(options, family, exported, made.details["graphs"], asked, heads, experts)
-    if options.diagnose and not scorer.feeds_graphs:
-        raise RecipeError("--diagnose: not for models that write texts; leave it out")
     bench = Bench(exported, formats, scorer, samples, options, asked, progress)
     models = scorer.open(bench.threads[0])
     predictions = {

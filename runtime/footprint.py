@@ -62,7 +62,7 @@ def measure_footprint(
     """
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "inputs.npz"
-        np.savez(stored, *(inputs or ()), allow_pickle=False)
+        np.savez(stored, *(inputs or ()))
         task = {
             "files": [str(file) for file in files],
             "inputs": None if inputs is None else str(stored),

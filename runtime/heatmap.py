@@ -77,10 +77,10 @@ def _picture(
         for column, block in enumerate(stack.blocks)
         if column % every == 0
     ]
+    shapes.append(_label(stack.name, 10, "end strong small"))
     for line, (kind, row) in enumerate(stack.cells.items()):
         y = _HEAD + line * _ROW
-        label = kind if len(kind) <= _LETTERS else f"…{kind[1 - _LETTERS :]}"
-        shapes.append(element("text", label, class_="end small", x=_NAMES - 5, y=y + 11))
+        shapes.append(_label(kind, y + 11, "end small"))
         for column, block in enumerate(stack.blocks):
             if block in row:
                 value = values[row[block]]
@@ -94,6 +94,12 @@ def _picture(
     worst = max(values, key=lambda layer: heat(values[layer]))
     said = f"Blocks across, kinds of layers down. Worst of all: {worst} with {show(values[worst])}."
     return figure(name, title, said, WIDTH, _HEAD + len(stack.cells) * _ROW, *shapes)
+
+
+def _label(name: str, y: float, class_: str) -> Markup:
+    """A name left of the cells, its end where it is long."""
+    shown = name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}"
+    return element("text", shown, class_=class_, x=_NAMES - 5, y=y)
 
 
 def _cell(x: float, y: float, width: float, heat: float, tip: str) -> list[Markup]:

@@ -1,13 +1,12 @@
 """A real headless browser that looks at a page."""
 
 import json
-import shutil
 import subprocess
 from html import unescape
 from pathlib import Path
 from typing import Any
 
-import pytest
+from served_page import FLAGS, browser
 
 # Everything a test asks for, once the page is there.
 _MEASURE = """
@@ -38,19 +37,15 @@ def look_at(page: str, folder: Path, width: int = 1000, *flags: str) -> tuple[An
     The page gets its width by a style of its own, as windows have a least width. Skips the test
     where there is no browser.
     """
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None:
-        pytest.skip("no chromium here, so nobody looks at the page")
+    program = browser()
     file = folder / "page.html"
     file.write_text(
         page.replace("</body>", f"<style>html {{ width: {width}px }}</style>{_MEASURE}</body>")
     )
     command = [
-        program,
-        *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        *("--enable-logging=stderr", f"--user-data-dir={folder / 'profile'}"),
-        *("--window-size=1200,1200", *flags, "--dump-dom", file.as_uri()),
+        *(program, *FLAGS, "--disable-gpu", "--enable-logging=stderr"),
+        *(f"--user-data-dir={folder / 'profile'}", "--window-size=1200,1200"),
+        *(*flags, "--dump-dom", file.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     _, _, after = done.stdout.partition('<pre id="measured">')

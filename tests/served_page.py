@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-_FLAGS = (
+FLAGS = (
     *("--headless", "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update"),
 )
@@ -70,7 +70,7 @@ def run_in_page(folder: Path, script: str, profile: Path, *flags: str) -> Any:
     program = browser()
     (folder / "run-in-page.html").write_text(_FRAME.format(script=script))
     with _served(folder) as (address, reports):
-        command = [program, *_FLAGS, *flags, f"--user-data-dir={profile}"]
+        command = [program, *FLAGS, *flags, f"--user-data-dir={profile}"]
         with subprocess.Popen(
             [*command, f"{address}/run-in-page.html", "--remote-debugging-port=0"],
             stdout=subprocess.DEVNULL,

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 from served_page import SOFTWARE_WEBGPU, browser, run_in_page
-from tiny_text import TEXT_TASKS, TinyText
+from tiny_text import TEXT_TASKS, TinyText, build_tiny_text
 from tiny_zoo import CLASSES, TASKS, TinyZoo
 
 from epmq_deploy.cli.main import main
@@ -256,6 +256,20 @@ def test_what_is_written(images_model: Path, stand_ins: Path, tmp_path: Path) ->
     outputs = json.loads((out / "manifest.json").read_text())["outputs"]
     assert {"demo/index.html", "demo/settings.json", "onnx/model_q4.onnx"} <= outputs.keys()
     assert CLASSES == 3
+
+
+def test_experts_name_their_classes(stand_ins: Path, tmp_path: Path) -> None:
+    models = build_tiny_text(tmp_path)
+    task, count = next(iter(TEXT_TASKS.items()))
+    file = models.expert(task) / "config.json"
+    names = [f"kind {index}" for index in range(count)]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": dict(enumerate(names))}))
+    model = quantized(models.recipe, tmp_path)
+    out = export(model, "wasm", tmp_path / "out", "--demo-libraries", stand_ins)
+    settings = json.loads((out / "demo" / "settings.json").read_text())
+    shown = {entry["name"]: entry["classes"] for entry in settings["tasks"]}
+    assert shown[task] == names
+    assert shown == json.loads((out / "manifest.json").read_text())["details"]["classes"]
 
 
 def test_texts_bring_their_tokenizer(texts_model: Path, stand_ins: Path, tmp_path: Path) -> None:

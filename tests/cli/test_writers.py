@@ -14,11 +14,13 @@ from tiny_writers import WRITER_TASKS, WRITERS, TinyWriters, build_tiny_writers
 
 from epmq_deploy.calibration.targets.epmq import PRESETS
 from epmq_deploy.cli.main import main
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.writer import WriterFamily
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.model import apply_quantized
 from epmq_deploy.recipe import load_recipe
+from epmq_deploy.runtime import load
 from epmq_deploy.runtime.generation import TextWriter
 from epmq_deploy.runtime.text_scoring import TextScorer, normalised
 from epmq_deploy.tasks.data import load_samples
@@ -220,6 +222,34 @@ def test_every_preset_runs(chain: Chain, tmp_path: Path, preset: str) -> None:
     assert run(*command) == 0
 
 
+def test_texts_are_timed_at_equal_length(chain: Chain) -> None:
+    """What a format writes must not decide how fast it seems."""
+    writer = chain.writer("fp32")
+    ids, mask = chain.family.prompts(chain.exported, TEXTS)
+    for length in (1, 3, 5):
+        found = writer.run((ids, mask, torch.tensor(length)))
+        assert found["answers"].shape == (len(TEXTS), length)
+
+
+def test_all_files_of_a_format_are_measured_and_named(chain: Chain) -> None:
+    report = json.loads((chain.exported / "eval.json").read_text())
+    for row in report["rows"]:
+        files = [graph["file"] for graph in chain.graphs if graph["format"] == row["name"]]
+        assert row["files"] == files
+        if files:
+            assert row["bytes"] == sum((chain.exported / file).stat().st_size for file in files)
+
+
+@pytest.mark.parametrize("chain", ["t5", "llama"], indirect=True)
+def test_what_runs_single_graphs_is_refused_before_any_work(
+    chain: Chain, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("eval", chain.exported, "--diagnose", "-q", "--overwrite") == 3
+    assert "--diagnose compares layers of classifiers" in capsys.readouterr().err
+    with pytest.raises(RecipeError, match="writes texts; load opens classifiers"):
+        load(chain.exported)
+
+
 @pytest.mark.parametrize("chain", ["t5"], indirect=True)
 def test_what_needs_a_head_is_refused(
     chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -232,5 +262,3 @@ def test_what_needs_a_head_is_refused(
     assert "has no head" in capsys.readouterr().err
     assert run("merge", recipe, "-o", tmp_path / "m", "-q", "--method", "regmean") == 2
     assert "form one sequence" in capsys.readouterr().err
-    assert run("eval", chain.exported, "-o", tmp_path / "e.json", "-q", "--diagnose") == 2
-    assert "not for models that write texts" in capsys.readouterr().err

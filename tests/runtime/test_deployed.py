@@ -1,11 +1,13 @@
 """The Python API against onnxruntime and preprocessing used by hand."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
+from eval_report import build_report
 from PIL import Image
 from tiny_text import TEXT_TASKS, TinyText
 from tiny_zoo import CLASSES, TASKS, TinyZoo
@@ -17,6 +19,8 @@ from epmq_deploy.merging.merge import merge
 from epmq_deploy.quantization.quantize import quantize
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.runtime import load
+from epmq_deploy.runtime.eval_json import report_dict
+from epmq_deploy.runtime.report import Gates
 from epmq_deploy.stage import read_manifest
 
 
@@ -151,6 +155,27 @@ def test_unknown_formats_and_folders_are_refused(images: Path, tmp_path: Path) -
         load(images, format="gguf")
     with pytest.raises(RecipeError, match="expected the output of `epmq export`"):
         load(tmp_path)
+
+
+def test_takes_the_graph_that_was_recommended_and_none_where_none_was(
+    images: Path, tmp_path: Path
+) -> None:
+    for file in images.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    rows = [
+        replace(row, name=name)
+        for row, name in zip(build_report().rows, ("experts", "fp32", "qdq"), strict=False)
+    ]
+    report = replace(build_report(), rows=tuple(rows))
+    (tmp_path / "eval.json").write_text(json.dumps(report_dict(report)))
+    scores = load(tmp_path)(PIXELS[0])["red"].scores
+    assert np.array_equal(scores, load(images, format="qdq")(PIXELS[0])["red"].scores)
+    (tmp_path / "eval.json").write_text(
+        json.dumps(report_dict(replace(report, gates=Gates(max_size=1))))
+    )
+    with pytest.raises(RecipeError, match=r"eval\.json: no low-bit graph to deploy.*format="):
+        load(tmp_path)
+    assert load(tmp_path, format="qdq").tasks == load(images).tasks
 
 
 def test_takes_a_low_bit_graph_where_nothing_was_evaluated(images: Path) -> None:
