@@ -77,7 +77,7 @@ def _picture(
         for column, block in enumerate(stack.blocks)
         if column % every == 0
     ]
-    shapes.append(_label(stack.name, 10, "end strong small"))
+    shapes.append(_label(stack.name, 10, "end small"))
     for line, (kind, row) in enumerate(stack.cells.items()):
         y = _HEAD + line * _ROW
         shapes.append(_label(kind, y + 11, "end small"))
