@@ -1,6 +1,5 @@
 """Export a merged model and its quantized layers as ONNX graphs."""
 
-import gc
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from epmq_deploy.exporters.files import PROTOBUF_LIMIT, write_model
 from epmq_deploy.exporters.formats import GraphFormat, formats_of
 from epmq_deploy.exporters.formats.format import ExportContext
 from epmq_deploy.exporters.int8_matmul import integer_layers
+from epmq_deploy.exporters.memory import large_blocks_returned, release_memory
 from epmq_deploy.exporters.packed_linear import pack_linear
 from epmq_deploy.exporters.read_codes import FORMAT_KEY
 from epmq_deploy.exporters.session import INT8_LEVEL
@@ -153,15 +153,17 @@ def write_graphs(
         return tuple(written)
     twin = swapped_copy(model, packed, rows, replaced, accuracy_level)
     graph = trace(twin, example_inputs, opset)
+    del twin, packed
     for fmt in quantized:
         # A copy shares the tensors, so that each format lowers the same codes.
-        lowered = graph.clone()
+        lowered = graph if fmt is quantized[-1] else graph.clone()
         if two_bits and fmt.stores_two_bits:
             narrow_to_two_bits(lowered.graph)
         written.append(write(lowered, fmt, linear, rows))
-        # Graphs refer to themselves, so that their tensors would stay for long.
         del lowered
-        gc.collect()
+        release_memory()
+    del graph
+    release_memory()
     return tuple(written)
 
 
@@ -191,7 +193,8 @@ def _write(
     file_limit: int,
 ) -> WrittenGraph:
     """Lower a graph, check it and write it."""
-    fmt.lower(graph)
+    with large_blocks_returned():
+        fmt.lower(graph)
     graph.metadata_props[FORMAT_KEY] = fmt.name
     path = output / f"{part}{fmt.suffix}.onnx"
     verify_valid(graph, path.name)
@@ -203,15 +206,23 @@ def _write(
 
 
 def verify_graph(graph: WrittenGraph) -> ExportedGraph:
-    """Verify what a file holds and how onnxruntime would run it.
+    """Verify that a file holds its layers' codes and that onnxruntime would run them in low bits.
+
+    A float graph holds none; that it loads and computes the same is for `parity` to find.
 
     Raises:
         NumericsError: it does not hold the codes, or would not run in low bits.
     """
+    nodes = 0
     if graph.linear or graph.rows:
         verify_codes(graph.path, {**graph.linear, **graph.rows})
         verify_int8_rows(graph.path, graph.rows)
-    nodes = verify_runs_low_bit(graph.path, graph.linear, graph.accuracy_level, graph.integer)
+        release_memory()
+        with large_blocks_returned():
+            nodes = verify_runs_low_bit(
+                graph.path, graph.linear, graph.accuracy_level, graph.integer
+            )
+        release_memory()
     return ExportedGraph(
         graph.format, graph.part, graph.path, graph.bytes, graph.opset, graph.layers, nodes
     )

@@ -1,6 +1,5 @@
 """The export stage: the quantized artifact in, a folder of verified ONNX files out."""
 
-import gc
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from epmq_deploy.exporters.browser_demo import check_demo, check_demo_model, wri
 from epmq_deploy.exporters.export import ExportedGraph, by_kind, verify_graph, write_graphs
 from epmq_deploy.exporters.formats import all_formats
 from epmq_deploy.exporters.formats.format import ExportContext
+from epmq_deploy.exporters.memory import large_blocks_returned, release_memory
 from epmq_deploy.exporters.parity import (
     Outputs,
     Parity,
@@ -104,9 +104,10 @@ def export(
         raise RecipeError("--demo: the page classifies; models that write texts have none")
     if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
         check_unchanged(open_sources(recipe), made)
-    backbone = family.load(merged)
-    linear, _ = by_kind(backbone, layers)
-    check_target(options, {name: LayerGrid.of(layer) for name, layer in linear.items()})
+    with large_blocks_returned():
+        backbone = family.load(merged)
+    grids = {name: LayerGrid.of(layer) for name, layer in by_kind(backbone, layers)[0].items()}
+    check_target(options, grids)
     groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
     parts, heads = parts_of(
         recipe.tasks, family, backbone, merged, device=device, progress=progress
@@ -135,10 +136,13 @@ def export(
         ]
         outputs = _torch_outputs(parts, layers, replaced)
         samples = [part.samples for part in parts]
-        # Sessions need the memory that the model takes.
+        codes = {name: layers[name].codes_sha256() for name in sorted(layers)}
+        # Sessions need the memory that the model takes, and the codes once they are verified.
         del backbone, parts
-        gc.collect()
+        release_memory()
         graphs = [[verify_graph(graph) for graph in of_part] for of_part in written]
+        del written, layers
+        release_memory()
         parities = _parities(graphs, outputs, samples, options)
         copy_settings(merged, folder)
         if heads:
@@ -158,7 +162,7 @@ def export(
             ],
             "parity_inputs": samples[0].kind,
             "tasks_without_parity": dict(samples[0].missing),
-            "codes": {name: layers[name].codes_sha256() for name in sorted(layers)},
+            "codes": codes,
         }
         inputs |= model_inputs(made)
         return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))
@@ -188,8 +192,10 @@ def _torch_outputs(
 ) -> list[tuple[Outputs, Outputs]]:
     """What torch computes for each part: merged and quantized, which the backbone becomes."""
     merged = [torch_outputs(part.model, part.samples.batches) for part in parts]
-    # All parts share it.
-    apply_quantized(parts[0].model.backbone, layers, replaced)
+    release_memory()
+    with large_blocks_returned():
+        # All parts share it.
+        apply_quantized(parts[0].model.backbone, layers, replaced)
     quantized = [torch_outputs(part.model, part.samples.batches) for part in parts]
     return list(zip(merged, quantized, strict=True))
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import Message
 
 # protobuf refuses messages of 2 GiB; the rest is room for everything but tensors.
 PROTOBUF_LIMIT = 2**31 - 2**24
@@ -122,14 +121,16 @@ def _write_values(tensor: ir.TensorProtocol, file: BufferedWriter) -> None:
     # Some tensors write to the descriptor, past the buffer.
     file.flush()
     start = file.tell()
-    tensor.tofile(file)
+    tensor.tofile(file)  # type: ignore[attr-defined]  # all have it, the protocol lacks it
     file.seek(0, SEEK_END)
     if file.tell() - start != tensor.nbytes:
         written = file.tell() - start
         raise ValueError(f"tensor {tensor.name}: {written} bytes instead of {tensor.nbytes}")
 
 
-def _around(message: Message, number: int) -> tuple[bytes, bytes]:
+def _around(
+    message: onnx.ModelProto | onnx.GraphProto | onnx.TensorProto, number: int
+) -> tuple[bytes, bytes]:
     """The fields of a message before and behind one of them, serialized."""
     before, behind = type(message)(), type(message)()
     before.CopyFrom(message)

@@ -14,6 +14,7 @@ from epmq_deploy.errors import EpmqError, NumericsError
 from epmq_deploy.exporters.export import ExportedGraph
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.formats.format import INT8_TOLERANCE
+from epmq_deploy.exporters.memory import large_blocks_returned, release_memory
 from epmq_deploy.exporters.session import INT8_LEVEL, cpu_session
 from epmq_deploy.models import Deployable, ModelFamily
 from epmq_deploy.recipe import Task
@@ -110,13 +111,16 @@ def measure_parity(
     Raises:
         NumericsError: the graph is further from torch than its format's tolerance.
     """
-    session = cpu_session(graph.path, accuracy_level)
+    with large_blocks_returned():
+        session = cpu_session(graph.path, accuracy_level)
     names = [item.name for item in session.get_inputs()]
     outputs = [item.name for item in session.get_outputs()]
     actual = [
         session.run(None, {name: value.numpy() for name, value in zip(names, batch, strict=True)})
         for batch in inputs
     ]
+    del session
+    release_memory()
     ours = [np.concatenate(parts) for parts in zip(*actual, strict=True)]
     theirs = [torch.cat(parts).numpy() for parts in zip(*expected, strict=True)]
     (fmt,) = formats_of([graph.format])

@@ -52,6 +52,7 @@ def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> 
         )
     assert program is not None  # only torch's legacy exporter returns nothing
     graph = program.model
+    traced = list(graph.graph.initializers.values())
     # A model that only looks at a stand-in's weight leaves a node behind that would count as a run.
     RemoveUnusedNodesPass()(graph)
     name_float_layers(graph.graph)
@@ -65,6 +66,10 @@ def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> 
         # An initializer may have come to share its name with an output.
         NameFixPass(),
     )(graph)
+    # torch keeps the values of its last trace.
+    for value in traced:
+        if not value.is_initializer():
+            value.const_value = None
     graph.producer_name = "epmq-deploy"
     graph.producer_version = epmq_deploy.__version__
     return graph
