@@ -1,12 +1,16 @@
 """Latency, size and cost of export of every format, CLIP ViT-B/32 at full size, random weights.
 
-    python benchmarks/deploy.py
+    python benchmarks/deploy.py                   # all figures
+    python benchmarks/deploy.py --folder models   # keeps the models, or takes those that are there
 
 All latencies are medians of runs that take turns in one process, two threads, relative to the fp32
-graph's. Export runs in a process of its own: its time, and its peak resident memory beyond what was
-resident after the imports, relative to the fp32 graph's bytes. Creating a session likewise.
-``onnxruntime int8`` is onnxruntime's ``quantize_dynamic`` of the fp32 graph, of all operators it
-supports and of MatMul alone. Writes ``benchmarks/results/deploy.json``.
+graph's. ``onnxruntime int8`` is onnxruntime's ``quantize_dynamic`` of the fp32 graph, of all
+operators it supports and of MatMul alone. One row goes through one product of an MLP (768 to 3072)
+and through all 24 of a ViT-B, with inputs and outputs bound, in bursts of runs.
+
+Export is ``epmq export`` in a process of its own: its time, and its peak resident memory relative
+to the fp32 graph's bytes, in all and beyond what was resident after the command's imports. Sessions
+are created in processes of their own, too. Writes ``benchmarks/results/deploy.json``.
 """
 
 import os
@@ -21,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,68 +35,76 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
+import yaml
 from onnxruntime.quantization import QuantType, quantize_dynamic
+from PIL import Image
 from quantize import images, write_models
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessorPil
 
-from epmq_deploy.calibration.targets import TARGETS
-from epmq_deploy.calibration.targets.gptq import GptqOptions
-from epmq_deploy.exporters import export_graphs, format_names
+from epmq_deploy.exporters import format_names
 from epmq_deploy.exporters.formats import formats_of
-from epmq_deploy.exporters.formats.format import ExportContext
-from epmq_deploy.exporters.graph import DOMAIN, OP_TYPE
+from epmq_deploy.exporters.graph import DOMAIN, OP_TYPE, add_initializer
 from epmq_deploy.exporters.packed_linear import pack_linear
-from epmq_deploy.models import MultiTaskModel, TaskHead, family_of
-from epmq_deploy.quantization.artifact import load_artifact, load_inputs, save_artifact
-from epmq_deploy.quantization.model import quantize_model
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
-from epmq_deploy.recipe import ExportOptions
 
 RESULTS = Path(__file__).parent / "results" / "deploy.json"
 THREADS = 2
 SAMPLES = 8
 ROW_LAYER = (3072, 768)
+GROUP_SIZE = 128
+# A ViT-B has 24 of these layers; one alone would stay in the processor's cache in float as well.
+DEPTHS = (1, 24)
+BURST = 16
+
+MakeNode = Callable[[ir.Graph, str, QuantizedLinear, ir.Value], ir.Node]
 
 
-def quantize(base: Path, output: Path) -> None:
-    """4-bit codes by GPTQ, groups of 128, with statistics of a few random images."""
-    family = family_of(base)
-    options = GptqOptions(samples=SAMPLES, refine=0, clip_search=False)
-    batches = {"task": lambda: images("task", SAMPLES, SAMPLES)}
-    model = family.load(base)
-    result = quantize_model(model, family, TARGETS["gptq"], options, batches=batches)
-    output.mkdir()
-    save_artifact(output, result)
+def write_recipe(folder: Path) -> Path:
+    """A ViT-B/32 with random weights, one expert, a few random images and a head."""
+    write_models(folder, experts=1)
+    CLIPImageProcessorPil().save_pretrained(folder / "base")
+    save_file({"head": torch.randn(10, 512)}, folder / "head.safetensors")
+    for index, (pixels,) in enumerate(images("task", SAMPLES, 1)):
+        place = folder / "images" / f"class{index % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        shades = pixels[0].sub(pixels.min()).div(pixels.max() - pixels.min()).permute(1, 2, 0)
+        Image.fromarray(shades.mul(255).byte().numpy()).save(place / f"{index}.png")
+    task = {
+        "expert": "expert0",
+        "calibration": {"path": "images"},
+        "head": {"matrix": "head.safetensors"},
+    }
+    # The quickest way to 4-bit codes in groups of 128: their values do not matter here.
+    quantize = {"method": "gptq", "samples": SAMPLES, "refine": 0, "clip_search": False}
+    recipe = folder / "recipe.yaml"
+    content = {"base": {"path": "base"}, "tasks": {"task": task}, "quantize": quantize}
+    recipe.write_text(yaml.safe_dump(content))
+    return recipe
 
 
-def export(base: Path, codes: Path, output: Path, level: int, formats: list[str]) -> dict[str, Any]:
-    """Export once; seconds, and bytes of memory beyond the imports."""
-    resident = _resident()
-    started = time.perf_counter()
-    family = family_of(base)
-    backbone = family.load(base)
-    layers, replaced = load_artifact(codes)
-    groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
-    width = family.embedding_width(backbone, base)
-    output.mkdir()
-    graphs = export_graphs(
-        MultiTaskModel(family, backbone, {"task": TaskHead(torch.randn(10, width))}),
-        family.example_inputs(base, 2),
-        layers,
-        replaced,
-        formats,
-        output,
-        accuracy_level=level,
-        context=ExportContext(ExportOptions(), load_inputs(codes), groups),
-    )
-    seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "bytes": _peak() - resident,
-        "files": {graph.format: str(graph.path) for graph in graphs},
+def quantize(folder: Path) -> None:
+    """Merge and quantize, unless the folder has that already."""
+    if not (folder / "quantized").is_dir():
+        recipe = write_recipe(folder)
+        _apart("--step", "epmq", "merge", str(recipe), "-o", str(folder / "merged"), "-q")
+        quantized = str(folder / "quantized")
+        _apart("--step", "epmq", "quantize", str(folder / "merged"), "-o", quantized, "-q")
+
+
+def export(folder: Path, level: int, formats: Sequence[str]) -> dict[str, Any]:
+    """``epmq export`` once: what it cost and wrote."""
+    output = folder / f"level{level}"
+    chosen = [argument for name in formats for argument in ("--formats", name)]
+    options = ["-o", str(output), "--accuracy-level", str(level), "--overwrite", "-q", *chosen]
+    cost = _apart("--step", "epmq", "export", str(folder / "quantized"), *options)
+    graphs = json.loads((output / "manifest.json").read_text())["details"]["graphs"]
+    return cost | {
+        "files": {graph["format"]: output / graph["file"] for graph in graphs},
         "int8_layers": {
-            graph.format: sum(layer["kernel"] == "int8" for layer in graph.layers.values())
+            graph["format"]: sum(layer["kernel"] == "int8" for layer in graph["layers"].values())
             for graph in graphs
-            if graph.layers
+            if graph["layers"]
         },
     }
 
@@ -133,41 +146,85 @@ def latencies(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def one_row(runs: int) -> dict[str, float]:
-    """Latency of one layer at one row, relative to a float MatMul."""
-    rows, columns = ROW_LAYER
+def one_row(depth: int, turns: int) -> dict[str, float]:
+    """Latency of layers in a row at one row of input, relative to float MatMul."""
     torch.manual_seed(0)
-    groups = columns // 128
-    layer = QuantizedLinear(
-        torch.randint(0, 16, (rows, columns), dtype=torch.uint8),
-        torch.rand(rows, groups) + 0.5,
-        torch.full((rows, groups), 8, dtype=torch.uint8),
-        4,
-        128,
-        True,
-    )
-    graphs = {"fp32": _float_layer(layer)}
+    shapes = [ROW_LAYER if index % 2 == 0 else ROW_LAYER[::-1] for index in range(depth)]
+    layers = {f"layers.{index}": _random_layer(*shape) for index, shape in enumerate(shapes)}
+    graphs = {"fp32": _chain(layers, _float_node)}
     for level in (0, 4):
-        graphs[f"matmulnbits level {level}"] = _packed_layer(layer, level)
-    graphs["int8-expand"] = _packed_layer(layer, 0)
+        packed = partial(_packed_node, level=level)
+        graphs[f"matmulnbits level {level}"] = _chain(layers, packed)
+    graphs["int8-expand"] = _chain(layers, partial(_packed_node, level=0))
     formats_of(["int8-expand"])[0].lower(graphs["int8-expand"])
     sessions = {
         name: session(ir.to_proto(graph).SerializeToString()) for name, graph in graphs.items()
     }
-    found = latencies(sessions, {"x": np.ones((1, columns), np.float32)}, runs)
-    return {name: value / found["fp32"] for name, value in found.items()}
+    found = _bursts(sessions, np.ones((1, ROW_LAYER[1]), np.float32), turns)
+    ratios = {name: value / found["fp32"] for name, value in found.items()}
+    return ratios | {"fp32 microseconds a layer": 1e6 * found["fp32"] / depth}
 
 
-def _float_layer(layer: QuantizedLinear) -> ir.Model:
-    weight = ir.Tensor(layer.dequantize().numpy().T.copy(), name="weight")
-    return _graph(layer, lambda x, add: ir.node("MatMul", [x, add(weight)]), [weight])
+def _bursts(
+    sessions: Mapping[str, onnxruntime.InferenceSession], row: np.ndarray, turns: int
+) -> dict[str, float]:
+    """Median seconds of a run among several in a row, graphs taking turns."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for turn in range(turns + 1):
+        for name, one in sessions.items():
+            bound = one.io_binding()
+            bound.bind_cpu_input("x", row)
+            bound.bind_output("y")
+            for _ in range(BURST):
+                started = time.perf_counter()
+                one.run_with_iobinding(bound)
+                if turn:
+                    times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _packed_layer(layer: QuantizedLinear, level: int) -> ir.Model:
-    packed = pack_linear("layer", layer)
+def _random_layer(rows: int, columns: int) -> QuantizedLinear:
+    """4 bits, symmetric, groups of 128."""
+    groups = columns // GROUP_SIZE
+    return QuantizedLinear(
+        torch.randint(0, 16, (rows, columns), dtype=torch.uint8),
+        # Layer after layer, values stay within float32.
+        (torch.rand(rows, groups) + 0.5) / columns,
+        torch.full((rows, groups), 8, dtype=torch.uint8),
+        4,
+        GROUP_SIZE,
+        True,
+    )
+
+
+def _chain(layers: Mapping[str, QuantizedLinear], make: MakeNode) -> ir.Model:
+    """One layer after the other."""
+    float32 = ir.TensorType(ir.DataType.FLOAT)
+    x = ir.Value(name="x", type=float32, shape=ir.Shape(["rows", ROW_LAYER[1]]))
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 21, DOMAIN: 1}, name="layers")
+    value = x
+    for name, layer in layers.items():
+        node = make(graph, name, layer, value)
+        graph.append(node)
+        value = node.outputs[0]
+        value.name = f"{name}.output"
+    value.name, value.type = "y", float32
+    graph.outputs.append(value)
+    return ir.Model(graph, ir_version=10)
+
+
+def _float_node(graph: ir.Graph, name: str, layer: QuantizedLinear, x: ir.Value) -> ir.Node:
+    weight = ir.Tensor(layer.dequantize().numpy().T.copy(), name=f"{name}.weight")
+    return ir.node("MatMul", [x, add_initializer(graph, weight)], name=name)
+
+
+def _packed_node(
+    graph: ir.Graph, name: str, layer: QuantizedLinear, x: ir.Value, level: int
+) -> ir.Node:
+    packed = pack_linear(name, layer)
     tensors = [
-        ir.Tensor(packed.codes, name="layer.codes"),
-        ir.Tensor(packed.scales, name="layer.scales"),
+        ir.Tensor(packed.codes, name=f"{name}.codes"),
+        ir.Tensor(packed.scales, name=f"{name}.scales"),
     ]
     attributes = {
         "K": layer.in_features,
@@ -176,38 +233,8 @@ def _packed_layer(layer: QuantizedLinear, level: int) -> ir.Model:
         "block_size": packed.block_size,
         "accuracy_level": level,
     }
-
-    def make(x: ir.Value, add: Any) -> ir.Node:
-        inputs = [x, *(add(tensor) for tensor in tensors)]
-        return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, name="layer")
-
-    return _graph(layer, make, tensors)
-
-
-def _graph(layer: QuantizedLinear, make: Any, tensors: list[ir.Tensor]) -> ir.Model:
-    float32 = ir.TensorType(ir.DataType.FLOAT)
-    x = ir.Value(name="x", type=float32, shape=ir.Shape(["rows", layer.in_features]))
-    values = {
-        tensor.name: ir.Value(
-            name=tensor.name,
-            type=ir.TensorType(tensor.dtype),
-            shape=tensor.shape,
-            const_value=tensor,
-        )
-        for tensor in tensors
-    }
-    node = make(x, lambda tensor: values[tensor.name])
-    y = node.outputs[0]
-    y.name, y.type, y.shape = "y", float32, ir.Shape(["rows", layer.out_features])
-    graph = ir.Graph(
-        [x],
-        [y],
-        nodes=[node],
-        initializers=list(values.values()),
-        opset_imports={"": 21, DOMAIN: 1},
-        name="layer",
-    )
-    return ir.Model(graph, ir_version=10)
+    inputs = [x, *(add_initializer(graph, tensor) for tensor in tensors)]
+    return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, name=name)
 
 
 def _resident() -> int:
@@ -228,29 +255,39 @@ def _apart(*arguments: str) -> dict[str, Any]:
     return result
 
 
-def _step(arguments: argparse.Namespace) -> dict[str, Any]:
-    folder = arguments.folder
-    if arguments.step == "session":
-        resident = _resident()
-        started = time.perf_counter()
-        session(Path(arguments.file))
-        return {"seconds": time.perf_counter() - started, "bytes": _peak() - resident}
-    level = arguments.level
-    formats = [name for name in format_names() if name not in ("fp16", "fp32")]
-    chosen = formats if level == 0 else ["matmulnbits"]
-    return export(folder / "base", folder / "codes", folder / f"level{level}", level, chosen)
+def _cost_of(arguments: Sequence[str]) -> dict[str, float]:
+    """Run an ``epmq`` command; seconds, and bytes of memory in all and beyond its imports."""
+    # A command imports its stage when it starts.
+    from epmq_deploy.cli.main import main
+
+    imports = _resident()
+    started = time.perf_counter()
+    try:
+        main(list(arguments))
+    except SystemExit as end:
+        if end.code:
+            raise
+    return {"seconds": time.perf_counter() - started, "bytes": _peak(), "imports": imports}
+
+
+def _step(step: str, arguments: Sequence[str]) -> dict[str, float]:
+    if step == "epmq":
+        return _cost_of(arguments)
+    resident = _resident()
+    started = time.perf_counter()
+    session(Path(arguments[0]))
+    return {"seconds": time.perf_counter() - started, "bytes": _peak() - resident}
 
 
 def measure(folder: Path, runs: int) -> dict[str, Any]:
     """Everything, from random weights on."""
-    if not (folder / "base").is_dir():
-        write_models(folder)
-    if not (folder / "codes").is_dir():
-        quantize(folder / "base", folder / "codes")
-    exported = _apart("--step", "export", "--folder", str(folder))
-    other = _apart("--step", "export", "--folder", str(folder), "--level", "4")
-    files = {name: Path(file) for name, file in exported["files"].items()}
-    files["matmulnbits level 4"] = Path(other["files"]["matmulnbits"])
+    load = os.getloadavg()[0]
+    quantize(folder)
+    low_bit = [name for name in format_names() if name not in ("fp16", "fp32")]
+    exported = export(folder, 0, low_bit)
+    other = export(folder, 4, ["matmulnbits"])
+    files = dict(exported["files"])
+    files["matmulnbits level 4"] = other["files"]["matmulnbits"]
     for name, operators in (("all", None), ("MatMul", ["MatMul"])):
         files[f"onnxruntime int8, {name}"] = folder / f"onnxruntime_{name}.onnx"
         quantize_by_onnxruntime(files["fp32"], files[f"onnxruntime int8, {name}"], operators)
@@ -258,14 +295,19 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
     report: dict[str, Any] = {
         "threads": THREADS,
         "processor": _processor(),
-        "export": {"seconds": exported["seconds"], "memory": exported["bytes"] / fp32},
+        "load": {"start": load},
+        "export": {
+            "seconds": exported["seconds"],
+            "memory": exported["bytes"] / fp32,
+            "memory_beyond_imports": (exported["bytes"] - exported["imports"]) / fp32,
+        },
         "int8_layers": exported["int8_layers"],
         "size": {name: file.stat().st_size / fp32 for name, file in files.items()},
         "session": {},
         "latency": {},
     }
     for name, file in files.items():
-        made = _apart("--step", "session", "--file", str(file))
+        made = _apart("--step", "session", str(file))
         report["session"][name] = {"seconds": made["seconds"], "memory": made["bytes"] / fp32}
     sessions = {name: session(file) for name, file in files.items()}
     for batch in (1, 8):
@@ -275,7 +317,11 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
             name: value / found["fp32"] for name, value in found.items()
         }
         report["latency"][f"batch {batch}, fp32 milliseconds"] = 1000 * found["fp32"]
-    report["one_row"] = one_row(50 * runs)
+    del sessions
+    report["one_row"] = {
+        f"layers: {depth}": one_row(depth, max(runs // depth, 10)) for depth in DEPTHS
+    }
+    report["load"]["end"] = os.getloadavg()[0]
     return report
 
 
@@ -292,16 +338,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the models; temporary when absent")
     parser.add_argument("--runs", type=int, default=40, help="timed runs at batch 1")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--step", help=argparse.SUPPRESS)
-    parser.add_argument("--level", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--file", help=argparse.SUPPRESS)
+    parser.add_argument("--step", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
     if arguments.step:
-        print(json.dumps(_step(arguments)))
+        print(json.dumps(_step(arguments.step[0], arguments.step[1:])))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        report = measure(arguments.folder or Path(temporary), arguments.runs)
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        report = measure(folder, arguments.runs)
     arguments.output.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 

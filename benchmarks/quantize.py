@@ -47,7 +47,7 @@ RUNS: tuple[tuple[int, int, dict[str, Any]], ...] = (
 DISTINCT = 4
 
 
-def write_models(folder: Path) -> None:
+def write_models(folder: Path, experts: int = DISTINCT) -> None:
     """A ViT-B/32 with random weights and experts near it, in the published layout."""
     torch.manual_seed(0)
     text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
@@ -57,7 +57,7 @@ def write_models(folder: Path) -> None:
     )
     base = CLIPModel(config)
     base.save_pretrained(folder / "base")
-    for index in range(DISTINCT):
+    for index in range(experts):
         expert = CLIPVisionModel(config.vision_config)
         expert.load_state_dict(base.vision_model.state_dict())
         with torch.no_grad():

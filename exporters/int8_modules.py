@@ -26,7 +26,8 @@ class _Int8Rows(nn.Module):
         self.codes: Tensor
         self.scales: Tensor
         self.register_buffer("codes", signed_codes(layer).reshape(tuple(shape)))
-        self.register_buffer("scales", layer.scales.cpu())
+        # torch keeps the buffers of its last trace; the layer's own may be mapped with all others'.
+        self.register_buffer("scales", layer.scales.cpu().clone())
 
     @property
     def weight(self) -> Tensor:
