@@ -6,9 +6,10 @@
 Writes a random CLIP of the size and experts of its image tower into a temporary folder, merges them
 with each method in a process of its own, and removes them. Peak memory is the process's largest
 resident set, Python and torch included; the bar is 2.5 times the base model. Files are dropped from
-the page cache before every run, so that disks are measured, unless --warm. ``check`` is reading the
-inputs once before merging, to make sure that they fit and are finite; ``hash``, noting what they
-were, goes along with it and takes no time of its own. Prints Markdown and adds to
+the page cache before every run, so that disks are measured, unless --warm. ``check`` is waiting
+for the inputs to be read once before merging, to make sure that they fit and are finite, after what
+the method finds out about experts that are checked already (thresholds of TIES); ``hash``, noting
+what they were, goes along with it and takes no time of its own. Prints Markdown and adds to
 ``benchmarks/results/merge.json``, where other methods' rows stay.
 """
 
@@ -146,7 +147,8 @@ def merge_one(folder: Path, method: str) -> dict[str, Any]:
 
     recipe = override(load_recipe(folder / "recipe.yaml"), "merge", {"method": method})
     seconds: dict[str, float] = {}
-    stage.check_experts = timed(stage.check_experts, seconds, "check")
+    check = stage.ExpertCheck
+    check.finish = timed(check.finish, seconds, "check")  # type: ignore[method-assign]
     Sources.sha256 = timed(Sources.sha256, seconds, "hash")  # type: ignore[method-assign]
     before = resident("VmRSS")
     timed(stage.merge, seconds, "all")(recipe, folder / "merged")

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from epmq_deploy.tensors import StoredTensor, tensors_of_file
 
@@ -53,7 +54,9 @@ def _scan(file: Path, *identity: int) -> Scan:
                 _fill(handle, view, tensor)
                 digest.update(view)
                 left -= len(view)
-                if tensor.dtype.is_floating_point and not _finite(view, tensor.dtype):
+                if tensor.dtype.is_floating_point and not all_finite(
+                    torch.frombuffer(view, dtype=tensor.dtype)
+                ):
                     bad.add(tensor.key)
         digest.update(memoryview(handle.read()))
     return Scan(digest.hexdigest(), frozenset(bad))
@@ -98,7 +101,10 @@ def _fill(handle: io.FileIO, view: memoryview, tensor: StoredTensor) -> None:
         view = view[read:]
 
 
-def _finite(view: memoryview, dtype: torch.dtype) -> bool:
-    low, high = torch.frombuffer(view, dtype=dtype).aminmax()
+def all_finite(values: Tensor) -> bool:
+    """Whether floating-point values ``[*]`` hold neither NaN nor infinity, without temporaries."""
+    if not values.numel():
+        return True
+    low, high = values.aminmax()
     # NaN anywhere makes both NaN.
     return math.isfinite(float(low)) and math.isfinite(float(high))

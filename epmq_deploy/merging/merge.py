@@ -22,11 +22,12 @@ from epmq_deploy.merging.method import (
     ScaledOptions,
 )
 from epmq_deploy.merging.methods import MERGE_METHODS
-from epmq_deploy.merging.preflight import check_experts
+from epmq_deploy.merging.preflight import ExpertCheck
 from epmq_deploy.merging.recipe_data import load_data
 from epmq_deploy.merging.search import search_scaling
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
+from epmq_deploy.scan import all_finite
 from epmq_deploy.stage import (
     Manifest,
     atomic_folder,
@@ -101,21 +102,24 @@ def merge(
     check_options(recipe)
     sources = open_sources(recipe)
     options: MergeOptions = recipe.merge
-    names = check_experts(sources, mixed_dtypes=options.mixed_dtypes)
-    _check_patterns(options, names)
+    method = MERGE_METHODS[options.method]
+    with ExpertCheck(sources, mixed_dtypes=options.mixed_dtypes) as check:
+        names = check.names
+        _check_patterns(options, names)
+        vectors = CheckpointTaskVectors(
+            sources.base, sources.experts, names, device or torch.device("cpu"), check.wait_for
+        )
+        # Experts are checked meanwhile, and used as soon as they are.
+        statistics = method.statistics(vectors, options) if method.statistics else None
+        check.finish()
     inputs = sources.sha256()
     mark = merge_fingerprint(recipe, inputs)
-    vectors = CheckpointTaskVectors(
-        sources.base, sources.experts, names, device or torch.device("cpu")
-    )
-    method = MERGE_METHODS[options.method]
     details: dict[str, Any] = {
         "method": method.name,
         "experts": len(sources.experts),
         "merged_tensors": len(names),
         "copied_tensors": len(sources.base.tensors) - len(names),
     }
-    statistics = method.statistics(vectors, options) if method.statistics else None
     if method.calibrate is not None:
         found_in_data = _calibrated(recipe, sources, method, vectors, progress)
         statistics = found_in_data.statistics
@@ -184,9 +188,10 @@ def _merged_tensors(
     statistics: Any,
 ) -> Iterator[tuple[str, Tensor]]:
     merged = set(vectors.names)
+    stacks = vectors.with_bases(vectors.names)
     for name in sources.base.tensors:
         if name in merged:
-            start, stack = vectors.with_base(name)
+            start, stack = next(stacks)
             context = Context(name, vectors.tasks, statistics)
             yield name, method.merge_tensor(start, stack, options, context).cpu()
         else:
@@ -213,7 +218,7 @@ def _write(
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
     value = value.to(dtype)
-    if dtype.is_floating_point and not bool(torch.isfinite(value).all()):
+    if dtype.is_floating_point and not all_finite(value):
         raise NumericsError(
             f"merging {name} gave NaN or infinite values in {dtype}; lower merge.scaling or set "
             "merge.dtype: float32"

@@ -10,8 +10,8 @@ from torch import Tensor
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.options import Options, given_for, layers_from_text
 
-# Parameters that elementwise methods take at a time: temporaries stay small and in the cache.
-CHUNK = 2**17
+# Parameters that elementwise methods take at a time: temporaries of 20 tasks stay in the cache.
+CHUNK = 2**15
 
 
 def pieces(values: Tensor) -> Iterator[Tensor]:

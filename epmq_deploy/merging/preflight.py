@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Self
 
 import torch
 
@@ -13,6 +15,11 @@ from epmq_deploy.tensors import StoredTensor
 
 log = logging.getLogger(__name__)
 
+# No task's name: those have no space.
+_BASE = "the base"
+# Each hashes and checks one file; more of them read no faster.
+_THREADS = 4
+
 
 def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str, ...]:
     """Check architecture, keys, shapes, dtypes and values.
@@ -22,12 +29,82 @@ def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str,
         mixed_dtypes: accept floating-point tensors of another dtype than the base's.
 
     Returns:
-        The names of the tensors to merge: those of the merged part, floating-point and held by an
-        expert, in the base's order. Integer tensors (position ids and the like) are no weights.
+        The names of the tensors to merge; see ``ExpertCheck``.
 
     Raises:
         MismatchError: with every problem of every expert.
     """
+    with ExpertCheck(sources, mixed_dtypes=mixed_dtypes) as check:
+        check.finish()
+    return check.names
+
+
+class ExpertCheck:
+    """The check of base and experts: by threads, so that experts can be used one after the other.
+
+    Reading the values takes as long as reading the files. Who works on each expert as soon as it
+    is checked finds it in the page cache.
+
+    Args:
+        sources: base and experts.
+        mixed_dtypes: accept floating-point tensors of another dtype than the base's.
+
+    Attributes:
+        names: the tensors to merge: those of the merged part, floating-point and held by an
+            expert, in the base's order. Integer tensors (position ids and the like) are no weights.
+
+    Raises:
+        MismatchError: with every problem of every expert, where some do not need its values.
+    """
+
+    def __init__(self, sources: Sources, *, mixed_dtypes: bool) -> None:
+        self._sources = sources
+        self.names, self._layout = _layout_problems(sources, mixed_dtypes=mixed_dtypes)
+        self._threads = ThreadPoolExecutor(min(torch.get_num_threads(), _THREADS))
+        self._values = {
+            task: self._threads.submit(_value_problems, checkpoint, self.names)
+            for task, checkpoint in {_BASE: sources.base, **sources.experts}.items()
+        }
+
+    def __enter__(self) -> Self:
+        if any(self._layout.values()):
+            with self._threads:
+                self.finish()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def wait_for(self, task: str) -> None:
+        """Return when the base and one expert have been checked.
+
+        Raises:
+            MismatchError: with every problem of every expert, where these have one.
+        """
+        if self._values[_BASE].result() or self._values[task].result():
+            self.finish()
+
+    def finish(self) -> None:
+        """Return when everything has been checked.
+
+        Raises:
+            MismatchError: with every problem of every expert.
+        """
+        problems = list(self._layout[_BASE])
+        for task in self._sources.experts:
+            found = self._layout[task] + self._values[task].result()
+            problems += [f"expert {task!r}: {text}" for text in found]
+        problems += [f"base: {text}" for text in self._values[_BASE].result()]
+        if problems:
+            folder = self._sources.base.folder
+            raise MismatchError(f"the experts do not fit the base {folder}", problems)
+        _warn_about_what_is_not_merged(self._sources)
+
+
+def _layout_problems(
+    sources: Sources, *, mixed_dtypes: bool
+) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """The tensors to merge, and what is wrong with all experts together and each, unread."""
     base, experts, family = sources.base, sources.experts, sources.family
     held = set().union(*(expert.tensors for expert in experts.values()))
     names = tuple(
@@ -35,24 +112,16 @@ def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str,
         for name, info in base.tensors.items()
         if name in held and family.is_merged(name) and info.dtype.is_floating_point
     )
-    problems = []
-    if not names:
-        problems.append("the experts share no floating-point tensor with the base")
-    problems += family.part_problems(held)
+    general = [] if names else ["the experts share no floating-point tensor with the base"]
+    problems = {_BASE: general + family.part_problems(held)}
     for task, expert in experts.items():
-        found = family.config_problems(
+        problems[task] = family.config_problems(
             model_config(base.folder) or {}, model_config(expert.folder) or {}
         )
-        found += _tensor_problems(sources, expert, names)
+        problems[task] += _tensor_problems(sources, expert, names)
         if not mixed_dtypes:
-            found += _dtype_problems(base, expert, names)
-        found += _value_problems(expert, names)
-        problems += [f"expert {task!r}: {text}" for text in found]
-    problems += [f"base: {text}" for text in _value_problems(base, names)]
-    if problems:
-        raise MismatchError(f"the experts do not fit the base {base.folder}", problems)
-    _warn_about_what_is_not_merged(sources)
-    return names
+            problems[task] += _dtype_problems(base, expert, names)
+    return names, problems
 
 
 def _tensor_problems(sources: Sources, expert: Checkpoint, names: Sequence[str]) -> list[str]:

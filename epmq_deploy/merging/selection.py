@@ -12,7 +12,7 @@ from torch import Tensor
 from epmq_deploy.merging.method import TaskVectors
 
 _BINS = 2**16
-_SAMPLE, _BLOCK = 2**16, 2**20
+_SAMPLE, _BLOCK = 2**16, 2**18
 
 
 def magnitude_ranks(
@@ -30,7 +30,7 @@ def magnitude_ranks(
     start = 0
     for vector in vectors.of_task(index, names):
         stop = start + vector.numel()
-        magnitudes[start:stop].copy_(vector.reshape(-1)).abs_()
+        torch.abs(vector.reshape(-1).cpu(), out=magnitudes[start:stop])
         start = stop
     return [kth_smallest(magnitudes.numpy(), rank) for rank in ranks]
 
@@ -46,23 +46,29 @@ def kth_smallest(values: NDArray[np.float32], rank: int) -> float:
     first, last = int(middle - margin), int(middle + margin) + 1
     low = sample[first] if first >= 0 else -np.inf
     high = sample[last] if last < len(sample) else np.inf
-    below, at_low, at_high, between = 0, 0, 0, []
+    place, between = rank, []
     for start in range(0, len(values), _BLOCK):
         block = values[start : start + _BLOCK]
-        below += int(np.count_nonzero(block < low))
-        # Equal values are counted, not gathered: of parameters that never moved there are many.
-        at_low += int(np.count_nonzero(block == low))
-        at_high += int(np.count_nonzero(block == high))
-        between.append(block[(block > low) & (block < high)])
+        chosen = block > low
+        place -= len(block) - int(np.count_nonzero(chosen))
+        chosen &= block < high
+        between.append(block[chosen])
     gathered = np.concatenate(between)
-    place = rank - below
-    if 0 <= place < at_low:
-        return float(low)
-    if 0 <= place - at_low < len(gathered):
-        return float(np.partition(gathered, place - at_low)[place - at_low])
-    if 0 <= place - at_low - len(gathered) < at_high:
-        return float(high)
+    if 0 <= place < len(gathered):
+        return float(np.partition(gathered, place)[place])
+    # Equal values are counted, not gathered: of parameters that never moved there are many.
+    for bound in (low, high):
+        if _count(values, np.less, bound) <= rank < _count(values, np.less_equal, bound):
+            return float(bound)
     return float(np.partition(values, rank)[rank])
+
+
+def _count(values: NDArray[np.float32], compare: np.ufunc, bound: np.float32 | float) -> int:
+    """How many values ``[n]`` compare so with a bound."""
+    starts = range(0, len(values), _BLOCK)
+    return sum(
+        int(np.count_nonzero(compare(values[start : start + _BLOCK], bound))) for start in starts
+    )
 
 
 def streamed_ranks(stream: Callable[[], Iterable[Tensor]], rank: int) -> Tensor:

@@ -19,10 +19,11 @@ def generator_for(seed: int, *labels: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def keep_from(values: Tensor, threshold: float) -> Tensor:
+def keep_from(values: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
     """``values [*]``, float32, with zeros where the magnitude is below a float32 threshold."""
     # This drops magnitudes up to its bound, the bound included, in one pass.
-    return hardshrink(values, float(np.nextafter(np.float32(threshold), np.float32(-1))))
+    bound = float(np.nextafter(np.float32(threshold), np.float32(-1)))
+    return torch.hardshrink(values, bound, out=out)
 
 
 def drop_at_random(

@@ -14,6 +14,7 @@ from transformers import CLIPModel
 from epmq_deploy.checkpoints import Checkpoint, save_sharded
 from epmq_deploy.errors import MismatchError, NumericsError, RecipeError
 from epmq_deploy.experts import open_sources
+from epmq_deploy.merging import checkpoint_vectors
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.models import family_of
@@ -152,6 +153,34 @@ def test_every_mismatch_is_named_at_once_and_nothing_is_written(
     assert "float16" in text
     assert f"expert 'blue': NaN or infinite values in vision_model.{fc2}" in text
     assert len(caught.value.problems) == 5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+def test_methods_that_look_at_all_experts_first_see_checked_ones_alone(
+    tiny: TinyZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+    seen = []
+    subtract = checkpoint_vectors._subtract
+
+    def note(expert: Checkpoint, name: str, start: torch.Tensor, vector: torch.Tensor) -> None:
+        subtract(expert, name, start, vector)
+        seen.append(bool(torch.isfinite(vector).all()))
+
+    monkeypatch.setattr(checkpoint_vectors, "_subtract", note)
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        next(value for value in tensors.values() if value.dim() == 2)[0, 0] = float("inf")
+
+    others = list(load_recipe(recipe_file).tasks)[1:]
+    for task in others:
+        edit(tmp_path / "zoo" / "experts" / task, spoil)
+    recipe = override(load_recipe(recipe_file), "merge", {"method": "ties"})
+    with pytest.raises(MismatchError) as caught:
+        merge(recipe, tmp_path / "merged")
+    assert len(caught.value.problems) == len(others)
+    assert all(seen)
+    assert seen
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
 
 

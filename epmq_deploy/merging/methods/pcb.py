@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from epmq_deploy.ahead import ahead
 from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors, pieces
 from epmq_deploy.merging.selection import magnitude_ranks, streamed_ranks
 
@@ -100,8 +101,8 @@ def global_statistics(vectors: TaskVectors, options: PcbOptions) -> PcbStatistic
     low, high = bounds[:, 0], bounds[:, 1]
 
     def stream() -> Iterator[Tensor]:
-        for name in vectors.names:
-            for part in pieces(vectors.of_tensor(name).cpu()):
+        for stack in ahead(vectors.of_tensor, vectors.names, 1):
+            for part in pieces(stack.cpu()):
                 yield scores(part, low, high)[1]
 
     threshold = streamed_ranks(stream, min(int(count * (1 - options.ratio)), count - 1))

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from epmq_deploy.ahead import ahead
 from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors
 from epmq_deploy.merging.selection import magnitude_ranks
 from epmq_deploy.merging.signs import Combine, disjoint_merge
@@ -44,8 +45,10 @@ class TiesStatistics:
 
 def trim(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
     """Zero entries of ``task_vectors [T, *]`` below their task's threshold ``[T]``."""
-    pairs = zip(task_vectors, thresholds.tolist(), strict=True)
-    return torch.stack([keep_from(vector, threshold) for vector, threshold in pairs])
+    kept = torch.empty_like(task_vectors)
+    for vector, threshold, result in zip(task_vectors, thresholds.tolist(), kept, strict=True):
+        keep_from(vector, threshold, out=result)
+    return kept
 
 
 def ties(base: Tensor, task_vectors: Tensor, options: TiesOptions, known: TiesStatistics) -> Tensor:
@@ -82,8 +85,8 @@ def global_statistics(vectors: TaskVectors, options: TiesOptions) -> TiesStatist
     @cache
     def majority_sign() -> float:
         total = 0.0
-        for name in vectors.names:
-            stack = vectors.of_tensor(name)
+        stacks = ahead(vectors.of_tensor, vectors.names, 1)
+        for name, stack in zip(vectors.names, stacks, strict=True):
             kept = trim(stack, thresholds[densities[name]])
             total += float(kept.sum(dim=0).sign().sum())
         return 1.0 if total >= 0 else -1.0
