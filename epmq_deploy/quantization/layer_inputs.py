@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from epmq_deploy.calibration.hessian import Hessian
 from epmq_deploy.calibration.statistics import GroupSums
 
 
@@ -30,11 +31,10 @@ def layer_inputs(sums: GroupSums, weight: Tensor) -> LayerInputs | None:
     """What is known of the inputs of a layer with weight ``[N, K]``; None without activations."""
     if sums.low is None or sums.high is None:
         return None
-    gram = sums.gram.to(weight)
-    energy = torch.sum((weight @ gram) * weight, dtype=torch.float64)
+    energy = Hessian(sums.gram, dtype=weight.dtype).quadratic(weight)
     return LayerInputs(
         sums.low.cpu(),
         sums.high.cpu(),
         (sums.gram.diagonal() / sums.weight).to(torch.float32).cpu(),
-        float(energy) / sums.weight,
+        energy / sums.weight,
     )
