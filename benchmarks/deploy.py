@@ -36,20 +36,23 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 import yaml
+from command_cost import peak, resident
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from PIL import Image
 from quantize import images, write_models
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil
 
-from epmq_deploy.exporters import format_names
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.graph import DOMAIN, OP_TYPE, add_initializer
 from epmq_deploy.exporters.packed_linear import pack_linear
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 RESULTS = Path(__file__).parent / "results" / "deploy.json"
+COMMAND = str(Path(__file__).with_name("command_cost.py"))
+FORMATS = ("matmulnbits", "qdq", "int8-expand")
 THREADS = 2
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
 SAMPLES = 8
 ROW_LAYER = (3072, 768)
 GROUP_SIZE = 128
@@ -87,9 +90,9 @@ def quantize(folder: Path) -> None:
     """Merge and quantize, unless the folder has that already."""
     if not (folder / "quantized").is_dir():
         recipe = write_recipe(folder)
-        _apart("--step", "epmq", "merge", str(recipe), "-o", str(folder / "merged"), "-q")
+        _apart(COMMAND, "merge", str(recipe), "-o", str(folder / "merged"), "-q")
         quantized = str(folder / "quantized")
-        _apart("--step", "epmq", "quantize", str(folder / "merged"), "-o", quantized, "-q")
+        _apart(COMMAND, "quantize", str(folder / "merged"), "-o", quantized, "-q")
 
 
 def export(folder: Path, level: int, formats: Sequence[str]) -> dict[str, Any]:
@@ -97,7 +100,7 @@ def export(folder: Path, level: int, formats: Sequence[str]) -> dict[str, Any]:
     output = folder / f"level{level}"
     chosen = [argument for name in formats for argument in ("--formats", name)]
     options = ["-o", str(output), "--accuracy-level", str(level), "--overwrite", "-q", *chosen]
-    cost = _apart("--step", "epmq", "export", str(folder / "quantized"), *options)
+    cost = _apart(COMMAND, "export", str(folder / "quantized"), *options)
     graphs = json.loads((output / "manifest.json").read_text())["details"]["graphs"]
     return cost | {
         "files": {graph["format"]: output / graph["file"] for graph in graphs},
@@ -237,54 +240,28 @@ def _packed_node(
     return ir.node(OP_TYPE, inputs, attributes, domain=DOMAIN, name=name)
 
 
-def _resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peak() -> int:
-    """Of this process alone; ``ru_maxrss`` starts at what the process that made it had."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-
-def _apart(*arguments: str) -> dict[str, Any]:
-    """Run one step in a process of its own and read what it prints."""
-    command = [sys.executable, __file__, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+def _apart(*command: str) -> dict[str, Any]:
+    """Run a script in a process of its own and read what it prints."""
+    done = subprocess.run(
+        [sys.executable, *command], stdout=subprocess.PIPE, text=True, check=True, env=ENVIRONMENT
+    )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def _cost_of(arguments: Sequence[str]) -> dict[str, float]:
-    """Run an ``epmq`` command; seconds, and bytes of memory in all and beyond its imports."""
-    # A command imports its stage when it starts.
-    from epmq_deploy.cli.main import main
-
-    imports = _resident()
+def _session_cost(file: Path) -> dict[str, float]:
+    """What creating a session takes: seconds, and bytes of memory beyond the imports."""
+    before = resident()
     started = time.perf_counter()
-    try:
-        main(list(arguments))
-    except SystemExit as end:
-        if end.code:
-            raise
-    return {"seconds": time.perf_counter() - started, "bytes": _peak(), "imports": imports}
-
-
-def _step(step: str, arguments: Sequence[str]) -> dict[str, float]:
-    if step == "epmq":
-        return _cost_of(arguments)
-    resident = _resident()
-    started = time.perf_counter()
-    session(Path(arguments[0]))
-    return {"seconds": time.perf_counter() - started, "bytes": _peak() - resident}
+    session(file)
+    return {"seconds": time.perf_counter() - started, "bytes": peak() - before}
 
 
 def measure(folder: Path, runs: int) -> dict[str, Any]:
     """Everything, from random weights on."""
     load = os.getloadavg()[0]
     quantize(folder)
-    low_bit = [name for name in format_names() if name not in ("fp16", "fp32")]
-    exported = export(folder, 0, low_bit)
+    exported = export(folder, 0, FORMATS)
     other = export(folder, 4, ["matmulnbits"])
     files = dict(exported["files"])
     files["matmulnbits level 4"] = other["files"]["matmulnbits"]
@@ -307,7 +284,7 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
         "latency": {},
     }
     for name, file in files.items():
-        made = _apart("--step", "session", str(file))
+        made = _apart(__file__, "--session", str(file))
         report["session"][name] = {"seconds": made["seconds"], "memory": made["bytes"] / fp32}
     sessions = {name: session(file) for name, file in files.items()}
     for batch in (1, 8):
@@ -338,11 +315,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the models; temporary when absent")
     parser.add_argument("--runs", type=int, default=40, help="timed runs at batch 1")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--step", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("--session", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
-    if arguments.step:
-        print(json.dumps(_step(arguments.step[0], arguments.step[1:])))
+    if arguments.session:
+        print(json.dumps(_session_cost(arguments.session)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)

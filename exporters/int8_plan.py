@@ -118,7 +118,7 @@ def int8_error(weight: Tensor, inputs: LayerInputs, factors: Tensor | None = Non
 def channel_scales(weight: Tensor, factors: Tensor | None = None) -> Tensor:
     """Step of each output channel's int8 weights, float32 ``[N]``; 1 for a channel of zeros."""
     scaled = weight if factors is None else weight * factors
-    largest = scaled.abs().amax(dim=1)
+    largest = torch.maximum(scaled.amax(dim=1), -scaled.amin(dim=1))
     return torch.where(largest > 0, largest / _WEIGHT_STEPS, torch.ones_like(largest))
 
 

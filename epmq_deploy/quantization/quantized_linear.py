@@ -46,6 +46,8 @@ class QuantizedLinear:
 
     def dequantize(self) -> Tensor:
         """The weight the codes stand for, float32 ``[N, K]``."""
-        zero = expand_groups(self.zero_points, self.group_size, self.in_features)
-        scale = expand_groups(self.scales, self.group_size, self.in_features)
-        return (self.codes.to(torch.float32) - zero.to(torch.float32)) * scale
+        weight = self.codes.to(torch.float32)
+        # In place: a model's largest layer would otherwise be in memory five times.
+        weight -= expand_groups(self.zero_points, self.group_size, self.in_features)
+        weight *= expand_groups(self.scales, self.group_size, self.in_features)
+        return weight
