@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from command_line import run
 from PIL import Image
 from served_page import SOFTWARE_WEBGPU, browser, run_in_page
 from tiny_text import TEXT_TASKS, TinyText, build_tiny_text
 from tiny_zoo import CLASSES, TASKS, TinyZoo
 
-from epmq_deploy.cli.main import main
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.exporters.browser_demo import (
     check_demo,
@@ -28,13 +28,6 @@ from epmq_deploy.recipe import ExportOptions
 
 PINNED = {"onnxruntime-web": "1.30.0", "@huggingface/tokenizers": "0.2.0"}
 TEXTS = ["red tree", "Blue RIVERS, sings!", "unknown words", "trees sleeps " * 30]
-
-
-def run(*arguments: object) -> int:
-    """Run the command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 def quantized(recipe: Path, folder: Path) -> Path:

@@ -8,18 +8,11 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import yaml
+from command_line import run
 from tiny_zoo import TASKS, TinyZoo
 
-from epmq_deploy.cli.main import main
 from epmq_deploy.exporters import read_codes
 from epmq_deploy.exporters.formats import GraphFormat
-
-
-def run(*arguments: object) -> int:
-    """Run the command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture(scope="module")

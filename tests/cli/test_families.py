@@ -8,12 +8,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from command_line import run
 from safetensors.torch import load_file, save_file
 from tiny_families import ARCHITECTURES, FAMILY_TASKS, TinyModels, build_tiny_models
 
 from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.calibration.targets.epmq import PRESETS
-from epmq_deploy.cli.main import main
 from epmq_deploy.models import family_of
 from epmq_deploy.recipe import load_recipe
 from epmq_deploy.tasks.data import batches, load_samples
@@ -25,13 +25,6 @@ class Chain:
 
     models: TinyModels
     out: Path
-
-
-def run(*arguments: object) -> int:
-    """Run the command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture(scope="module", params=sorted(ARCHITECTURES))

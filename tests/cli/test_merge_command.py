@@ -4,16 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from command_line import run
 from tiny_zoo import TinyZoo
 
-from epmq_deploy.cli.main import main
 from epmq_deploy.merging.methods import MERGE_METHODS
-
-
-def run(*arguments: object) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 def test_list_explains_every_method(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import run
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PillowImage
 from tokenizers import Tokenizer
@@ -16,7 +17,6 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, PreTrainedTokenizerFast
 
-from epmq_deploy.cli.main import main
 from epmq_deploy.recipe import load_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("clip-*.yaml"))
@@ -160,9 +160,7 @@ def test_recipes_run_on_local_folders_of_the_same_layout(file: Path, tmp_path: P
     recipe.write_text(yaml.safe_dump(content))
     quick = [f"quantize.{option}" for option in ("samples=6", "refine=0", "group_size=16")]
     flags = [part for option in (*quick, "eval.latency_runs=1") for part in ("--set", option)]
-    with pytest.raises(SystemExit) as ended:
-        main(["run", str(recipe), "-o", str(tmp_path / "out"), "--quiet", *flags])
-    assert not ended.value.code
+    assert run("run", recipe, "-o", tmp_path / "out", "--quiet", *flags) == 0
     report = json.loads((tmp_path / "out" / "exported" / "eval.json").read_text())
     assert report["samples"] == MODELS[file.stem][1]
     assert {row["name"] for row in report["rows"]} == {"experts", "fp32", "matmulnbits", "qdq"}

@@ -8,20 +8,13 @@ import onnxruntime
 import pytest
 import torch
 import yaml
+from command_line import run
 from safetensors.torch import load_file, save_file
 from tiny_text import TEXT_TASKS, WIDTH, TinyText
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
-from epmq_deploy.cli.main import main
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.model import apply_quantized
-
-
-def run(*arguments: object) -> int:
-    """Run the command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from command_line import run
 from tiny_writers import WRITER_TASKS, WRITERS, TinyWriters, build_tiny_writers
 
 from epmq_deploy.calibration.targets.epmq import PRESETS
-from epmq_deploy.cli.main import main
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.writer import WriterFamily
@@ -73,13 +73,6 @@ class Chain:
             model.set_input_embeddings(model.get_input_embeddings())
             apply_quantized(model, *load_artifact(self.out / "quantized"))
         return model
-
-
-def run(*arguments: object) -> int:
-    """Run the command line in this process; its exit code."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(argument) for argument in arguments])
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture(scope="module", params=BLOCKS)
