@@ -24,6 +24,8 @@ from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
 from epmq_deploy.options import Options, shared_fields, union_by_method
 
+# Where labels are when nothing else is said.
+LABEL_COLUMN = "label"
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -66,8 +68,9 @@ class DataSource(Options):
         None, description="column with the inputs; image or text, as the model takes, when absent"
     )
     label_column: str | None = Field(
-        "label",
-        description="column with integer labels, or with answers where the model writes texts",
+        LABEL_COLUMN,
+        description="column with integer labels, or with answers where the model writes texts; "
+        "without it the task's expert writes answers to its calibration data",
     )
 
 
@@ -107,6 +110,12 @@ class Prompt(Options):
     )
     answers: tuple[str, ...] | None = Field(
         None, min_length=2, description="what it is to write, in label order; labels when absent"
+    )
+    max_tokens: int = Field(
+        32,
+        ge=1,
+        description="longest answer that the expert writes to calibration data without labels, in "
+        "tokens",
     )
 
     @field_validator("template")

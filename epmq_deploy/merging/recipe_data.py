@@ -1,7 +1,8 @@
 """The calibration samples, heads and experts a recipe names, loaded for merging."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,12 @@ from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.tasks.data import Samples, batches, load_calibration
 from epmq_deploy.tasks.heads import build_heads
+from epmq_deploy.tasks.own_answers import (
+    answer_details,
+    with_answers,
+    without_answers,
+    write_answers,
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,7 @@ class RecipeData:
         heads: by task, on the CPU; empty where none were asked for.
         experts: one backbone that takes on each expert's weights in turn.
         progress: shows how far a long pass got.
+        details: what the manifest says of the samples.
     """
 
     sources: Sources
@@ -32,6 +40,7 @@ class RecipeData:
     heads: Mapping[str, TaskHead]
     experts: ExpertBackbone
     progress: Progress
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> ModelFamily:
@@ -116,7 +125,13 @@ def load_data(
             problems += error.problems
     if problems:
         raise MismatchError(purpose, problems)
-    return RecipeData(sources, chosen, built, experts, progress)
+    details: dict[str, Any] = {}
+    if without_answers(chosen):
+        written = write_answers(
+            chosen, sources.family, sources.base.folder, experts.become, progress
+        )
+        chosen, details = with_answers(chosen, written), answer_details(written)
+    return RecipeData(sources, chosen, built, experts, progress, details)
 
 
 def _heads(

@@ -36,6 +36,12 @@ from epmq_deploy.stage import (
 )
 from epmq_deploy.tasks.data import Samples, data_sha256, load_calibration
 from epmq_deploy.tasks.heads import build_heads, heads_of_experts, heads_sha256
+from epmq_deploy.tasks.own_answers import (
+    answer_details,
+    with_answers,
+    without_answers,
+    write_answers,
+)
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +119,7 @@ def quantize(
     samples = calibration_samples(recipe, family, merged)
     device = device or torch.device("cpu")
     experts = None
-    if TARGETS[recipe.quantize.method].uses_experts:
+    if TARGETS[recipe.quantize.method].uses_experts or without_answers(samples):
         sources = open_sources(recipe)
         check_unchanged(sources, made)
         experts = ExpertBackbone(sources, device)
@@ -149,6 +155,7 @@ def _quantized(
     recipe: Recipe, place: Workplace, finished: FinishedWork
 ) -> tuple[QuantizedModel, dict[str, Any]]:
     """The quantized model, and how what depends on the model was settled."""
+    place, answers = _answered(place, finished)
     heads = _heads(recipe, place)
     if heads:
         own = heads_of_experts(recipe, heads, place.device)
@@ -160,7 +167,19 @@ def _quantized(
         quantized, plans["distill"] = distill(
             model, quantized, place, heads, epochs=options.distill, products=products
         )
-    return quantized, plans
+    return quantized, plans | answers
+
+
+def _answered(place: Workplace, finished: FinishedWork) -> tuple[Workplace, dict[str, Any]]:
+    """The place with experts' answers where data have none, and what the manifest says of them."""
+    if not without_answers(place.samples):
+        return place, {}
+    assert place.experts is not None, "opened where answers are to be written"
+    experts, shown = place.experts, place.progress
+    write = partial(write_answers, place.samples, place.family, place.folder, experts.become, shown)
+    written = finished.once("answers", write)
+    samples = with_answers(place.samples, written)
+    return replace(place, samples=samples), answer_details(written)
 
 
 def _heads(recipe: Recipe, place: Workplace) -> dict[str, TaskHead]:
@@ -199,6 +218,8 @@ def _planned(
 
 def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> dict[str, Samples]:
     """The calibration samples of every task, loaded and chosen; empty where none are needed.
+
+    Those of tasks in words may lack answers, which experts have to write; see ``own_answers``.
 
     Args:
         recipe: tasks and options.

@@ -45,7 +45,6 @@ def with_prompt(recipe: Recipe, prompt: dict[str, object] | None, **data: object
         ({"template": "{text} {nothing}"}, {}, r"has no column 'nothing'"),
         ({"answers": ["yes", "no"]}, {}, r"row \d+: column 'label' holds 2, .* for 0 to 1"),
         (None, {}, r"column 'label' holds .*, expected texts"),
-        (None, {"label_column": None}, "label_column is not set"),
         (None, {"label_column": "answer"}, "has no column 'answer'"),
     ],
 )
