@@ -161,6 +161,10 @@ class ModelFamily(ABC):
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
         """Features ``[batch, D]`` that heads take, from ``inputs`` as ``input_names``."""
 
+    def predictions(self, *inputs: Tensor) -> Tensor:
+        """How many rows of ``embed`` belong to each sample, int64 ``[batch]``, on the CPU."""
+        return torch.ones(len(inputs[0]), dtype=torch.int64)
+
     @abstractmethod
     def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
         """Turn raw samples (images, texts) into a batch of model inputs, as ``input_names``."""

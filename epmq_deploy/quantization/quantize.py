@@ -63,17 +63,20 @@ def _asks_for_heads(options: QuantizeOptions) -> list[str]:
     return [f"quantize.{option}" for option, given in asked.items() if given]
 
 
-def missing_heads(options: QuantizeOptions, tasks: Collection[str], heads: Collection[str]) -> str:
+def missing_heads(
+    options: QuantizeOptions, family: ModelFamily, tasks: Collection[str], heads: Collection[str]
+) -> str:
     """One sentence when the options need heads that are not there, else nothing.
 
     Args:
         options: of the method.
+        family: the model's; those that write texts predict without heads.
         tasks: names of all tasks.
         heads: names of those with a head.
     """
     asked = _asks_for_heads(options)
     missing = [task for task in tasks if task not in heads]
-    if not asked or not missing:
+    if not asked or not missing or family.writes_texts:
         return ""
     return (
         f"{', '.join(asked)} needs a head for every task (tasks.*.head); "
@@ -183,16 +186,16 @@ def _answered(place: Workplace, finished: FinishedWork) -> tuple[Workplace, dict
 
 
 def _heads(recipe: Recipe, place: Workplace) -> dict[str, TaskHead]:
-    """Heads of all tasks where the options ask for something that needs them.
+    """Heads of all tasks where the options ask for something that needs them, and the model does.
 
     Raises:
         RecipeError: a task has none.
     """
-    if not _asks_for_heads(recipe.quantize):
+    if not _asks_for_heads(recipe.quantize) or place.family.writes_texts:
         return {}
     features = place.family.embedding_width(place.family.load(place.folder), place.folder)
     heads = build_heads(recipe.tasks, place.family, place.folder, features, device=place.device)
-    if problem := missing_heads(recipe.quantize, recipe.tasks, heads):
+    if problem := missing_heads(recipe.quantize, place.family, recipe.tasks, heads):
         raise RecipeError(problem)
     return heads
 

@@ -13,9 +13,10 @@ from merged_writers import MergedWriter
 
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.experts import ExpertBackbone, open_sources
+from epmq_deploy.merging.merge import merge
 from epmq_deploy.models.writer import WriterFamily
 from epmq_deploy.quantization.quantize import calibration_samples, quantize
-from epmq_deploy.recipe import DataSource, Recipe, parse_recipe
+from epmq_deploy.recipe import DataSource, Recipe, override, parse_recipe
 from epmq_deploy.stage import read_manifest
 from epmq_deploy.tasks.data import TextSamples, load_samples
 from epmq_deploy.tasks.own_answers import with_answers, write_answers
@@ -102,6 +103,22 @@ def test_they_count_as_labels_would(
     assert "answers_by_experts" not in details
     # The labels that were taken away are others.
     assert found != codes(chosen(merged_writer.recipe), merged_writer, tmp_path / "own")
+
+
+@two_kinds
+@pytest.mark.parametrize("flags", [{"method": "regmean_pp"}, {"search": True}])
+def test_merging_takes_them_too(
+    merged_writer: MergedWriter, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    given = unlabelled(merged_writer.recipe, tmp_path / "unlabelled")
+    known = labelled_by_experts(merged_writer, tmp_path / "labelled")
+    found, expected = (
+        merge(override(recipe, "merge", flags), tmp_path / name)
+        for recipe, name in ((given, "out"), (known, "known"))
+    )
+    assert found.details.pop("answers_by_experts") == {"first": 16, "second": 16}
+    assert found.details == expected.details
+    assert found.outputs["model.safetensors"] == expected.outputs["model.safetensors"]
 
 
 @pytest.mark.parametrize("merged_writer", ["t5"], indirect=True)
