@@ -164,19 +164,6 @@ class ClassifierFamily(ModelFamily):
         tensors = {part: expert.load(name) for part, name in held.items()}
         return TaskHead.of_tensors(tensors, self.head.activation)
 
-    def zero_shot_head(
-        self,
-        folder: Path,
-        classes: Sequence[str],
-        templates: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
-        """See base."""
-        raise RecipeError(
-            f"the {self.name} family has no head for class names; leave out head to take the "
-            "expert's classifier, or give a matrix"
-        )
-
 
 def load_encoder(
     folder: Path, rename: Rename, *, without: Sequence[str] = (), **options: Any

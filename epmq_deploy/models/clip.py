@@ -168,32 +168,13 @@ class ClipFamily(ModelFamily):
         classes: Sequence[str],
         templates: Sequence[str],
         device: torch.device,
+        expert: Checkpoint | None = None,
     ) -> Tensor:
         """Per class the mean of its prompts' unit embeddings, as unit vector times the logit scale.
 
-        As in the CLIP paper's prompt ensembling (section 3.1.4).
+        As in the CLIP paper's prompt ensembling (section 3.1.4); through the expert's text tower
+        where that is merged.
         """
-        return self._zero_shot_head(folder, None, classes, templates, device)
-
-    def expert_zero_shot_head(
-        self,
-        folder: Path,
-        expert: Checkpoint,
-        classes: Sequence[str],
-        templates: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
-        """As ``zero_shot_head``, through the expert's text tower where that is merged."""
-        return self._zero_shot_head(folder, expert, classes, templates, device)
-
-    def _zero_shot_head(
-        self,
-        folder: Path,
-        expert: Checkpoint | None,
-        classes: Sequence[str],
-        templates: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
         from transformers import CLIPConfig, CLIPModel
 
         config = CLIPConfig.from_dict(read_config(folder))

@@ -182,16 +182,6 @@ class WriterFamily(ModelFamily):
         config = read_config(folder)
         return _tokenizer(folder, self.tokenizer_files, int(config["vocab_size"]), self.cuts)
 
-    def zero_shot_head(
-        self,
-        folder: Path,
-        classes: Sequence[str],
-        templates: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
-        """Recipes cannot ask for one."""
-        raise NotImplementedError
-
 
 def end_tokens(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
     """Ids that end a text, by ``config.json``.
