@@ -14,7 +14,8 @@ from epmq_deploy.checkpoints import looks_like_hub_id
 from epmq_deploy.errors import EpmqError, NumericsError, RecipeError
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.writer import TextPair
-from epmq_deploy.recipe import DataSource, Prompt, Task
+from epmq_deploy.prompt import Prompt
+from epmq_deploy.recipe import DataSource, Task
 from epmq_deploy.stage import file_sha256, files_sha256, fingerprint
 from epmq_deploy.tasks.wording import Wording
 

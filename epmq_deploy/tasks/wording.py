@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.recipe import LABEL_COLUMN, Prompt, template_columns
+from epmq_deploy.prompt import Prompt, template_columns
+from epmq_deploy.recipe import LABEL_COLUMN
 
 
 @dataclass(frozen=True)
