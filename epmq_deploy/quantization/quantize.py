@@ -186,7 +186,7 @@ def _answered(place: Workplace, finished: FinishedWork) -> tuple[Workplace, dict
 
 
 def _heads(recipe: Recipe, place: Workplace) -> dict[str, TaskHead]:
-    """Heads of all tasks where the options ask for something that needs them, and the model does.
+    """Heads of all tasks where the options ask for predictions; none where the model writes texts.
 
     Raises:
         RecipeError: a task has none.
