@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BeforeValidator,
     Field,
     StringConstraints,
     ValidationError,
@@ -22,21 +21,13 @@ from epmq_deploy.errors import RecipeError
 from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
-from epmq_deploy.options import Options, shared_fields, union_by_method
+from epmq_deploy.options import SEVERAL, Options, shared_fields, union_by_method
 
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-def _counts(value: Any) -> Any:
-    """None, one number, a list, or numbers separated by commas, as the command line has them."""
-    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return [
-        part for item in items for part in (item.split(",") if isinstance(item, str) else [item])
-    ]
-
-
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_counts)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], SEVERAL]
 if TYPE_CHECKING:
     MergeChoice = MergeOptions
     QuantizeChoice = QuantizeOptions
@@ -158,9 +149,10 @@ class ExportOptions(Options):
         description="where to run; picks formats and checks what its kernels take: cpu, cuda, "
         "tensorrt, openvino, qnn, webgpu, wasm",
     )
-    formats: tuple[str, ...] | None = Field(
+    formats: Annotated[tuple[str, ...] | None, SEVERAL] = Field(
         None,
         min_length=1,
+        json_schema_extra={"flag": "--format"},
         description="formats to write; when absent the target's, else matmulnbits and qdq",
     )
     opset: int = Field(21, ge=21, description="ONNX opset (21 is the first with 4-bit types)")
