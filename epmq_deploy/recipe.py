@@ -331,6 +331,9 @@ def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
     if "target" in given:
         # A target brings formats of its own, unless some are given with it.
         options = options | {"formats": None}
+    if "target_bits" in given or "target_size" in given:
+        # One takes the place of the other, unless both are given.
+        options = options | {"target_bits": None, "target_size": None}
     registries: dict[str, dict[str, Any]] = {"merge": MERGE_METHODS, "quantize": TARGETS}
     known = registries.get(section, {})
     wanted = given.get("method")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -54,13 +55,31 @@ def test_a_target_picks_formats_and_refuses_what_it_cannot_run(
     out, quantized = tmp_path / "onnx", chain / "quantized"
     assert run("export", quantized, "-o", out, "--target", "tensorrt") == 2
     message = capsys.readouterr().err
-    assert "blocks of 16, it takes 64 or 128: quantize with --group-size 128" in message
-    assert "--symmetric" in message
+    assert "blocks of 16, it takes 64 or 128" in message
+    advice = message.rpartition(": quantize with ")[2]
+    assert "--group-size 128" in advice
+    assert "--symmetric" in advice
     assert not out.exists()
     assert run("export", quantized, "-o", out, "--target", "cuda", "-q") == 0
     details = json.loads((out / "manifest.json").read_text())["details"]
     assert [graph["format"] for graph in details["graphs"]] == ["fp32", "fp16", "matmulnbits"]
     assert details["target"]["name"] == "cuda"
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "qnn"])
+def test_a_refused_model_quantized_as_advised_is_exported(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    """Too many bits inside the blocks and outside them, other groups, zero points."""
+    wrong = ["--method", "rtn", "-q", "--layers", "*.fc1:bits=8,*.fc2:group_size=32"]
+    merged, first, second = chain / "merged", tmp_path / "first", tmp_path / "second"
+    assert run("quantize", merged, "-o", first, *wrong) == 0
+    assert run("export", first, "-o", tmp_path / "onnx", "--target", target) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    advice = shlex.split(message.rpartition(": quantize with ")[2])
+    assert run("quantize", merged, "-o", second, *wrong, *advice) == 0
+    assert run("export", second, "-o", tmp_path / "onnx", "--target", target, "-q") == 0
 
 
 def test_damaged_artifact_is_not_exported(

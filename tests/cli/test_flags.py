@@ -1,30 +1,18 @@
 """Flags made from option models: those that take several values, in every command."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from command_line import run
+from parsed_flags import MODELS, parsed
 from tiny_zoo import TASKS, TinyZoo
 from typer.main import get_command
-from typer.testing import CliRunner
 
-from epmq_deploy.calibration.targets import TARGETS
-from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.main import app
-from epmq_deploy.merging.methods import MERGE_METHODS
-from epmq_deploy.options import Options
-from epmq_deploy.recipe import EvalOptions, ExportOptions, Recipe, override, parse_recipe
+from epmq_deploy.recipe import Recipe, override, parse_recipe
 
-MODELS: dict[str, list[type[Options]]] = {
-    "merge": [method.options for method in MERGE_METHODS.values()],
-    "quantize": [target.options for target in TARGETS.values()],
-    "export": [ExportOptions],
-    "eval": [EvalOptions],
-}
 # Of every flag that takes several values two, and what the recipe then has.
 SEVERAL: dict[tuple[str, str], tuple[tuple[str, str], Any]] = {
     ("merge", "layers"): (
@@ -51,21 +39,6 @@ def recipe() -> Recipe:
     return parse_recipe({"base": {"path": "base"}, "tasks": tasks}, "test")
 
 
-def parsed(section: str, arguments: Sequence[str]) -> Recipe:
-    """The recipe with a section's flags as a command of its own reads them."""
-    found: list[Recipe] = []
-    small = typer.Typer()
-
-    @small.command()
-    @with_flags(MODELS[section])
-    def command(*, flags: dict[str, Any]) -> None:
-        found.append(override(recipe(), section, flags))
-
-    result = CliRunner().invoke(small, arguments)
-    assert result.exit_code == 0, result.output
-    return found[0]
-
-
 @pytest.mark.parametrize(("section", "name"), SEVERAL)
 def test_several_values_are_repeated_or_separated_by_commas(section: str, name: str) -> None:
     values, expected = SEVERAL[section, name]
@@ -75,7 +48,7 @@ def test_several_values_are_repeated_or_separated_by_commas(section: str, name: 
         [flag, ",".join(values)],
         [flag, ", ".join(values)],
     ):
-        assert getattr(parsed(section, arguments), section).model_dump()[name] == expected
+        assert getattr(parsed(recipe(), section, arguments), section).model_dump()[name] == expected
     together = override(recipe(), section, {name: ",".join(values)})
     assert getattr(together, section).model_dump()[name] == expected
 
@@ -98,7 +71,7 @@ def test_no_flag_that_takes_several_values_is_missing_here() -> None:
 
 
 def test_format_is_formats() -> None:
-    assert parsed("export", ["--format", "qdq,fp16"]).export.formats == ("qdq", "fp16")
+    assert parsed(recipe(), "export", ["--format", "qdq,fp16"]).export.formats == ("qdq", "fp16")
 
 
 def test_experts_in_one_flag(tiny: TinyZoo, tmp_path: Path) -> None:
