@@ -44,14 +44,13 @@ from epmq_deploy.recipe import ExportOptions, Recipe
 from epmq_deploy.stage import (
     Manifest,
     atomic_folder,
-    file_sha256,
     fingerprint,
     model_inputs,
     open_output,
     refuse_existing,
     write_manifest,
 )
-from epmq_deploy.tasks.heads import class_names, leaves_head_to_expert, save_heads
+from epmq_deploy.tasks.heads import class_names, heads_sha256, leaves_head_to_expert, save_heads
 
 # Where transformers.js and optimum look for graphs.
 GRAPHS_FOLDER = "onnx"
@@ -59,17 +58,10 @@ GRAPHS_FOLDER = "onnx"
 
 def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
     """What decides the files, after a quantization of that fingerprint; also input hashes."""
-    inputs = {"quantize": quantized}
-    heads = {}
-    for name, task in recipe.tasks.items():
-        if task.head is not None:
-            heads[name] = task.head.model_dump(mode="json")
-            if task.head.matrix is not None and Path(task.head.matrix).is_file():
-                inputs[f"head:{name}"] = file_sha256(Path(task.head.matrix))
+    inputs = {"quantize": quantized, **heads_sha256(recipe.tasks)}
     # Where libraries are copied from does not decide what is copied.
     export = recipe.export.model_dump(mode="json", exclude={"demo_libraries"})
-    options = {"export": export, "heads": heads}
-    return fingerprint("export", options, inputs), inputs
+    return fingerprint("export", export, inputs), inputs
 
 
 def export(

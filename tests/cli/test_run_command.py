@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command_line import run
+from safetensors.torch import load_file, save_file
 from tiny_zoo import TinyZoo
 
 
@@ -120,6 +121,39 @@ def test_run_skips_what_is_done_and_redoes_what_changed(tiny: TinyZoo, tmp_path:
     assert second["merged/manifest.json"] == first["merged/manifest.json"]
     assert second["quantized/manifest.json"] != first["quantized/manifest.json"]
     assert second["exported/manifest.json"] != first["exported/manifest.json"]
+
+
+def test_a_changed_head_redoes_the_export_alone(tiny: TinyZoo, tmp_path: Path) -> None:
+    recipe = recipe_with(tiny, tmp_path, tasks__red__head={"matrix": "own.safetensors"})
+    head = load_file(tiny.folder / "heads" / "red.safetensors")
+    save_file(head, tmp_path / "own.safetensors")
+    out = tmp_path / "out"
+    stages = ("merged", "quantized", "exported")
+
+    def stamps() -> list[int]:
+        files = [*(f"{stage}/manifest.json" for stage in stages), "exported/eval.json"]
+        return [(out / file).stat().st_mtime_ns for file in files]
+
+    settings = ["--set", "export.formats=qdq", "-q"]
+    assert run("run", recipe, "-o", out, *settings) == 0
+    first = stamps()
+    # Where it lies does not matter.
+    (tmp_path / "own.safetensors").rename(tmp_path / "moved.safetensors")
+    recipe.write_text(recipe.read_text().replace("own.safetensors", "moved.safetensors"))
+    assert run("run", recipe, "-o", out, *settings) == 0
+    assert stamps()[:3] == first[:3]
+    save_file({"head": -head["head"]}, tmp_path / "moved.safetensors")
+    assert run("run", recipe, "-o", out, *settings) == 2
+    assert run("run", recipe, "-o", out, *settings, "--overwrite") == 0
+    second = stamps()
+    assert [old == new for old, new in zip(first, second, strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    heads = load_file(out / "exported" / "heads.safetensors")
+    assert (heads["red.weight"] == -head["head"]).all()
 
 
 @pytest.mark.parametrize(
