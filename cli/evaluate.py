@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from epmq_deploy.runtime.report import EvalReport
 
 EVAL_FILE = "eval.json"
+_FATAL = 4
 
 
 @with_flags([EvalOptions])
@@ -62,8 +63,12 @@ def evaluate_to(
     terminal: Terminal,
 ) -> None:
     """Evaluate, write ``file`` and what is made from it, show the table, then hold the gates."""
+    import onnxruntime
+
     from epmq_deploy.runtime.evaluation import evaluate
 
+    # A provider that cannot be started is reported below, in one sentence.
+    onnxruntime.set_default_logger_severity(_FATAL)
     for target in (file, *views_of(file)):
         refuse_existing_file(target, overwrite)
     # A device asked for goes for the graphs as well, unless they have a provider of their own.

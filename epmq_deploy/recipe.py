@@ -17,7 +17,7 @@ from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.calibration.targets.epmq import EpmqOptions
 from epmq_deploy.checkpoints import looks_like_hub_id
-from epmq_deploy.errors import RecipeError
+from epmq_deploy.errors import RecipeError, listed
 from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
@@ -257,8 +257,7 @@ def parse_recipe(content: Any, source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        problems = "".join(f"\n  - {text}" for text in _describe(error))
-        raise RecipeError(f"{source}: {error.error_count()} problem(s){problems}") from error
+        raise RecipeError(listed(source, _describe(error))) from error
 
 
 def load_recipe(file: Path) -> Recipe:

@@ -61,6 +61,32 @@ def test_quiet_prints_nothing(
     assert (captured.out, captured.err) == ("", "")
 
 
+def test_every_command_prints_one_object_as_json_and_nothing_when_quiet(
+    tiny: TinyZoo, tmp_path: Path, capfd: object
+) -> None:
+    """Whatever libraries print below Python is seen as well."""
+    assert isinstance(capfd, pytest.CaptureFixture)
+    for how in ("--json", "-q"):
+        out = tmp_path / how
+        for arguments, first in (
+            (("merge", tiny.recipe, "-o", out / "m"), "output"),
+            (("quantize", out / "m", "-o", out / "q", "--method", "rtn"), "output"),
+            (("export", out / "q", "-o", out / "x", "--format", "qdq"), "output"),
+            (("eval", out / "x"), "rows"),
+            (("eval", out / "x", "--overwrite", "--max-size", "0.001"), "rows"),
+        ):
+            code = run(*arguments, how)
+            shown = capfd.readouterr()
+            assert code == (5 if "--max-size" in arguments else 0)
+            if how == "--json":
+                assert next(iter(json.loads(shown.out))) == first
+            else:
+                assert shown.out == ""
+                missed = "error: gates missed: qdq has 0." if code else ""
+                assert shown.err.startswith(missed)
+                assert shown.err.count("\n") == bool(code)
+
+
 def test_flags_alone_merge_without_a_recipe(tiny: TinyZoo, tmp_path: Path) -> None:
     experts = [f"--expert={task}={tiny.expert(task)}" for task in TASKS]
     flags = ["--method", "ties", "--density", "0.5", "-q"]
