@@ -8,9 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from epmq_deploy.runtime.gates import NONE_RECOMMENDED, described, recommend
+from epmq_deploy.runtime.gates import advice, verdicts
 from epmq_deploy.runtime.markdown import cost_lines
-from epmq_deploy.runtime.report import EvalReport, Row
+from epmq_deploy.runtime.report import EvalReport
 
 # Longer ones are wrapped before models go to another table.
 _NARROWEST_LABELS = 16
@@ -18,11 +18,8 @@ _NARROWEST_LABELS = 16
 
 def eval_table(report: EvalReport) -> RenderableType:
     """A column per model: accuracies with intervals, drop and costs; below it what follows."""
-    verdicts = [
-        f"{row.name}: {described(row)}" for row in report.rows if row.against_average is not None
-    ]
-    chosen = recommend(report)
-    lines = [*verdicts, *_blamed(report), str(chosen or NONE_RECOMMENDED)]
+    found = [f"{name}: {said}" for name, said in verdicts(report).items()]
+    lines = [*found, *_blamed(report), advice(report)]
     return Group(_Models(report), *(Text(line) for line in lines))
 
 
@@ -63,7 +60,7 @@ class _Models:
 def _sections(report: EvalReport) -> list[list[tuple[str, list[str]]]]:
     """Labels and one cell per model: accuracies, what they come to, costs."""
     accuracies = [
-        (task, [f"{row.accuracy[task]:.1f}{_mark(row, task)}" for row in report.rows])
+        (task, [f"{row.accuracy[task]:.1f}{row.mark(task) or ' '}" for row in report.rows])
         for task in report.samples
     ]
     intervals = [row.average_interval for row in report.rows]
@@ -74,11 +71,6 @@ def _sections(report: EvalReport) -> list[list[tuple[str, list[str]]]]:
         ("drop against fp32 merged", ["" if d is None else f"{d:.2f}" for d in drops]),
     ]
     return [accuracies, averages, cost_lines(report)]
-
-
-def _mark(row: Row, task: str) -> str:
-    verdict = row.against[task].verdict if task in row.against else ""
-    return {"better": "+", "worse": "-"}.get(verdict, " ")
 
 
 def _blamed(report: EvalReport) -> list[str]:

@@ -12,7 +12,7 @@ from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.recipe import EvalOptions, Recipe, load_recipe, override
+from epmq_deploy.recipe import EvalOptions, Recipe
 from epmq_deploy.stage import MANIFEST, atomic_text, read_manifest
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def command(
       epmq eval exported --diagnose --provider cuda -o cuda.json
     """
     terminal = Terminal(as_json, quiet)
-    carried = load_recipe(recipe) if recipe else read_manifest(exported, "export").recipe
-    chosen = override(carried, "eval", flags)
+    chosen = common.recipe_of(recipe, exported, "export", "eval", flags)
     evaluate_to(output or exported / EVAL_FILE, chosen, exported, device, overwrite, terminal)
 
 

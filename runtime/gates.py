@@ -133,6 +133,16 @@ def _reason(report: EvalReport, best: Row, passing: list[Row], equal: list[Row])
     return ", ".join(parts)
 
 
+def verdicts(report: EvalReport) -> dict[str, str]:
+    """What is said of each graph's average accuracy, by the graph's name."""
+    return {row.name: described(row) for row in report.rows if row.against_average is not None}
+
+
+def advice(report: EvalReport) -> str:
+    """What to deploy, in a sentence."""
+    return str(recommend(report) or NONE_RECOMMENDED)
+
+
 def described(row: Row) -> str:
     """The verdict on a graph's average accuracy in words, with its interval."""
     if row.against_average is None:
