@@ -1,46 +1,76 @@
 """An evaluation for people."""
 
-from rich.console import Group, RenderableType
+import math
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from epmq_deploy.runtime.gates import NONE_RECOMMENDED, described, recommend
+from epmq_deploy.runtime.gates import advice, verdicts
 from epmq_deploy.runtime.markdown import cost_lines
-from epmq_deploy.runtime.report import EvalReport, Row
+from epmq_deploy.runtime.report import EvalReport
+
+# Longer ones are wrapped before models go to another table.
+_NARROWEST_LABELS = 16
 
 
 def eval_table(report: EvalReport) -> RenderableType:
     """A column per model: accuracies with intervals, drop and costs; below it what follows."""
-    table = Table(
-        title="accuracy %",
-        caption=f"graphs on {report.provider}; experts in torch, each on its own task\n"
-        "+ and -: significantly better or worse than fp32 merged",
-    )
-    table.add_column("task")
-    for row in report.rows:
-        table.add_column(row.title, justify="right", no_wrap=True)
-    for task in report.samples:
-        table.add_row(task, *(f"{row.accuracy[task]:.1f}{_mark(row, task)}" for row in report.rows))
-    table.add_section()
-    table.add_row("average", *(f"{row.average:.2f}" for row in report.rows))
-    intervals = [row.average_interval for row in report.rows]
-    table.add_row("95% interval", *(f"{item.low:.1f} to {item.high:.1f}" for item in intervals))
-    drops = [report.drop(row) for row in report.rows]
-    table.add_row("drop against fp32 merged", *("" if d is None else f"{d:.2f}" for d in drops))
-    table.add_section()
-    for label, cells in cost_lines(report):
-        table.add_row(label, *cells)
-    verdicts = [
-        f"{row.name}: {described(row)}" for row in report.rows if row.against_average is not None
+    found = [f"{name}: {said}" for name, said in verdicts(report).items()]
+    lines = [*found, *_blamed(report), advice(report)]
+    return Group(_Models(report), *(Text(line) for line in lines))
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Models side by side, in several tables of about as many where the terminal is narrow."""
+
+    report: EvalReport
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        sections = _sections(self.report)
+        lines = [line for section in sections for line in section]
+        titles = [row.title for row in self.report.rows]
+        # With a border and a space on either side.
+        widest = 3 + max(len(cell) for cell in [*titles, *(c for _, cells in lines for c in cells)])
+        labels = 4 + min(_NARROWEST_LABELS, max(len(label) for label, _ in lines))
+        fitting = max(1, (options.max_width - labels) // widest)
+        tables = math.ceil(len(titles) / fitting)
+        each = math.ceil(len(titles) / tables)
+        for first in range(0, len(titles), each):
+            chosen = slice(first, first + each)
+            table = Table(title="accuracy %" if first == 0 else None)
+            table.add_column("task", overflow="fold")
+            for title in titles[chosen]:
+                table.add_column(title, justify="right", no_wrap=True)
+            for section in sections:
+                for label, cells in section:
+                    table.add_row(escape(label), *cells[chosen])
+                table.add_section()
+            yield table
+        yield Text(
+            f"graphs on {self.report.provider}; experts in torch, each on its own task\n"
+            "+ and -: significantly better or worse than fp32 merged",
+            style="dim italic",
+        )
+
+
+def _sections(report: EvalReport) -> list[list[tuple[str, list[str]]]]:
+    """Labels and one cell per model: accuracies, what they come to, costs."""
+    accuracies = [
+        (task, [f"{row.accuracy[task]:.1f}{row.mark(task) or ' '}" for row in report.rows])
+        for task in report.samples
     ]
-    chosen = recommend(report)
-    lines = [*verdicts, *_blamed(report), str(chosen or NONE_RECOMMENDED)]
-    return Group(table, *(Text(line) for line in lines))
-
-
-def _mark(row: Row, task: str) -> str:
-    verdict = row.against[task].verdict if task in row.against else ""
-    return {"better": "+", "worse": "-"}.get(verdict, " ")
+    intervals = [row.average_interval for row in report.rows]
+    drops = [report.drop(row) for row in report.rows]
+    averages = [
+        ("average", [f"{row.average:.2f}" for row in report.rows]),
+        ("95% interval", [f"{item.low:.1f} to {item.high:.1f}" for item in intervals]),
+        ("drop against fp32 merged", ["" if d is None else f"{d:.2f}" for d in drops]),
+    ]
+    return [accuracies, averages, cost_lines(report)]
 
 
 def _blamed(report: EvalReport) -> list[str]:

@@ -12,13 +12,14 @@ from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.recipe import EvalOptions, Recipe, load_recipe, override
+from epmq_deploy.recipe import EvalOptions, Recipe
 from epmq_deploy.stage import MANIFEST, atomic_text, read_manifest
 
 if TYPE_CHECKING:
     from epmq_deploy.runtime.report import EvalReport
 
 EVAL_FILE = "eval.json"
+_FATAL = 4
 
 
 @with_flags([EvalOptions])
@@ -48,8 +49,7 @@ def command(
       epmq eval exported --diagnose --provider cuda -o cuda.json
     """
     terminal = Terminal(as_json, quiet)
-    carried = load_recipe(recipe) if recipe else read_manifest(exported, "export").recipe
-    chosen = override(carried, "eval", flags)
+    chosen = common.recipe_of(recipe, exported, "export", "eval", flags)
     evaluate_to(output or exported / EVAL_FILE, chosen, exported, device, overwrite, terminal)
 
 
@@ -62,8 +62,12 @@ def evaluate_to(
     terminal: Terminal,
 ) -> None:
     """Evaluate, write ``file`` and what is made from it, show the table, then hold the gates."""
+    import onnxruntime
+
     from epmq_deploy.runtime.evaluation import evaluate
 
+    # A provider that cannot be started is reported below, in one sentence.
+    onnxruntime.set_default_logger_severity(_FATAL)
     for target in (file, *views_of(file)):
         refuse_existing_file(target, overwrite)
     # A device asked for goes for the graphs as well, unless they have a provider of their own.

@@ -10,7 +10,7 @@ from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.tables import export_table
 from epmq_deploy.device import pick_device
-from epmq_deploy.recipe import ExportOptions, load_recipe, override
+from epmq_deploy.recipe import ExportOptions
 
 
 @with_flags([ExportOptions])
@@ -33,13 +33,10 @@ def command(
       epmq export quantized -o exported --formats matmulnbits --accuracy-level 4
     """
     from epmq_deploy.exporters.export_stage import export
-    from epmq_deploy.stage import read_manifest
 
     terminal = Terminal(as_json, quiet)
-    carried = load_recipe(recipe) if recipe else read_manifest(quantized, "quantize").recipe
-    chosen = override(carried, "export", flags)
     manifest = export(
-        chosen,
+        common.recipe_of(recipe, quantized, "quantize", "export", flags),
         quantized,
         output,
         overwrite=overwrite,

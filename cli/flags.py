@@ -9,6 +9,7 @@ from pydantic.fields import FieldInfo
 
 from epmq_deploy.options import Options
 
+SEVERAL_HELP = "for several repeat the flag or separate them by commas"
 _HELP_GROUP = "Options of the recipe"
 
 
@@ -71,11 +72,13 @@ def _parameter(name: str, field: FieldInfo, methods: list[str]) -> inspect.Param
     if choices:
         help_text += f" ({' | '.join(choices)})"
     if base == list[str]:
-        help_text += "; repeat for several"
+        help_text += f"; {SEVERAL_HELP}"
     if methods:
         help_text += f" ({', '.join(methods)} only)"
     flag = f"--{name.replace('_', '-')}"
     names = [f"{flag}/--no-{name.replace('_', '-')}"] if base is bool else [flag]
+    if isinstance(field.json_schema_extra, dict):  # what else it is called
+        names.append(str(field.json_schema_extra["flag"]))
     option = typer.Option(*names, help=help_text, show_default=False, rich_help_panel=_HELP_GROUP)
     return inspect.Parameter(
         name,

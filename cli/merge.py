@@ -9,12 +9,13 @@ from rich.table import Table
 
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
-from epmq_deploy.cli.flags import with_flags
+from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
 from epmq_deploy.cli.tables import stage_table
 from epmq_deploy.device import pick_device
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
+from epmq_deploy.options import split_entries
 from epmq_deploy.recipe import Recipe, absolute_paths, load_recipe, override, parse_recipe
 
 
@@ -29,7 +30,7 @@ def command(
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
     expert: Annotated[
-        list[str] | None, typer.Option(help="An expert as name=path; repeat for each.")
+        list[str] | None, typer.Option(help=f"An expert as name=path; {SEVERAL_HELP}.")
     ] = None,
     list_methods: Annotated[
         bool, typer.Option("--list", help="Explain all merge methods and their options, and end.")
@@ -98,7 +99,7 @@ def _methods_table() -> Table:
 
 def _recipe(file: Path | None, base: str | None, experts: list[str]) -> Recipe:
     """The recipe, or one made of flags alone; flags win over the file."""
-    pairs = dict(_pair(text) for text in experts)
+    pairs = dict(_pair(text) for text in split_entries(experts, start=r"[\w-]+="))
     if file is None:
         if base is None or not pairs:
             raise RecipeError("give a recipe, or --base and at least one --expert name=path")

@@ -97,7 +97,9 @@ def preflight(recipe: Recipe) -> Sources:
         MismatchError: every problem found.
     """
     from epmq_deploy.exporters.browser_demo import check_demo
-    from epmq_deploy.exporters.targets import check_export, check_target, planned_grids
+    from epmq_deploy.exporters.layer_grid import planned_grids
+    from epmq_deploy.exporters.target_check import check_target
+    from epmq_deploy.exporters.targets import check_export
     from epmq_deploy.merging.merge import check_options
     from epmq_deploy.merging.preflight import check_experts
     from epmq_deploy.quantization.model import check_patterns
@@ -117,7 +119,8 @@ def preflight(recipe: Recipe) -> Sources:
     def check_model() -> None:
         model = family.load(folder)
         check_patterns(model, family.blocks(model), recipe.quantize)
-        check_target(recipe.export, planned_grids(model, family.blocks(model), recipe.quantize))
+        grids = planned_grids(model, family.blocks(model), recipe.quantize)
+        check_target(recipe.export, grids, recipe.quantize)
         features = family.embedding_width(model, folder)
         # Class names are all encoded later; one of each task shows that they can be.
         brief = {name: _brief(task) for name, task in recipe.tasks.items()}

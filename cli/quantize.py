@@ -11,7 +11,6 @@ from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.tables import stage_table
 from epmq_deploy.device import pick_device
-from epmq_deploy.recipe import load_recipe, override
 
 
 @with_flags(
@@ -38,12 +37,10 @@ def command(
       epmq quantize merged -o quantized --anchor 0.2 --skip '*.layers.0.*'
     """
     from epmq_deploy.quantization.quantize import quantize
-    from epmq_deploy.stage import read_manifest
 
     terminal = Terminal(as_json, quiet)
-    carried = load_recipe(recipe) if recipe else read_manifest(merged, "merge").recipe
     manifest = quantize(
-        override(carried, "quantize", flags),
+        common.recipe_of(recipe, merged, "merge", "quantize", flags),
         merged,
         output,
         overwrite=overwrite,

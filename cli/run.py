@@ -8,13 +8,15 @@ import yaml
 
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
+from epmq_deploy.cli.flags import SEVERAL_HELP
 from epmq_deploy.cli.pipeline import run_all
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.options import split_entries
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
 Assignments = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Override the recipe: section.option=value; repeatable."),
+    typer.Option("--set", help=f"Override the recipe: section.option=value; {SEVERAL_HELP}."),
 ]
 
 
@@ -45,7 +47,7 @@ def assign(recipe: Recipe, assignments: list[str]) -> Recipe:
         RecipeError: not of that form, no such section, or a value that is not allowed.
     """
     flags: dict[str, dict[str, Any]] = {}
-    for text in assignments:
+    for text in split_entries(assignments, start=r"\w+\.\w+="):
         key, equals, value = text.partition("=")
         section, dot, option = key.partition(".")
         if not (equals and dot) or section not in ("merge", "quantize", "export", "eval"):

@@ -27,8 +27,7 @@ class MismatchError(EpmqError):
 
     def __init__(self, subject: str, problems: Sequence[str]) -> None:
         self.problems = tuple(problems)
-        lines = "".join(f"\n  - {problem}" for problem in self.problems)
-        super().__init__(f"{subject}: {len(self.problems)} problem(s){lines}")
+        super().__init__(listed(subject, self.problems))
 
 
 class NumericsError(EpmqError):
@@ -41,3 +40,11 @@ class GateError(EpmqError):
     """The deployed model missed a gate: accuracy, latency or size."""
 
     exit_code = 5
+
+
+def listed(subject: str, problems: Sequence[str]) -> str:
+    """One problem as one sentence, several as a list with their number above it."""
+    if len(problems) == 1:
+        return f"{subject}: {problems[0]}"
+    lines = "".join(f"\n  - {problem}" for problem in problems)
+    return f"{subject}: {len(problems)} problem(s){lines}"

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BeforeValidator,
     Field,
     StringConstraints,
     ValidationError,
@@ -16,11 +15,11 @@ from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.calibration.targets.epmq import EpmqOptions
 from epmq_deploy.checkpoints import looks_like_hub_id
-from epmq_deploy.errors import RecipeError
+from epmq_deploy.errors import RecipeError, listed
 from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
-from epmq_deploy.options import Options, shared_fields, union_by_method
+from epmq_deploy.options import SEVERAL, Options, shared_fields, union_by_method
 from epmq_deploy.prompt import Prompt
 
 # Where labels are when nothing else is said.
@@ -29,15 +28,7 @@ LABEL_COLUMN = "label"
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
 
-def _counts(value: Any) -> Any:
-    """None, one number, a list, or numbers separated by commas, as the command line has them."""
-    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return [
-        part for item in items for part in (item.split(",") if isinstance(item, str) else [item])
-    ]
-
-
-Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_counts)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], SEVERAL]
 if TYPE_CHECKING:
     MergeChoice = MergeOptions
     QuantizeChoice = QuantizeOptions
@@ -117,9 +108,10 @@ class ExportOptions(Options):
         description="where to run; picks formats and checks what its kernels take: cpu, cuda, "
         "tensorrt, openvino, qnn, webgpu, wasm",
     )
-    formats: tuple[str, ...] | None = Field(
+    formats: Annotated[tuple[str, ...] | None, SEVERAL] = Field(
         None,
         min_length=1,
+        json_schema_extra={"flag": "--format"},
         description="formats to write; when absent the target's, else matmulnbits and qdq",
     )
     opset: int = Field(21, ge=21, description="ONNX opset (21 is the first with 4-bit types)")
@@ -224,8 +216,7 @@ def parse_recipe(content: Any, source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        problems = "".join(f"\n  - {text}" for text in _describe(error))
-        raise RecipeError(f"{source}: {error.error_count()} problem(s){problems}") from error
+        raise RecipeError(listed(source, _describe(error))) from error
 
 
 def load_recipe(file: Path) -> Recipe:
@@ -298,6 +289,9 @@ def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
     if "target" in given:
         # A target brings formats of its own, unless some are given with it.
         options = options | {"formats": None}
+    if "target_bits" in given or "target_size" in given:
+        # One takes the place of the other, unless both are given.
+        options = options | {"target_bits": None, "target_size": None}
     registries: dict[str, dict[str, Any]] = {"merge": MERGE_METHODS, "quantize": TARGETS}
     known = registries.get(section, {})
     wanted = given.get("method")

@@ -197,7 +197,10 @@ def refuse_existing(
         raise RecipeError(f"{target} already exists; choose another output or pass --overwrite")
     if _stage_of(place) != stage:
         # Never delete what this command did not write.
-        raise RecipeError(f"{target} is not the output of `epmq {stage}`, so it is not replaced")
+        raise RecipeError(
+            f"{target} is not the output of `epmq {stage}`, so it is not replaced; choose another "
+            "output"
+        )
 
 
 def _stage_of(folder: Path) -> str | None:

@@ -16,6 +16,7 @@ from epmq_deploy.exporters.browser_demo import check_demo, check_demo_model, wri
 from epmq_deploy.exporters.export import ExportedGraph, by_kind, verify_graph, write_graphs
 from epmq_deploy.exporters.formats import all_formats
 from epmq_deploy.exporters.formats.format import ExportContext
+from epmq_deploy.exporters.layer_grid import LayerGrid
 from epmq_deploy.exporters.memory import large_blocks_returned, release_memory
 from epmq_deploy.exporters.parity import (
     Outputs,
@@ -26,10 +27,9 @@ from epmq_deploy.exporters.parity import (
 )
 from epmq_deploy.exporters.parts import Part, parts_of
 from epmq_deploy.exporters.session import session_config
+from epmq_deploy.exporters.target_check import check_target
 from epmq_deploy.exporters.targets import (
-    LayerGrid,
     check_export,
-    check_target,
     chosen_formats,
     chosen_two_bit_containers,
     target_of,
@@ -44,14 +44,13 @@ from epmq_deploy.recipe import ExportOptions, Recipe
 from epmq_deploy.stage import (
     Manifest,
     atomic_folder,
-    file_sha256,
     fingerprint,
     model_inputs,
     open_output,
     refuse_existing,
     write_manifest,
 )
-from epmq_deploy.tasks.heads import class_names, leaves_head_to_expert, save_heads
+from epmq_deploy.tasks.heads import class_names, heads_sha256, leaves_head_to_expert, save_heads
 
 # Where transformers.js and optimum look for graphs.
 GRAPHS_FOLDER = "onnx"
@@ -59,17 +58,10 @@ GRAPHS_FOLDER = "onnx"
 
 def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
     """What decides the files, after a quantization of that fingerprint; also input hashes."""
-    inputs = {"quantize": quantized}
-    heads = {}
-    for name, task in recipe.tasks.items():
-        if task.head is not None:
-            heads[name] = task.head.model_dump(mode="json")
-            if task.head.matrix is not None and Path(task.head.matrix).is_file():
-                inputs[f"head:{name}"] = file_sha256(Path(task.head.matrix))
+    inputs = {"quantize": quantized, **heads_sha256(recipe.tasks)}
     # Where libraries are copied from does not decide what is copied.
     export = recipe.export.model_dump(mode="json", exclude={"demo_libraries"})
-    options = {"export": export, "heads": heads}
-    return fingerprint("export", options, inputs), inputs
+    return fingerprint("export", export, inputs), inputs
 
 
 def export(
@@ -106,9 +98,13 @@ def export(
         check_unchanged(open_sources(recipe), made)
     with large_blocks_returned():
         backbone = family.load(merged)
-    grids = {name: LayerGrid.of(layer) for name, layer in by_kind(backbone, layers)[0].items()}
-    check_target(options, grids)
     groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
+    inside = {name for group in groups for name in group.layers}
+    grids = {
+        name: LayerGrid.of(layer, outer=name not in inside)
+        for name, layer in by_kind(backbone, layers)[0].items()
+    }
+    check_target(options, grids, made.recipe.quantize)
     parts, heads = parts_of(
         recipe.tasks, family, backbone, merged, device=device, progress=progress
     )

@@ -4,44 +4,15 @@ A target's constraints hold for the linear layers of its low-bit formats. What c
 for want of the device is said in ``unverified`` rather than turned into a constraint.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.exporters.formats import formats_of
-from epmq_deploy.exporters.packed_linear import block_size_for, container_bits
-from epmq_deploy.models import Block
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.exporters.layer_grid import LayerGrid
+from epmq_deploy.exporters.packed_linear import container_bits
 from epmq_deploy.recipe import ExportOptions
 
 DEFAULT_FORMATS = ("matmulnbits", "qdq")
-
-
-@dataclass(frozen=True)
-class LayerGrid:
-    """What a target's kernels ask about a linear layer.
-
-    Attributes:
-        bits: per code.
-        block_size: columns that share a scale in the file; None where no file can hold it.
-        in_features: ``K``.
-        symmetric: whether it is stored without zero points; those of symmetric codes of 2 and 3
-            bits are not the default of their containers of 4.
-    """
-
-    bits: int
-    block_size: int | None
-    in_features: int
-    symmetric: bool
-
-    @classmethod
-    def of(cls, layer: QuantizedLinear) -> "LayerGrid":
-        """That of a quantized layer."""
-        block = block_size_for(layer.group_size, layer.in_features)
-        return cls(layer.bits, block, layer.in_features, _centred(layer.bits, layer.symmetric))
 
 
 @dataclass(frozen=True)
@@ -70,45 +41,31 @@ class Target:
     two_bit_containers: bool = False
     unverified: str = ""
 
-    def problems(self, layers: Mapping[str, LayerGrid]) -> list[str]:
-        """What keeps layers from running there, one sentence per kind, with what to change."""
-        found = []
-        widths = _either(self.widths)
-        wide = [name for name, grid in layers.items() if self._too_wide(grid)]
-        if wide:
-            found.append(
-                f"{_named(wide)} stored in 8 bits, it takes {widths}: quantize with --bits "
-                f"{max(self.widths)}, or leave them in float with --skip"
-            )
-        sizes = [name for name, grid in layers.items() if self._other_block(grid)]
-        if sizes:
-            found.append(
-                f"{_named(sizes)} stored in blocks of {_blocks(sizes, layers)}, it takes "
-                f"{_either(self.blocks)}: quantize with --group-size {self.blocks[-1]}"
-            )
-        ragged = [name for name, grid in layers.items() if self._ragged(grid)]
-        if ragged:
-            found.append(
-                f"{_named(ragged)} stored in blocks of {_blocks(ragged, layers)}, which do not "
-                f"divide {_inputs(ragged, layers)} inputs: quantize with a --group-size that does"
-            )
-        shifted = [name for name, grid in layers.items() if self.symmetric and not grid.symmetric]
-        if shifted:
-            found.append(
-                f"{_named(shifted)} stored with zero points, it takes none: quantize with "
-                f"--symmetric --bits {max(self.widths)}"
-            )
-        return [f"target {self.name}: {text}" for text in found]
-
-    def _too_wide(self, grid: LayerGrid) -> bool:
+    def refuses_width(self, grid: LayerGrid) -> bool:
+        """Whether codes are stored in more bits than its kernels take."""
         return container_bits(grid.bits) not in self.widths
 
-    def _other_block(self, grid: LayerGrid) -> bool:
+    def refuses_block(self, grid: LayerGrid) -> bool:
+        """Whether its kernels take no blocks of that size."""
         # What has no block size is refused when it is packed.
         return bool(self.blocks and grid.block_size) and grid.block_size not in self.blocks
 
-    def _ragged(self, grid: LayerGrid) -> bool:
+    def refuses_tail(self, grid: LayerGrid) -> bool:
+        """Whether the last block would have to be full."""
         return self.whole_blocks and bool(grid.block_size and grid.in_features % grid.block_size)
+
+    def refuses_zero_points(self, grid: LayerGrid) -> bool:
+        """Whether there would have to be no zero points."""
+        return self.symmetric and not grid.symmetric
+
+    def refuses(self, grid: LayerGrid) -> bool:
+        """Whether a layer cannot run there, for any reason."""
+        return (
+            self.refuses_width(grid)
+            or self.refuses_block(grid)
+            or self.refuses_tail(grid)
+            or self.refuses_zero_points(grid)
+        )
 
 
 TARGETS = {
@@ -177,30 +134,6 @@ TARGETS = {
 }
 
 
-def planned_grids(
-    model: nn.Module, blocks: Iterable[Block], options: QuantizeOptions
-) -> dict[str, LayerGrid]:
-    """What quantization will make of the layers inside the blocks.
-
-    Layers outside them, and bits that are chosen for a budget, are known only afterwards.
-    """
-    if options.target_bits is not None or options.target_size is not None:
-        return {}
-    names = [name for block in blocks for name in block.layers if not options.skips(name)]
-    return {name: _planned(model.get_submodule(name), options.for_layer(name)) for name in names}
-
-
-def _planned(layer: nn.Module, options: QuantizeOptions) -> LayerGrid:
-    columns = layer.get_parameter("weight").shape[1]
-    group = columns if options.group_size == -1 else options.group_size
-    centred = _centred(options.bits, options.symmetric)
-    return LayerGrid(options.bits, block_size_for(group, columns), columns, centred)
-
-
-def _centred(bits: int, symmetric: bool) -> bool:
-    return symmetric and bits == container_bits(bits)
-
-
 def target_of(name: str) -> Target:
     """The target of a name.
 
@@ -247,35 +180,3 @@ def check_export(options: ExportOptions) -> None:
     """
     formats_of(chosen_formats(options))
     chosen_two_bit_containers(options)
-
-
-def check_target(options: ExportOptions, layers: Mapping[str, LayerGrid]) -> None:
-    """Make sure that a target can run quantized linear layers.
-
-    Raises:
-        RecipeError: no such target, or layers it cannot run; names what to change.
-    """
-    if options.target is None:
-        return
-    if not any(fmt.low_bit for fmt in formats_of(chosen_formats(options))):
-        return
-    problems = target_of(options.target).problems(layers)
-    if problems:
-        raise RecipeError("; ".join(problems))
-
-
-def _named(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
-    return f"{names[0]}{more}"
-
-
-def _either(values: Sequence[int]) -> str:
-    return " or ".join(str(value) for value in values)
-
-
-def _blocks(names: Sequence[str], layers: Mapping[str, LayerGrid]) -> str:
-    return _either(sorted({layers[name].block_size or 0 for name in names}))
-
-
-def _inputs(names: Sequence[str], layers: Mapping[str, LayerGrid]) -> str:
-    return _either(sorted({layers[name].in_features for name in names}))

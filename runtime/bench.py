@@ -37,7 +37,7 @@ class Bench:
 
     exported: Path
     formats: Mapping[str, tuple[Mapping[str, Any], ...]]
-    scorer: Scorer[Any]
+    scorer: Scorer[Any, Any]
     samples: Mapping[str, Samples]
     options: EvalOptions
     provider: str

@@ -127,7 +127,7 @@ def _scorer(
     provider: str,
     heads: Mapping[str, TaskHead],
     experts: ExpertBackbone | None,
-) -> Scorer[Any]:
+) -> Scorer[Any, Any]:
     """How models of this family are scored."""
     size = options.batch_size
     if isinstance(family, WriterFamily):

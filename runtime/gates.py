@@ -48,6 +48,9 @@ def check_gates(report: EvalReport) -> None:
 def recommend(report: EvalReport) -> Recommendation | None:
     """The fastest low-bit graph that meets all gates, the smallest of those equally fast.
 
+    Graphs are equally fast where intervals of their latencies overlap, or there were too few runs
+    for any; of graphs of equal size the first counts.
+
     Where no gate says how much accuracy may be lost, graphs significantly worse than fp32 merged
     that lost more than the margin are left out. Returns None where none remains.
     """
@@ -59,8 +62,8 @@ def recommend(report: EvalReport) -> Recommendation | None:
     ]
     if not passing:
         return None
-    fastest = min(_ratio(row) for row in passing)
-    equal = [row for row in passing if _ratio(row) <= fastest * _TIE]
+    fastest = min(passing, key=_ratio)
+    equal = [row for row in passing if not _slower(row, fastest)]
     best = min(equal, key=lambda row: row.bytes or 0)
     return Recommendation(best.name, best.files, _reason(report, best, passing, equal))
 
@@ -98,6 +101,14 @@ def _ratio(row: Row) -> float:
     return row.timings[0].ratio
 
 
+def _slower(row: Row, fastest: Row) -> bool:
+    """Whether a graph is for sure slower than the fastest one."""
+    own, other = row.timings[0].ratio_interval, fastest.timings[0].ratio_interval
+    if own is None or other is None or own.low <= other.high:
+        return False
+    return _ratio(row) > _ratio(fastest) * _TIE
+
+
 def _reason(report: EvalReport, best: Row, passing: list[Row], equal: list[Row]) -> str:
     gates = report.gates
     limits = (gates.max_drop, gates.max_latency_ratio, gates.max_size)
@@ -120,6 +131,16 @@ def _reason(report: EvalReport, best: Row, passing: list[Row], equal: list[Row])
     if best.against_average is not None:
         parts.append(f"accuracy {described(best)}")
     return ", ".join(parts)
+
+
+def verdicts(report: EvalReport) -> dict[str, str]:
+    """What is said of each graph's average accuracy, by the graph's name."""
+    return {row.name: described(row) for row in report.rows if row.against_average is not None}
+
+
+def advice(report: EvalReport) -> str:
+    """What to deploy, in a sentence."""
+    return str(recommend(report) or NONE_RECOMMENDED)
 
 
 def described(row: Row) -> str:

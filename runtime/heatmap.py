@@ -85,7 +85,7 @@ def _picture(
             if block in row:
                 value = values[row[block]]
                 tip = f"{row[block]}: {show(value)}"
-                shapes += _cell(_NAMES + column * width, y, width, heat(value), tip)
+                shapes.append(_cell(_NAMES + column * width, y, width, heat(value), tip))
                 if width >= _TEXT_FITS:
                     x = _NAMES + (column + 0.5) * width
                     shapes.append(
@@ -102,16 +102,14 @@ def _label(name: str, y: float, class_: str) -> Markup:
     return element("text", shown, class_=class_, x=_NAMES - 5, y=y)
 
 
-def _cell(x: float, y: float, width: float, heat: float, tip: str) -> list[Markup]:
-    return [
-        element(
-            "rect",
-            element("title", tip),
-            class_="cell",
-            x=x,
-            y=y,
-            width=width - 1,
-            height=_ROW - 1,
-            fill_opacity=_OPACITY * min(max(heat, 0.0), 1.0),
-        )
-    ]
+def _cell(x: float, y: float, width: float, heat: float, tip: str) -> Markup:
+    return element(
+        "rect",
+        element("title", tip),
+        class_="cell",
+        x=x,
+        y=y,
+        width=width - 1,
+        height=_ROW - 1,
+        fill_opacity=_OPACITY * min(max(heat, 0.0), 1.0),
+    )

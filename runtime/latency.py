@@ -1,5 +1,6 @@
 """Latency and throughput, measured side by side."""
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,12 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from epmq_deploy.runtime.significance import CONFIDENCE, Interval
+
 _WARMUP = 5
+# Fewer runs tell nothing: of two graphs equally fast, one is faster in all of three runs than the
+# other in any of its three one time in ten.
+_FEWEST = 4
 
 
 class Runs(Protocol):
@@ -33,6 +39,8 @@ class Timing:
         throughput: samples per second at the median.
         ratio: of this graph's lower quartile to the reference's, which other programs on the
             machine disturb less than medians.
+        ratio_interval: of the median over turns of this graph's time to the reference's; None where
+            there were too few runs to tell.
     """
 
     batch: int
@@ -42,6 +50,7 @@ class Timing:
     p99_ms: float
     throughput: float
     ratio: float
+    ratio_interval: Interval | None = None
 
 
 def measure_latency(
@@ -79,5 +88,34 @@ def measure_latency(
     timings = {}
     for name, values in times.items():
         p25, p50, p95, p99 = (float(value) for value in np.percentile(values, (25, 50, 95, 99)))
-        timings[name] = Timing(batch, threads, p50, p95, p99, 1000 * batch / p50, p25 / base)
+        timings[name] = Timing(
+            batch=batch,
+            threads=threads,
+            p50_ms=p50,
+            p95_ms=p95,
+            p99_ms=p99,
+            throughput=1000 * batch / p50,
+            ratio=p25 / base,
+            ratio_interval=median_interval(
+                [own / other for own, other in zip(values, times[reference], strict=True)]
+            ),
+        )
     return timings
+
+
+def median_interval(values: Sequence[float]) -> Interval | None:
+    """95% interval of a median between two of the values, whatever their distribution.
+
+    As many values as possible are left out at either end so that the sign test still rejects what
+    lies outside (Conover, Practical Nonparametric Statistics, 1999, section 3.2). That is none with
+    fewer than six values; of fewer than four, None is returned.
+    """
+    count = len(values)
+    if count < _FEWEST:
+        return None
+    left_out, tail = 0, 1
+    # Integers divide to the nearest float however large they are.
+    while 2 * (tail := tail + math.comb(count, left_out + 1)) / 2**count <= 1 - CONFIDENCE:
+        left_out += 1
+    ordered = sorted(values)
+    return Interval(ordered[left_out], ordered[count - 1 - left_out])

@@ -1,6 +1,6 @@
 """The evaluation as a Markdown table, for model cards."""
 
-from epmq_deploy.runtime.gates import NONE_RECOMMENDED, described, misses, recommend
+from epmq_deploy.runtime.gates import advice, misses, verdicts
 from epmq_deploy.runtime.report import EvalReport, Row
 
 
@@ -9,8 +9,7 @@ def markdown_table(report: EvalReport) -> str:
     titles = ["", *(row.title for row in report.rows)]
     lines = [_line(titles), _line(["---", *("--:" for _ in report.rows)])]
     for task in report.samples:
-        percents = (f"{row.accuracy[task]:.1f}{_mark(row, task)}" for row in report.rows)
-        lines.append(_line([_escaped(task), *percents]))
+        lines.append(_line([_escaped(task), *(_percent(row, task) for row in report.rows)]))
     intervals = (
         f"**{row.average:.2f}** [{row.average_interval.low:.1f}, {row.average_interval.high:.1f}]"
         for row in report.rows
@@ -64,15 +63,9 @@ def notes(report: EvalReport) -> list[str]:
         "its own task. \\+ and \\-: significantly better or worse than fp32 merged on that task "
         "(exact McNemar test, Holm-adjusted, 5%)."
     ]
-    lines += [
-        f"- {row.name}: average accuracy {described(row)}."
-        for row in report.rows
-        if row.against_average is not None
-    ]
+    lines += [f"- {name}: average accuracy {said}." for name, said in verdicts(report).items()]
     lines += [f"- Gate missed: {text}." for text in misses(report)]
-    chosen = recommend(report)
-    lines.append(f"- **{chosen or NONE_RECOMMENDED}.**")
-    return lines
+    return [*lines, f"- **{advice(report)}.**"]
 
 
 def _memory(row: Row) -> str:
@@ -80,9 +73,9 @@ def _memory(row: Row) -> str:
     return f"{peak / 1e6:.1f}" if peak else ""
 
 
-def _mark(row: Row, task: str) -> str:
-    verdict = row.against[task].verdict if task in row.against else ""
-    return {"better": " \\+", "worse": " \\-"}.get(verdict, "")
+def _percent(row: Row, task: str) -> str:
+    mark = row.mark(task)
+    return f"{row.accuracy[task]:.1f}" + (f" \\{mark}" if mark else "")
 
 
 def _line(cells: list[str]) -> str:

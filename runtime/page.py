@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from epmq_deploy import __version__
-from epmq_deploy.runtime.gates import NONE_RECOMMENDED, described, misses, recommend
+from epmq_deploy.runtime.gates import advice, misses, verdicts
 from epmq_deploy.runtime.heatmap import heat_maps
 from epmq_deploy.runtime.markup import Markup, element
 from epmq_deploy.runtime.page_style import STYLE
@@ -20,12 +20,11 @@ _SMALL_ERROR, _LARGE_ERROR = 1e-4, 1e-1
 
 def html_page(report: EvalReport) -> str:
     """The whole page: what to deploy, plots, tables, layers."""
-    chosen = recommend(report)
     title = "Evaluation of a merged, quantized model"
     body = element(
         "main",
         element("h1", title),
-        *_summary(report, str(chosen) if chosen else None),
+        *_summary(report),
         element("h2", "Accuracy"),
         _legend(report),
         accuracy_plot(report),
@@ -48,15 +47,13 @@ def html_page(report: EvalReport) -> str:
     return f"<!doctype html>\n{element('html', head, element('body', body), lang='en')}\n"
 
 
-def _summary(report: EvalReport, chosen: str | None) -> Iterator[Markup]:
-    yield element("p", chosen or NONE_RECOMMENDED, class_="verdict", role="note")
-    verdicts = [
-        element("li", element("b", row.name), f" is {described(row)}.")
-        for row in report.rows
-        if row.against_average is not None
+def _summary(report: EvalReport) -> Iterator[Markup]:
+    yield element("p", advice(report), class_="verdict", role="note")
+    found = [
+        element("li", element("b", name), f" is {said}.") for name, said in verdicts(report).items()
     ]
     missed = [element("li", f"Gate missed: {text}.", class_="missed") for text in misses(report)]
-    yield element("ul", *verdicts, *missed)
+    yield element("ul", *found, *missed)
     samples = sum(report.samples.values())
     yield element(
         "p",

@@ -58,14 +58,14 @@ def check_used(session: ort.InferenceSession, file: str, wanted: str, *, strict:
     used = str(session.get_providers()[0])
     if used != wanted:
         problem = (
-            f"provider {wanted} could not be started (its libraries or its device are missing)"
+            f"provider {wanted} could not be started, as its libraries or its device are missing"
         )
     elif wanted != _CPU and (elsewhere := _heavy_elsewhere(session, wanted)):
         problem = f"{file}: provider {wanted} leaves {', '.join(elsewhere)} to others"
     else:
         return used
     if strict:
-        raise RecipeError(f"{problem}; ask for cpu or auto, or mend it")
+        raise RecipeError(f"{problem}; ask for cpu or auto")
     log.warning("%s; the rest runs on %s", problem, _CPU)
     return used
 

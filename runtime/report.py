@@ -49,6 +49,11 @@ class Row:
         """Accuracy averaged over tasks, percent."""
         return sum(self.accuracy.values()) / len(self.accuracy)
 
+    def mark(self, task: str) -> str:
+        """``+`` or ``-`` where it is significantly better or worse than fp32 merged."""
+        verdict = self.against[task].verdict if task in self.against else ""
+        return {"better": "+", "worse": "-"}.get(verdict, "")
+
     @property
     def title(self) -> str:
         """What tables call it."""

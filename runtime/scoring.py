@@ -1,9 +1,10 @@
 """Running all models on a task, whatever the kind of task."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from epmq_deploy.tasks.data import Samples, batches
 
 Predicted = npt.NDArray[Any]
 Model = TypeVar("Model", bound=Runs)
+Family = TypeVar("Family", bound=ModelFamily)
 
 
 @dataclass(frozen=True)
@@ -43,57 +45,65 @@ class Predictions:
         return np.asarray(self.predicted[model] == self.predicted[other], dtype=np.bool_)
 
 
-class Scorer(Protocol[Model]):
+@dataclass(frozen=True)
+class Scorer(ABC, Generic[Model, Family]):
     """How models of one kind of task are opened, fed and scored; ``Model`` is one format's.
 
     Attributes:
         feeds_graphs: whether a batch is what a format's only graph takes. Otherwise values go from
             one run to the next, or from one graph to another.
-    """
-
-    feeds_graphs: ClassVar[bool]
-
-    def open(self, threads: int | None) -> Mapping[str, Model]:
-        """Every format of the export, ready to run with that many threads."""
-
-    def predict(self, models: Mapping[str, Model], task: str, samples: Samples) -> Predictions:
-        """Predictions of these models and, where evaluated, of the task's expert."""
-
-    def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
-        """What models run on: samples from ``start`` on, and again from the first at their end."""
-
-
-@dataclass(frozen=True)
-class ClassScorer:
-    """Classification: the class of the largest logit.
-
-    Attributes:
         family: of the model.
         folder: of the export.
         entries: what its manifest says of each graph.
         provider: of onnxruntime.
         batch_size: samples per run.
+    """
+
+    feeds_graphs: ClassVar[bool]
+    family: Family
+    folder: Path
+    entries: Sequence[Mapping[str, Any]]
+    provider: str
+    batch_size: int
+
+    @abstractmethod
+    def open(self, threads: int | None) -> Mapping[str, Model]:
+        """Every format of the export, ready to run with that many threads."""
+
+    @abstractmethod
+    def predict(self, models: Mapping[str, Model], task: str, samples: Samples) -> Predictions:
+        """Predictions of these models and, where evaluated, of the task's expert."""
+
+    @abstractmethod
+    def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
+        """What models run on: samples from ``start`` on, and again from the first at their end."""
+
+    def _graph(self, entry: Mapping[str, Any], threads: int | None) -> Graph:
+        return Graph.exported(self.folder, entry, provider=self.provider, threads=threads)
+
+
+def raw_samples(samples: Samples, start: int, size: int) -> list[Any]:
+    """Inputs from ``start`` on, and again from the first at their end."""
+    rows = [index % len(samples) for index in range(start, start + size)]
+    return [samples.inputs(row, row + 1)[0] for row in rows]
+
+
+@dataclass(frozen=True)
+class ClassScorer(Scorer[Graph, ModelFamily]):
+    """Classification: the class of the largest logit.
+
+    Attributes:
         heads: by task, for the experts.
         experts: in torch, or None.
     """
 
     feeds_graphs: ClassVar[bool] = True
-    family: ModelFamily
-    folder: Path
-    entries: Sequence[Mapping[str, Any]]
-    provider: str
-    batch_size: int
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     experts: ExpertBackbone | None = None
 
     def open(self, threads: int | None) -> Mapping[str, Graph]:
         """See base."""
-        return {
-            entry["format"]: Graph.exported(
-                self.folder, entry, provider=self.provider, threads=threads
-            )
-            for entry in self.entries
-        }
+        return {entry["format"]: self._graph(entry, threads) for entry in self.entries}
 
     def predict(self, models: Mapping[str, Graph], task: str, samples: Samples) -> Predictions:
         """See base. Each sample is decoded once."""
@@ -112,6 +122,4 @@ class ClassScorer:
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """See base."""
-        rows = [index % len(samples) for index in range(start, start + size)]
-        raw = [samples.inputs(row, row + 1)[0] for row in rows]
-        return self.family.collate(self.folder, raw)
+        return self.family.collate(self.folder, raw_samples(samples, start, size))

@@ -1,9 +1,8 @@
 """Scoring models that write texts: an answer is right when it is the wanted one, word by word."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,31 +12,21 @@ from epmq_deploy.experts import ExpertBackbone
 from epmq_deploy.models.writer import WriterFamily
 from epmq_deploy.runtime.generation import TextWriter, text_writer
 from epmq_deploy.runtime.report import EXPERTS
-from epmq_deploy.runtime.scoring import Predictions
+from epmq_deploy.runtime.scoring import Predictions, Scorer, raw_samples
 from epmq_deploy.runtime.sessions import Graph
 from epmq_deploy.tasks.data import Samples
 
 
 @dataclass(frozen=True)
-class TextScorer:
-    """Lets models write the answers, greedily; see `epmq_deploy.runtime.scoring.Scorer`.
+class TextScorer(Scorer[TextWriter, WriterFamily]):
+    """Lets models write the answers, greedily.
 
     Attributes:
-        family: of the model.
-        folder: of the export, for the tokenizer.
-        entries: what its manifest says of each graph.
-        provider: of onnxruntime.
-        batch_size: samples per run.
         max_tokens: longest answer.
         experts: in torch, or None.
     """
 
     feeds_graphs: ClassVar[bool] = False
-    family: WriterFamily
-    folder: Path
-    entries: Sequence[Mapping[str, Any]]
-    provider: str
-    batch_size: int
     max_tokens: int
     experts: ExpertBackbone | None = None
 
@@ -45,9 +34,7 @@ class TextScorer:
         """See base."""
         parts: dict[str, dict[str, Graph]] = {}
         for entry in self.entries:
-            parts.setdefault(entry["format"], {})[entry["part"]] = Graph.exported(
-                self.folder, entry, provider=self.provider, threads=threads
-            )
+            parts.setdefault(entry["format"], {})[entry["part"]] = self._graph(entry, threads)
         return {
             name: text_writer(self.family, self.folder, graphs, self.max_tokens)
             for name, graphs in parts.items()
@@ -77,8 +64,7 @@ class TextScorer:
 
         So that formats are timed on the same work, whatever they would write.
         """
-        rows = [index % len(samples) for index in range(start, start + size)]
-        pairs = [samples.inputs(row, row + 1)[0] for row in rows]
+        pairs = raw_samples(samples, start, size)
         tokenizer = self.family.tokenizer(self.folder)
         answers = tokenizer([pair.answer for pair in pairs], add_special_tokens=False)["input_ids"]
         # Each with its end.

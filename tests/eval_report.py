@@ -11,6 +11,7 @@ from epmq_deploy.runtime.footprint import Footprint
 from epmq_deploy.runtime.latency import Timing
 from epmq_deploy.runtime.report import EvalReport, Gates, Row
 from epmq_deploy.runtime.scoring import Predictions
+from epmq_deploy.runtime.significance import Interval
 
 TASKS = {"cars": 400, "traffic_signs": 300}
 KINDS = ("self_attn.q_proj", "fc1")
@@ -65,8 +66,11 @@ def _row(name: str, tasks: Mapping[str, int]) -> Row:
     _, ratio, megabytes = MODELS[name]
     if name == "experts":
         return row_of(name, predictions(tasks), 1.0)
+    seen = Interval(0.99 * ratio, 1.01 * ratio)
     timings = tuple(
-        Timing(batch, None, 10 * batch * ratio, 12 * batch * ratio, 15 * batch * ratio, 1, ratio)
+        Timing(
+            batch, None, 10 * batch * ratio, 12 * batch * ratio, 15 * batch * ratio, 1, ratio, seen
+        )
         for batch in (1, 8)
     )
     return row_of(

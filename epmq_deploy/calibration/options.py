@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import AfterValidator, Field, model_validator
 
-from epmq_deploy.options import Options, given_for, layers_from_text, texts_read_by
+from epmq_deploy.options import SEVERAL, Options, given_for, layers_from_text, texts_read_by
 
 
 def _runs_somewhere(value: int) -> int:
@@ -51,7 +51,7 @@ class QuantizeOptions(Options):
         True,
         description="quantize embeddings and projections outside the blocks too, to 8 bits",
     )
-    skip: tuple[str, ...] = Field(
+    skip: Annotated[tuple[str, ...], SEVERAL] = Field(
         (), description="layers to leave unquantized, as name patterns (*.mlp.fc2)"
     )
     layers: Annotated[dict[str, LayerOptions], texts_read_by(layers_from_text)] = Field(

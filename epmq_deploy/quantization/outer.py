@@ -5,6 +5,8 @@ part of its file. At 8 bits rounding needs no calibration.
 """
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -17,6 +19,33 @@ from epmq_deploy.quantization.solver import round_to_nearest
 _BITS = 8
 # Of all weights; a smaller layer is not worth the operators that unpack it.
 _WORTH = 0.002
+
+
+@dataclass(frozen=True)
+class OuterGrid:
+    """How a layer outside the blocks is rounded.
+
+    Attributes:
+        bits: per code.
+        group_size: columns that share a scale.
+        symmetric: whether zero points are fixed at the middle code.
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+
+def planned_outer(
+    model: nn.Module, inside: set[str], options: QuantizeOptions
+) -> dict[str, OuterGrid]:
+    """What `quantize_outer` will make of a model, by dotted name; takes the same arguments."""
+    total = _count(model)
+    planned: dict[str, OuterGrid] = {}
+    for users in _users_by_weight(model, inside):
+        if not any(_why_kept(name, user, options, total) for name, user in users.items()):
+            planned |= dict.fromkeys(users, _grid_of(users, options))
+    return planned
 
 
 def quantize_outer(
@@ -37,7 +66,7 @@ def quantize_outer(
         Codes and grids by dotted name (a convolution's weight as ``[N, C * kh * kw]``), and one
         report for every layer outside the blocks, kept ones too.
     """
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = _count(model)
     layers: dict[str, QuantizedLinear] = {}
     reports = []
     for users in _users_by_weight(model, inside):
@@ -48,8 +77,7 @@ def quantize_outer(
             continue
         parameter = next(iter(users.values())).get_parameter("weight")
         weight = parameter.detach().flatten(1)
-        per_row = not all(isinstance(user, nn.Linear) for user in users.values())
-        linear = _rounded(weight, options, per_row=per_row)
+        linear = _rounded(weight, _grid_of(users, options))
         parameter.data = linear.dequantize().reshape(parameter.shape).to(parameter.device)
         layers |= {name: copy.deepcopy(linear) for name in users}
         reports += [_report(name, weight, linear) for name in users]
@@ -83,14 +111,25 @@ def _why_kept(name: str, module: nn.Module, options: QuantizeOptions, total: int
     return ""
 
 
-def _rounded(weight: Tensor, options: QuantizeOptions, *, per_row: bool) -> QuantizedLinear:
-    columns = weight.shape[1]
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _grid_of(users: Mapping[str, nn.Module], options: QuantizeOptions) -> OuterGrid:
+    """The grid of a weight that these layers share."""
+    columns = next(iter(users.values())).get_parameter("weight").flatten(1).shape[1]
+    per_row = not all(isinstance(user, nn.Linear) for user in users.values())
     whole = per_row or options.group_size == -1
+    group_size = columns if whole else min(options.group_size, columns)
+    return OuterGrid(_BITS, group_size, per_row or options.symmetric)
+
+
+def _rounded(weight: Tensor, planned: OuterGrid) -> QuantizedLinear:
     grid = fit_grid(
         weight,
-        bits=_BITS,
-        group_size=columns if whole else min(options.group_size, columns),
-        symmetric=per_row or options.symmetric,
+        bits=planned.bits,
+        group_size=planned.group_size,
+        symmetric=planned.symmetric,
         clip_search=False,
     )
     codes = round_to_nearest(weight, grid)
@@ -98,7 +137,7 @@ def _rounded(weight: Tensor, options: QuantizeOptions, *, per_row: bool) -> Quan
         codes.cpu(),
         grid.scales.cpu(),
         grid.zero_points.cpu(),
-        _BITS,
+        grid.bits,
         grid.group_size,
         grid.symmetric,
     )

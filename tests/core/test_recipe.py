@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from epmq_deploy.errors import RecipeError
+from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.recipe import load_recipe, override, parse_recipe
 
 MINIMAL = {"base": {"path": "b"}, "tasks": {"t": {"expert": "e"}}}
@@ -29,6 +29,14 @@ def test_every_wrong_key_is_named_with_what_is_allowed() -> None:
     assert "quantize.group_size: " in text
     assert "multiple of 16" in text
     assert "deploy: no such option; allowed here: base, tasks, merge" in text
+
+
+def test_one_problem_is_one_sentence() -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(MINIMAL | {"quantize": {"bits": 5}}, "r.yaml")
+    assert str(caught.value) == "r.yaml: quantize.bits: Input should be 2, 3, 4 or 8, found 5"
+    assert str(MismatchError("data", ["no file"])) == "data: no file"
+    assert str(MismatchError("data", ["a", "b"])) == "data: 2 problem(s)\n  - a\n  - b"
 
 
 def test_unknown_method_lists_the_known_ones() -> None:

@@ -1,29 +1,32 @@
 """Targets pick formats, and refuse what their kernels do not take, naming what to change."""
 
 import dataclasses
+import shlex
 import types
 from typing import Any
 
 import pytest
 import torch
+from parsed_flags import parsed
 from torch import nn
 
 from epmq_deploy.calibration.targets.rtn import RtnOptions
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.exporters.formats import format_names
+from epmq_deploy.exporters.layer_grid import LayerGrid, planned_grids
 from epmq_deploy.exporters.packed_linear import pack_linear
+from epmq_deploy.exporters.target_check import check_target
 from epmq_deploy.exporters.targets import (
     TARGETS,
-    LayerGrid,
     check_export,
-    check_target,
     chosen_formats,
     chosen_two_bit_containers,
-    planned_grids,
 )
 from epmq_deploy.models import Block, Group
-from epmq_deploy.recipe import ExportOptions, override, parse_recipe
+from epmq_deploy.recipe import ExportOptions, Recipe, override, parse_recipe
 
+# What the layers below differ from, so that every one of them needs its option.
+OPTIONS = RtnOptions(bits=8, group_size=16)
 GOOD = LayerGrid(bits=4, block_size=64, in_features=128, symmetric=True)
 
 
@@ -33,7 +36,7 @@ def grid(**changes: Any) -> LayerGrid:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_portable_grid_suits_every_target(target: str) -> None:
-    check_target(ExportOptions(target=target, formats=("matmulnbits",)), {"layer": GOOD})
+    check_target(ExportOptions(target=target, formats=("matmulnbits",)), {"layer": GOOD}, OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +45,8 @@ def test_the_portable_grid_suits_every_target(target: str) -> None:
         ("tensorrt", grid(block_size=32), "fc1 is stored in blocks of 32.*--group-size 128"),
         ("tensorrt", grid(block_size=256), "64 or 128.*--group-size"),
         ("tensorrt", grid(symmetric=False), "zero points.*--symmetric"),
-        ("tensorrt", grid(bits=8), "8 bits.*--bits 4.*--skip"),
+        ("tensorrt", grid(bits=8), "8 bits.*--bits 4"),
+        ("tensorrt", grid(bits=8, outer=True), "8 bits, it takes 4: quantize with --skip fc1$"),
         ("qnn", grid(symmetric=False), "--symmetric"),
         ("qnn", grid(bits=8), "--bits 4"),
         ("openvino", grid(in_features=112, block_size=32), "blocks of 32.*divide 112 inputs"),
@@ -50,10 +54,10 @@ def test_the_portable_grid_suits_every_target(target: str) -> None:
 )
 def test_what_a_target_refuses(target: str, layer: LayerGrid, message: str) -> None:
     with pytest.raises(RecipeError, match=rf"target {target}: .*{message}"):
-        check_target(ExportOptions(target=target), {"fc1": layer})
-    check_target(ExportOptions(), {"fc1": layer})
-    check_target(ExportOptions(target=target, formats=("fp16",)), {"fc1": layer})
-    check_target(ExportOptions(target="cpu", formats=("matmulnbits",)), {"fc1": layer})
+        check_target(ExportOptions(target=target), {"fc1": layer}, OPTIONS)
+    check_target(ExportOptions(), {"fc1": layer}, OPTIONS)
+    check_target(ExportOptions(target=target, formats=("fp16",)), {"fc1": layer}, OPTIONS)
+    check_target(ExportOptions(target="cpu", formats=("matmulnbits",)), {"fc1": layer}, OPTIONS)
 
 
 def test_every_kind_of_problem_is_named_at_once() -> None:
@@ -63,10 +67,82 @@ def test_every_kind_of_problem_is_named_at_once() -> None:
         "three": grid(symmetric=False),
     }
     with pytest.raises(RecipeError) as error:
-        check_target(ExportOptions(target="tensorrt"), layers)
+        check_target(ExportOptions(target="tensorrt"), layers, OPTIONS)
     text = str(error.value)
     assert "one and 1 more are stored in blocks of 16 or 32" in text
     assert "three is stored with zero points" in text
+
+
+class Model(nn.Module):
+    """Linear layers in a block, and one of 8 bits behind it."""
+
+    def __init__(self, *columns: int) -> None:
+        super().__init__()
+        self.block = nn.ModuleDict({f"fc{width}": nn.Linear(width, 8) for width in columns})
+        self.projection = nn.Linear(64, 8)
+        self.skipped = nn.Linear(64, 8)
+
+    def grids(self, recipe: Recipe) -> dict[str, LayerGrid]:
+        names = tuple(f"block.{name}" for name in self.block)
+        return planned_grids(self, [Block("block", (Group(names),))], recipe.quantize)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "qnn", "openvino"])
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        {},
+        {"bits": 8, "group_size": 32},
+        {"bits": 3, "symmetric": True, "group_size": -1},
+        {"bits": 4, "outer": False, "group_size": 256},
+        {"layers": {"*.fc128": {"bits": 8, "group_size": 32}, "*.fc1*": {"symmetric": False}}},
+        {"symmetric": True, "layers": {"*.fc448": {"bits": 2}, "*.fc112": {"group_size": 64}}},
+        {"symmetric": True, "skip": ["skipped"], "group_size": 96},
+    ],
+)
+def test_advice_followed_lets_a_target_run_every_layer(
+    target: str, quantize: dict[str, Any]
+) -> None:
+    """The flags named are read as a command reads them; some models need none."""
+    options = ExportOptions(target=target)
+    content = {"base": {"path": "b"}, "tasks": {"a": {"expert": "e"}}}
+    followed = 0
+    for columns in ((64, 128), (112, 448), (32, 96, 128, 512), (20, 64)):
+        model = Model(*columns)
+        recipe = parse_recipe(content | {"quantize": {"method": "rtn"} | quantize}, "test")
+        try:
+            check_target(options, model.grids(recipe), recipe.quantize)
+        except RecipeError as error:
+            flags = shlex.split(str(error).rpartition(": quantize with ")[2])
+            recipe = parsed(recipe, "quantize", flags)
+            followed += 1
+        check_target(options, model.grids(recipe), recipe.quantize)
+        assert any(not recipe.quantize.skips(f"block.{name}") for name in model.block)
+        assert set(quantize.get("skip", [])) <= set(recipe.quantize.skip)
+    assert followed
+
+
+@pytest.mark.parametrize("budget", [{"target_bits": 4.5}, {"target_size": 3.0}])
+def test_bits_chosen_for_a_budget_are_changed_through_it(budget: dict[str, float]) -> None:
+    quantize = budget | {"symmetric": True}
+    content = {"base": {"path": "b"}, "tasks": {"a": {"expert": "e"}}, "quantize": quantize}
+    recipe = parse_recipe(content, "test")
+    layers = {"one": grid(), "two": grid(bits=8)}
+    with pytest.raises(RecipeError, match=r"two is stored in 8 bits.*with --target-bits 4$"):
+        check_target(ExportOptions(target="qnn"), layers, recipe.quantize)
+    changed = parsed(recipe, "quantize", ["--target-bits", "4"]).quantize
+    assert (changed.target_bits, changed.target_size) == (4, None)
+
+
+def test_layers_of_a_kind_are_skipped_by_one_pattern() -> None:
+    layers = {
+        "a.0.fc1": grid(in_features=32, block_size=32),
+        "a.1.fc1": grid(in_features=32, block_size=32),
+        "a.0.fc2": grid(in_features=32, block_size=32),
+        "a.1.fc2": grid(),
+    }
+    with pytest.raises(RecipeError, match=r"with --skip '\*\.fc1,a\.0\.fc2'$"):
+        check_target(ExportOptions(target="tensorrt"), layers, RtnOptions(symmetric=True))
 
 
 def test_formats_of_targets() -> None:

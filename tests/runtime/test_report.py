@@ -13,8 +13,9 @@ from epmq_deploy.runtime.eval_json import read_report, report_dict
 from epmq_deploy.runtime.evaluation import row_of
 from epmq_deploy.runtime.gates import check_gates, misses, recommend
 from epmq_deploy.runtime.markdown import markdown_table
-from epmq_deploy.runtime.report import Gates
+from epmq_deploy.runtime.report import Gates, Row
 from epmq_deploy.runtime.scoring import Predictions
+from epmq_deploy.runtime.significance import Interval
 
 REPORT = build_report()
 
@@ -88,6 +89,44 @@ def test_recommends_the_fastest_that_meets_the_gates(
     assert (found.format, found.files) == (format_, (f"onnx/model_{format_}.onnx",))
     assert reason in found.reason
     assert ("meets the gates" in found.reason) == (gates != Gates())
+
+
+def timed(name: str, ratio: float, interval: Interval | None) -> Row:
+    """A row of the report with another latency."""
+    row = REPORT.row(name)
+    timings = [replace(item, ratio=ratio, ratio_interval=interval) for item in row.timings]
+    return replace(row, timings=tuple(timings))
+
+
+@pytest.mark.parametrize(
+    ("intervals", "format_"),
+    [
+        # "faster" (61 MB) is faster than "equal" (59 MB) only where that is sure.
+        ((Interval(0.25, 0.35), Interval(0.55, 0.65)), "faster"),
+        ((Interval(0.25, 0.56), Interval(0.55, 0.65)), "equal"),
+        ((None, None), "equal"),
+        ((Interval(0.25, 0.35), None), "equal"),
+    ],
+)
+def test_a_faster_graph_is_recommended_only_where_it_is_surely_faster(
+    intervals: tuple[Interval | None, Interval | None], format_: str
+) -> None:
+    rows = (
+        REPORT.row("fp32"),
+        timed("faster", 0.3, intervals[0]),
+        timed("equal", 0.6, intervals[1]),
+    )
+    found = recommend(replace(REPORT, rows=rows))
+    assert found is not None
+    assert found.format == format_
+
+
+def test_of_graphs_equal_in_speed_and_size_the_first_is_recommended() -> None:
+    first, second = (replace(timed(name, 0.3, None), bytes=7) for name in ("faster", "equal"))
+    for rows in ((first, second), (second, first)):
+        found = recommend(replace(REPORT, rows=(REPORT.row("fp32"), *rows)))
+        assert found is not None
+        assert found.format == rows[0].name
 
 
 def test_recommends_nothing_that_misses_a_gate() -> None:

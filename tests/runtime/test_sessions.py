@@ -1,5 +1,6 @@
 """Sessions, providers, latency and memory."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,10 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.runtime.footprint import measure_footprint
-from epmq_deploy.runtime.latency import measure_latency
+from epmq_deploy.runtime.latency import measure_latency, median_interval
 from epmq_deploy.runtime.providers import check_used, provider_named
 from epmq_deploy.runtime.sessions import Graph
+from epmq_deploy.runtime.significance import Interval
 
 
 @pytest.fixture
@@ -126,6 +128,41 @@ def test_latency_takes_turns_and_ignores_warmup(
         assert (timing.batch, timing.threads) == (4, None)
     assert found["a"].ratio == 1
     assert found["b"].ratio == pytest.approx((331 + 469) / (217 + 631))
+
+
+@pytest.mark.parametrize(
+    # Conover (1999), table A3, at p = 0.5; the last from the normal approximation.
+    ("count", "low", "high"),
+    [(4, 1, 4), (5, 1, 5), (6, 1, 6), (10, 2, 9), (20, 6, 15), (50, 18, 33), (3000, 1446, 1555)],
+)
+def test_interval_of_a_median(count: int, low: int, high: int) -> None:
+    shuffled = [float((7 * index) % count + 1) for index in range(count)]
+    assert median_interval(shuffled) == Interval(low, high)
+
+
+def test_few_runs_tell_nothing() -> None:
+    assert median_interval([1.0, 1.0, 1.0]) is None
+
+
+def test_ratios_are_of_runs_in_the_same_turn(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that slows down all the time leaves the interval as narrow as it is."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    graphs = {name: Graph(doubling, provider="cpu", threads=1) for name in ("a", "b")}
+    turns = {"a": 0, "b": 0}
+
+    def work(name: str, cost: float) -> None:
+        turns[name] += 1
+        now[0] += cost * 2.0 ** turns[name]
+
+    for name, cost in (("a", 1.0), ("b", 0.5)):
+        run = partial(work, name, cost)
+        monkeypatch.setattr(graphs[name], "run", lambda inputs, run=run: run())
+    found = measure_latency(graphs, "a", [torch.zeros(1, 2)], None, runs=8, warmup=0)
+    assert found["b"].ratio_interval == Interval(pytest.approx(0.5), pytest.approx(0.5))
+    assert found["a"].ratio_interval == Interval(1.0, 1.0)
 
 
 def test_footprint_is_measured_in_a_process_of_its_own(doubling: Path, tmp_path: Path) -> None:
