@@ -10,9 +10,10 @@ from torch import Tensor
 
 from epmq_deploy.ahead import ahead
 from epmq_deploy.checkpoints import Checkpoint
+from epmq_deploy.merging.preflight import ExpertCheck
 
-# Threads that read files, mostly waiting for the disk; more of them read no faster.
-_READERS = 2
+# Threads that read and check files; more of them read no faster.
+_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,14 @@ class CheckpointTaskVectors:
         experts: the experts by task.
         names: the tensors that are merged.
         device: where the task vectors are computed.
-        wait_for: returns when an expert's values may be read.
+        check: of base and experts; every value is checked before it is used.
     """
 
     base: Checkpoint
     experts: Mapping[str, Checkpoint]
     names: Sequence[str]
     device: torch.device
-    wait_for: Callable[[str], None]
+    check: ExpertCheck
 
     @property
     def tasks(self) -> Sequence[str]:
@@ -46,13 +47,14 @@ class CheckpointTaskVectors:
 
     def of_task(self, index: int, names: Sequence[str]) -> Iterator[Tensor]:
         """One expert's task vector, tensor by tensor as in ``names``, float32."""
-        self.wait_for(self.tasks[index])
-        expert = self.experts[self.tasks[index]]
+        expert, *later = tuple(self.experts.values())[index:]
+        for other in later[:1]:
+            self.check.ahead(other)
 
         def vector(name: str) -> Tensor:
             start = self.of_base(name)
             found = torch.empty_like(start)
-            _subtract(expert, name, start, found)
+            self._read(expert, name, start, found)
             return found
 
         yield from ahead(vector, names, _READERS)
@@ -66,28 +68,48 @@ class CheckpointTaskVectors:
         return self._with_base(name, map)
 
     def with_bases(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """``with_base`` of each tensor in turn."""
-        with ThreadPoolExecutor(_READERS) as readers:
-            yield from ahead(lambda name: self._with_base(name, readers.map), names, 1)
+        """``with_base`` of each tensor in turn, until the next is asked for."""
+        count = len(self.experts) * max(self.size(name) for name in names)
+        # New memory for every tensor would take longer to get than to fill.
+        free = deque(torch.empty(count, device=self.device) for _ in range(2))
 
-    def _with_base(self, name: str, apply: Callable[..., Iterator[None]]) -> tuple[Tensor, Tensor]:
+        def read(name: str) -> tuple[Tensor, Tensor]:
+            free.rotate()
+            return self._with_base(name, readers.map, free[0])
+
+        with ThreadPoolExecutor(_READERS) as readers:
+            yield from ahead(read, names, 1)
+
+    def _with_base(
+        self, name: str, apply: Callable[..., Iterator[None]], memory: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """``with_base``, whose reading ``apply`` does as ``map`` would."""
-        for task in self.tasks:
-            self.wait_for(task)
         start = self.of_base(name)
-        vectors = start.new_empty((len(self.experts), *start.shape))
+        shape = (len(self.experts), *start.shape)
+        vectors = start.new_empty(shape) if memory is None else _first(memory, shape)
 
         def read(expert: Checkpoint, vector: Tensor) -> None:
-            _subtract(expert, name, start, vector)
+            self._read(expert, name, start, vector)
 
         deque(apply(read, self.experts.values(), vectors), maxlen=0)
         return start, vectors
 
     def of_base(self, name: str) -> Tensor:
         """One of the base's tensors, float32."""
+        self.check.tensor(self.base, name)
         start = torch.empty(self.base.tensors[name].shape, dtype=torch.float32, device=self.device)
         self.base.load_into(name, start)
         return start
+
+    def _read(self, expert: Checkpoint, name: str, start: Tensor, vector: Tensor) -> None:
+        if name in expert.tensors:
+            self.check.tensor(expert, name)
+        _subtract(expert, name, start, vector)
+
+
+def _first(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The beginning of ``memory [n]`` as a tensor of a shape."""
+    return memory[: torch.Size(shape).numel()].view(shape)
 
 
 def _subtract(expert: Checkpoint, name: str, start: Tensor, vector: Tensor) -> None:

@@ -22,7 +22,7 @@ from epmq_deploy.merging.method import (
     ScaledOptions,
 )
 from epmq_deploy.merging.methods import MERGE_METHODS
-from epmq_deploy.merging.preflight import ExpertCheck
+from epmq_deploy.merging.preflight import ExpertCheck, warn_about_what_is_not_merged
 from epmq_deploy.merging.recipe_data import load_data
 from epmq_deploy.merging.search import search_scaling
 from epmq_deploy.progress import NoProgress, Progress
@@ -116,31 +116,35 @@ def merge(
         names = check.names
         _check_patterns(options, names)
         vectors = CheckpointTaskVectors(
-            sources.base, sources.experts, names, device or torch.device("cpu"), check.wait_for
+            sources.base, sources.experts, names, device or torch.device("cpu"), check
         )
-        # Experts are checked meanwhile, and used as soon as they are.
+        details: dict[str, Any] = {
+            "method": method.name,
+            "experts": len(sources.experts),
+            "merged_tensors": len(names),
+            "copied_tensors": len(sources.base.tensors) - len(names),
+        }
         statistics = method.statistics(vectors, options) if method.statistics else None
-        check.finish()
-    inputs = sources.sha256()
-    mark = merge_fingerprint(recipe, inputs)
-    details: dict[str, Any] = {
-        "method": method.name,
-        "experts": len(sources.experts),
-        "merged_tensors": len(names),
-        "copied_tensors": len(sources.base.tensors) - len(names),
-    }
-    if method.calibrate is not None:
-        found_in_data = _calibrated(recipe, sources, method, vectors, progress)
-        statistics = found_in_data.statistics
-        details |= found_in_data.details
-    if _is_searched(options):
-        found = search_scaling(recipe, sources, method, vectors, statistics, progress)
-        options = options.at(found.value)
-        details |= _search_details(found)
-    with atomic_folder(output) as folder:
-        merged = _merged_tensors(sources, vectors, method, options, statistics)
-        _write(sources, merged, options, folder, progress)
-        return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
+        if uses_data(options):
+            # Models run on data before anything is merged.
+            check.finish()
+        if method.calibrate is not None:
+            found_in_data = _calibrated(recipe, sources, method, vectors, progress)
+            statistics = found_in_data.statistics
+            details |= found_in_data.details
+        if _is_searched(options):
+            found = search_scaling(recipe, sources, method, vectors, statistics, progress)
+            options = options.at(found.value)
+            details |= _search_details(found)
+        with atomic_folder(output) as folder:
+            # Values are checked as they are merged; one that is wrong leaves nothing behind.
+            merged = _merged_tensors(sources, vectors, method, options, statistics)
+            _write(sources, merged, options, folder, progress)
+            check.finish()
+            warn_about_what_is_not_merged(sources)
+            inputs = sources.sha256()
+            mark = merge_fingerprint(recipe, inputs)
+            return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
 
 
 def _calibrated(
