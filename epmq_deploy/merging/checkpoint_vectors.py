@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -46,18 +47,22 @@ class CheckpointTaskVectors:
         return torch.Size(self.base.tensors[name].shape).numel()
 
     def of_task(self, index: int, names: Sequence[str]) -> Iterator[Tensor]:
-        """One expert's task vector, tensor by tensor as in ``names``, float32."""
+        """See ``TaskVectors``; begins to check the next expert."""
         expert, *later = tuple(self.experts.values())[index:]
         for other in later[:1]:
             self.check.ahead(other)
+        largest = max((self.size(name) for name in names), default=0)
+        # New memory for every tensor would take longer to get than to fill.
+        base, *memory = (torch.empty(largest, device=self.device) for _ in range(3))
 
-        def vector(name: str) -> Tensor:
-            start = self.of_base(name)
-            found = torch.empty_like(start)
+        def vector(job: tuple[str, Tensor]) -> Tensor:
+            name, place = job
+            start = self.of_base(name, base)
+            found = _first(place, start.shape)
             self._read(expert, name, start, found)
             return found
 
-        yield from ahead(vector, names, _READERS)
+        yield from ahead(vector, zip(names, cycle(memory), strict=False), 1)
 
     def of_tensor(self, name: str) -> Tensor:
         """Task vectors ``[T, *]`` of one tensor, float32."""
@@ -69,16 +74,15 @@ class CheckpointTaskVectors:
 
     def with_bases(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """``with_base`` of each tensor in turn, until the next is asked for."""
-        count = len(self.experts) * max(self.size(name) for name in names)
-        # New memory for every tensor would take longer to get than to fill.
-        free = deque(torch.empty(count, device=self.device) for _ in range(2))
+        count = len(self.experts) * max((self.size(name) for name in names), default=0)
+        memory = tuple(torch.empty(count, device=self.device) for _ in range(2))
 
-        def read(name: str) -> tuple[Tensor, Tensor]:
-            free.rotate()
-            return self._with_base(name, readers.map, free[0])
+        def read(job: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
+            name, place = job
+            return self._with_base(name, readers.map, place)
 
         with ThreadPoolExecutor(_READERS) as readers:
-            yield from ahead(read, names, 1)
+            yield from ahead(read, zip(names, cycle(memory), strict=False), 1)
 
     def _with_base(
         self, name: str, apply: Callable[..., Iterator[None]], memory: Tensor | None = None
@@ -94,10 +98,11 @@ class CheckpointTaskVectors:
         deque(apply(read, self.experts.values(), vectors), maxlen=0)
         return start, vectors
 
-    def of_base(self, name: str) -> Tensor:
-        """One of the base's tensors, float32."""
+    def of_base(self, name: str, memory: Tensor | None = None) -> Tensor:
+        """One of the base's tensors, float32; in ``memory [n]`` if there is any."""
         self.check.tensor(self.base, name)
-        start = torch.empty(self.base.tensors[name].shape, dtype=torch.float32, device=self.device)
+        shape = self.base.tensors[name].shape
+        start = torch.empty(shape, device=self.device) if memory is None else _first(memory, shape)
         self.base.load_into(name, start)
         return start
 

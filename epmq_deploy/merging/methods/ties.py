@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors
+from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors, pieces
 from epmq_deploy.merging.selection import fill_with_task, kth_smallest
 from epmq_deploy.merging.signs import Combine, disjoint_merge
 from epmq_deploy.merging.sparsify import keep_from
@@ -79,8 +79,8 @@ def global_statistics(vectors: TaskVectors, options: TiesOptions) -> TiesStatist
     thresholds, votes = {}, 0.0
     for density, names in by_density.items():
         thresholds[density], total = _thresholds_and_sum(vectors, names, density)
-        # float32 does not count that far.
-        votes += float(total.sign_().sum(dtype=torch.float64))
+        # In pieces, as float32 does not count that far.
+        votes += sum(float(piece.sign().sum()) for piece in pieces(total[None]))
     return TiesStatistics(thresholds, 1.0 if votes >= 0 else -1.0)
 
 
