@@ -51,15 +51,15 @@ class CheckpointTaskVectors:
         expert, *later = tuple(self.experts.values())[index:]
         for other in later[:1]:
             self.check.ahead(other)
-        largest = max((self.size(name) for name in names), default=0)
-        # New memory for every tensor would take longer to get than to fill.
-        base, *memory = (torch.empty(largest, device=self.device) for _ in range(3))
+        base, *memory = (self._memory(names, 1) for _ in range(3))
 
         def vector(job: tuple[str, Tensor]) -> Tensor:
             name, place = job
-            start = self.of_base(name, base)
-            found = _first(place, start.shape)
-            self._read(expert, name, start, found)
+            self._check(self.base, name)
+            self._check(expert, name)
+            start, found = self._first(base, name)[0], self._first(place, name)[0]
+            self.base.load_into(name, start)
+            _subtract(expert, name, start, found)
             return found
 
         yield from ahead(vector, zip(names, cycle(memory), strict=False), 1)
@@ -70,51 +70,52 @@ class CheckpointTaskVectors:
 
     def with_base(self, name: str) -> tuple[Tensor, Tensor]:
         """The base's tensor ``[*]`` and its task vectors ``[T, *]``, float32."""
-        return self._with_base(name, map)
+        return self._with_base(name, self._memory([name], len(self.experts) + 1), map)
 
     def with_bases(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-        """``with_base`` of each tensor in turn, until the next is asked for."""
-        count = len(self.experts) * max((self.size(name) for name in names), default=0)
-        memory = tuple(torch.empty(count, device=self.device) for _ in range(2))
-
-        def read(job: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
-            name, place = job
-            return self._with_base(name, readers.map, place)
-
+        """``with_base`` of each tensor in turn; both are valid until the next is taken."""
+        memory = [self._memory(names, len(self.experts) + 1) for _ in range(2)]
         with ThreadPoolExecutor(_READERS) as readers:
-            yield from ahead(read, zip(names, cycle(memory), strict=False), 1)
+            yield from ahead(
+                lambda job: self._with_base(*job, readers.map),
+                zip(names, cycle(memory), strict=False),
+                1,
+            )
 
     def _with_base(
-        self, name: str, apply: Callable[..., Iterator[None]], memory: Tensor | None = None
+        self, name: str, memory: Tensor, apply: Callable[..., Iterator[None]]
     ) -> tuple[Tensor, Tensor]:
-        """``with_base``, whose reading ``apply`` does as ``map`` would."""
-        start = self.of_base(name)
-        shape = (len(self.experts), *start.shape)
-        vectors = start.new_empty(shape) if memory is None else _first(memory, shape)
-
-        def read(expert: Checkpoint, vector: Tensor) -> None:
-            self._read(expert, name, start, vector)
-
-        deque(apply(read, self.experts.values(), vectors), maxlen=0)
+        """``with_base`` in memory that is there; ``apply`` does as ``map`` would."""
+        experts = self.experts.values()
+        stack = self._first(memory, name, len(experts) + 1)
+        vectors, start = stack[:-1], stack[-1]
+        # All at once, as this is what takes time; what was read is in the page cache.
+        _all(apply(lambda checkpoint: self._check(checkpoint, name), (self.base, *experts)))
+        self.base.load_into(name, start)
+        _all(apply(lambda expert, place: _subtract(expert, name, start, place), experts, vectors))
         return start, vectors
 
-    def of_base(self, name: str, memory: Tensor | None = None) -> Tensor:
-        """One of the base's tensors, float32; in ``memory [n]`` if there is any."""
-        self.check.tensor(self.base, name)
+    def _check(self, checkpoint: Checkpoint, name: str) -> None:
+        if name in checkpoint.tensors:
+            self.check.tensor(checkpoint, name)
+
+    def _memory(self, names: Sequence[str], count: int) -> Tensor:
+        """Room ``[n]`` for so many of any of these tensors.
+
+        It is used again and again: new memory takes longer to get than to fill.
+        """
+        largest = max((self.size(name) for name in names), default=0)
+        return torch.empty(count * largest, dtype=torch.float32, device=self.device)
+
+    def _first(self, memory: Tensor, name: str, count: int = 1) -> Tensor:
+        """The beginning of ``memory`` as a stack ``[count, *]`` of one tensor's shape."""
         shape = self.base.tensors[name].shape
-        start = torch.empty(shape, device=self.device) if memory is None else _first(memory, shape)
-        self.base.load_into(name, start)
-        return start
-
-    def _read(self, expert: Checkpoint, name: str, start: Tensor, vector: Tensor) -> None:
-        if name in expert.tensors:
-            self.check.tensor(expert, name)
-        _subtract(expert, name, start, vector)
+        return memory[: count * self.size(name)].view(count, *shape)
 
 
-def _first(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The beginning of ``memory [n]`` as a tensor of a shape."""
-    return memory[: torch.Size(shape).numel()].view(shape)
+def _all(results: Iterator[None]) -> None:
+    """Let work be done that is only asked for."""
+    deque(results, maxlen=0)
 
 
 def _subtract(expert: Checkpoint, name: str, start: Tensor, vector: Tensor) -> None:

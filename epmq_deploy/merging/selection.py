@@ -12,7 +12,7 @@ from torch import Tensor
 from epmq_deploy.merging.method import TaskVectors
 
 _BINS = 2**16
-_SAMPLE, _BLOCK = 2**16, 2**16
+_SAMPLE, _BLOCK = 2**16, 2**18
 
 
 def magnitude_ranks(
