@@ -3,11 +3,20 @@
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import pieces
+from epmq_deploy.merging.method import MergeOptions, pieces
 
 Combine = Literal["sum", "mean"]
+
+
+class CombineOptions(MergeOptions):
+    """Options of methods that elect signs."""
+
+    combine: Combine = Field(
+        "sum", description="sum of the values that agree in sign, or their mean"
+    )
 
 
 def disjoint_merge(kept: Tensor, combine: Combine, undecided: float = 1.0) -> Tensor:
