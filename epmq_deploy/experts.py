@@ -19,13 +19,11 @@ from epmq_deploy.checkpoints import (
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.recipe import Recipe
-from epmq_deploy.scan import scan
+from epmq_deploy.scan import READERS, scan
 from epmq_deploy.stage import Manifest, file_sha256, files_sha256
 
 # No task's name: those have no space.
 _BASE = "the base"
-# Each reads the files of one model; more of them read no faster.
-_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Sources:
         """Hashes of weights and settings by role: ``base``, ``expert:<task>``."""
         folders = {"base": self.base.folder}
         folders |= {f"expert:{name}": expert.folder for name, expert in self.experts.items()}
-        with ThreadPoolExecutor(_THREADS) as threads:
+        with ThreadPoolExecutor(READERS) as threads:
             return dict(zip(folders, threads.map(_folder_sha256, folders.values()), strict=True))
 
 

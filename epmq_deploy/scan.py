@@ -16,6 +16,8 @@ from epmq_deploy.tensors import StoredTensor, tensors_of_file
 
 # A multiple of every dtype's size; what was read is still in the processor's cache when hashed.
 _BLOCK = 2**20
+# Threads that read and check files side by side; more of them read no faster.
+READERS = 4
 
 
 @dataclass(frozen=True)

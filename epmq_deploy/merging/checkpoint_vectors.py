@@ -12,9 +12,7 @@ from torch import Tensor
 from epmq_deploy.ahead import ahead
 from epmq_deploy.checkpoints import Checkpoint
 from epmq_deploy.merging.preflight import ExpertCheck
-
-# Threads that read and check files; more of them read no faster.
-_READERS = 4
+from epmq_deploy.scan import READERS
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class CheckpointTaskVectors:
     def with_bases(self, names: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
         """``with_base`` of each tensor in turn; both are valid until the next is taken."""
         memory = [self._memory(names, len(self.experts) + 1) for _ in range(2)]
-        with ThreadPoolExecutor(_READERS) as readers:
+        with ThreadPoolExecutor(READERS) as readers:
             yield from ahead(
                 lambda job: self._with_base(*job, readers.map),
                 zip(names, cycle(memory), strict=False),

@@ -10,15 +10,13 @@ import torch
 from epmq_deploy.checkpoints import Checkpoint, model_config
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import Sources
-from epmq_deploy.scan import is_finite
+from epmq_deploy.scan import READERS, is_finite
 from epmq_deploy.tensors import StoredTensor, TensorInfo
 
 log = logging.getLogger(__name__)
 
 # No task's name: those have no space.
 _BASE = "the base"
-# Each reads one file; more of them read no faster.
-_THREADS = 4
 
 
 def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str, ...]:
@@ -92,7 +90,7 @@ class ExpertCheck:
             MismatchError: with every problem of every expert.
         """
         sources, problems = self._sources, list(self._layout[_BASE])
-        with ThreadPoolExecutor(_THREADS) as threads:
+        with ThreadPoolExecutor(READERS) as threads:
             of_base, *of_experts = threads.map(
                 self._value_problems, (sources.base, *sources.experts.values())
             )
