@@ -6,11 +6,10 @@
 Writes a random CLIP of the size and experts of its image tower into a temporary folder, merges them
 with each method in a process of its own, and removes them. Peak memory is the process's largest
 resident set, Python and torch included; the bar is 2.5 times the base model. Files are dropped from
-the page cache before every run, so that disks are measured, unless --warm. ``check`` is waiting
-for the inputs to be read once before merging, to make sure that they fit and are finite, after what
-the method finds out about experts that are checked already (thresholds of TIES); ``hash``, noting
-what they were, goes along with it and takes no time of its own. Prints Markdown and adds to
-``benchmarks/results/merge.json``, where other methods' rows stay.
+the page cache before every run, so that disks are measured, unless --warm. Checking that inputs are
+finite and noting their hashes is part of merging; so are the passes before it that some methods
+need (TIES one, for its thresholds). Prints Markdown and adds to ``benchmarks/results/merge.json``,
+where other methods' rows stay.
 """
 
 import os
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -127,31 +126,15 @@ def resident(field: str) -> float:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def timed(work: Callable[..., Any], seconds: dict[str, float], phase: str) -> Callable[..., Any]:
-    """``work``, its time noted."""
-
-    def wrapper(*arguments: Any, **options: Any) -> Any:
-        start = time.perf_counter()
-        result = work(*arguments, **options)
-        seconds[phase] = time.perf_counter() - start
-        return result
-
-    return wrapper
-
-
 def merge_one(folder: Path, method: str) -> dict[str, Any]:
-    """Merge in this process: seconds by phase and memory."""
-    from epmq_deploy.experts import Sources
-    from epmq_deploy.merging import merge as stage
+    """Merge in this process: seconds and memory."""
+    from epmq_deploy.merging.merge import merge
     from epmq_deploy.recipe import load_recipe, override
 
     recipe = override(load_recipe(folder / "recipe.yaml"), "merge", {"method": method})
-    seconds: dict[str, float] = {}
-    check = stage.ExpertCheck
-    check.finish = timed(check.finish, seconds, "check")  # type: ignore[method-assign]
-    Sources.sha256 = timed(Sources.sha256, seconds, "hash")  # type: ignore[method-assign]
-    before = resident("VmRSS")
-    timed(stage.merge, seconds, "all")(recipe, folder / "merged")
+    before, start = resident("VmRSS"), time.perf_counter()
+    merge(recipe, folder / "merged")
+    seconds = time.perf_counter() - start
     return {"seconds": seconds, "before_mb": before, "peak_mb": resident("VmHWM")}
 
 
@@ -167,15 +150,10 @@ def measure(folder: Path, method: str, *, warm: bool) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", method, "--folder", str(folder)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
     subprocess.run(["rm", "-r", str(folder / "merged")], check=True)
-    seconds = found.pop("seconds")
-    alone = seconds["all"] - seconds["check"] - seconds["hash"]
     return {
-        "seconds": round(seconds["all"], 2),
-        "check_seconds": round(seconds["check"], 2),
-        "hash_seconds": round(seconds["hash"], 2),
+        "seconds": round(found["seconds"], 2),
         "copy_seconds": round(plain, 2),
-        "ratio": round(seconds["all"] / plain, 2),
-        "ratio_without_check_and_hash": round(alone / plain, 2),
+        "ratio": round(found["seconds"] / plain, 2),
         "peak_mb": round(found["peak_mb"]),
         "before_mb": round(found["before_mb"]),
         "peak_models": round(found["peak_mb"] * 1e6 / model, 2),
@@ -187,12 +165,10 @@ def measure(folder: Path, method: str, *, warm: bool) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """Markdown, a row per method."""
     lines = [
-        "| method | seconds | check | hash | copying once | ratio | merging alone | peak MB "
-        "| models |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| method | seconds | copying once | ratio | peak MB | models | load |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    keys = ("seconds", "check_seconds", "hash_seconds", "copy_seconds", "ratio")
-    keys += ("ratio_without_check_and_hash", "peak_mb", "peak_models")
+    keys = ("seconds", "copy_seconds", "ratio", "peak_mb", "peak_models", "load")
     lines += [
         f"| {name} | " + " | ".join(str(found[key]) for key in keys) + " |"
         for name, found in results["methods"].items()

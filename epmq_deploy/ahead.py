@@ -20,8 +20,8 @@ def ahead(work: Callable[[T], R], items: Iterable[T], most: int) -> Iterator[R]:
     pending: deque[Future[R]] = deque()
     with ThreadPoolExecutor(most) as threads:
         for item in items:
-            if len(pending) == most:
-                yield pending.popleft().result()
             pending.append(threads.submit(work, item))
+            if len(pending) > most:
+                yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

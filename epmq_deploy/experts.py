@@ -1,6 +1,7 @@
 """Base and experts: opened, checked to be unchanged, and run in torch."""
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from epmq_deploy.checkpoints import (
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.recipe import Recipe
-from epmq_deploy.scan import scan
+from epmq_deploy.scan import READERS, scan
 from epmq_deploy.stage import Manifest, file_sha256, files_sha256
 
 # No task's name: those have no space.
@@ -43,10 +44,12 @@ class Sources:
         """Hashes of weights and settings by role: ``base``, ``expert:<task>``."""
         folders = {"base": self.base.folder}
         folders |= {f"expert:{name}": expert.folder for name, expert in self.experts.items()}
-        return {
-            role: files_sha256(folder, [*expert_files(folder), *setting_files(folder)], _sha256)
-            for role, folder in folders.items()
-        }
+        with ThreadPoolExecutor(READERS) as threads:
+            return dict(zip(folders, threads.map(_folder_sha256, folders.values()), strict=True))
+
+
+def _folder_sha256(folder: Path) -> str:
+    return files_sha256(folder, [*expert_files(folder), *setting_files(folder)], _sha256)
 
 
 def _sha256(file: Path) -> str:

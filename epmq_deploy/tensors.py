@@ -43,6 +43,11 @@ class TensorInfo(ABC):
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
     @abstractmethod
     def read_into(self, target: Tensor) -> None:
         """Overwrite a contiguous CPU tensor of this shape and dtype."""
@@ -105,7 +110,7 @@ class StoredTensor(TensorInfo):
                 f"{count} parts"
             )
         shape = (self.shape[0] // count, *self.shape[1:])
-        size = torch.Size(shape).numel() * self.dtype.itemsize
+        size = self.nbytes // count
         return tuple(
             StoredTensor(shape, self.dtype, self.file, self.key, self.offset + index * size)
             for index in range(count)

@@ -21,7 +21,7 @@ from epmq_deploy.merging.method import (
     ScaledOptions,
 )
 from epmq_deploy.merging.methods import MERGE_METHODS
-from epmq_deploy.merging.preflight import ExpertCheck
+from epmq_deploy.merging.preflight import ExpertCheck, warn_about_what_is_not_merged
 from epmq_deploy.merging.recipe_data import RecipeData, load_data
 from epmq_deploy.merging.search import search_scaling
 from epmq_deploy.progress import NoProgress, Progress
@@ -115,34 +115,37 @@ def merge(
         names = check.names
         _check_patterns(options, names)
         vectors = CheckpointTaskVectors(
-            sources.base, sources.experts, names, device or torch.device("cpu"), check.wait_for
+            sources.base, sources.experts, names, device or torch.device("cpu"), check
         )
-        # Experts are checked meanwhile, and used as soon as they are.
+        details: dict[str, Any] = {
+            "method": method.name,
+            "experts": len(sources.experts),
+            "merged_tensors": len(names),
+            "copied_tensors": len(sources.base.tensors) - len(names),
+        }
         statistics = method.statistics(vectors, options) if method.statistics else None
-        check.finish()
-    inputs = sources.sha256()
-    mark = merge_fingerprint(recipe, inputs)
-    details: dict[str, Any] = {
-        "method": method.name,
-        "experts": len(sources.experts),
-        "merged_tensors": len(names),
-        "copied_tensors": len(sources.base.tensors) - len(names),
-    }
-    data = _data(recipe, sources, vectors.device, progress) if uses_data(options) else None
-    if data is not None:
-        details |= data.details
-        if method.calibrate is not None:
-            calibrated = method.calibrate(data, vectors, options)
-            statistics = calibrated.statistics
-            details |= calibrated.details
-        if _is_searched(options):
-            found = search_scaling(data, method, options, vectors, statistics)
-            options = options.at(found.value)
-            details |= _search_details(found)
-    with atomic_folder(output) as folder:
-        merged = _merged_tensors(sources, vectors, method, options, statistics)
-        _write(sources, merged, options, folder, progress)
-        return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
+        if uses_data(options):
+            # Models run on data before anything is merged.
+            check.finish()
+            data = _data(recipe, sources, vectors.device, progress)
+            details |= data.details
+            if method.calibrate is not None:
+                calibrated = method.calibrate(data, vectors, options)
+                statistics = calibrated.statistics
+                details |= calibrated.details
+            if _is_searched(options):
+                found = search_scaling(data, method, options, vectors, statistics)
+                options = options.at(found.value)
+                details |= _search_details(found)
+        with atomic_folder(output) as folder:
+            # Values are checked as they are merged; one that is wrong leaves nothing behind.
+            merged = _merged_tensors(sources, vectors, method, options, statistics)
+            _write(sources, merged, options, folder, progress)
+            check.finish()
+            warn_about_what_is_not_merged(sources)
+            inputs = sources.sha256()
+            mark = merge_fingerprint(recipe, inputs)
+            return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
 
 
 def _data(recipe: Recipe, sources: Sources, device: torch.device, progress: Progress) -> RecipeData:

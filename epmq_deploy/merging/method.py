@@ -144,7 +144,10 @@ class TaskVectors(Protocol):
         ...
 
     def of_task(self, index: int, names: Sequence[str]) -> Iterator[Tensor]:
-        """One expert's task vector, tensor by tensor ``[*]`` as in ``names``, float32."""
+        """One expert's task vector, tensor by tensor ``[*]`` as in ``names``, float32.
+
+        Each is valid until the next is taken.
+        """
         ...
 
     def of_tensor(self, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Checks every expert against the base before any work, and names all problems at once."""
+"""Checks every expert against the base, and names all problems at once."""
 
 import logging
 from collections.abc import Sequence
@@ -10,15 +10,13 @@ import torch
 from epmq_deploy.checkpoints import Checkpoint, model_config
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import Sources
-from epmq_deploy.scan import scan
-from epmq_deploy.tensors import StoredTensor
+from epmq_deploy.scan import READERS, is_finite
+from epmq_deploy.tensors import StoredTensor, TensorInfo
 
 log = logging.getLogger(__name__)
 
 # No task's name: those have no space.
 _BASE = "the base"
-# Each hashes and checks one file; more of them read no faster.
-_THREADS = 4
 
 
 def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str, ...]:
@@ -36,14 +34,15 @@ def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str,
     """
     with ExpertCheck(sources, mixed_dtypes=mixed_dtypes) as check:
         check.finish()
+    warn_about_what_is_not_merged(sources)
     return check.names
 
 
 class ExpertCheck:
-    """The check of base and experts: by threads, so that experts can be used one after the other.
+    """The check of base and experts: of their layout at once, of their values as they are used.
 
-    Reading the values takes as long as reading the files. Who works on each expert as soon as it
-    is checked finds it in the page cache.
+    Reading the values takes as long as reading the files. Who works on a tensor as soon as it is
+    checked finds it in the page cache.
 
     Args:
         sources: base and experts.
@@ -60,45 +59,58 @@ class ExpertCheck:
     def __init__(self, sources: Sources, *, mixed_dtypes: bool) -> None:
         self._sources = sources
         self.names, self._layout = _layout_problems(sources, mixed_dtypes=mixed_dtypes)
-        self._threads = ThreadPoolExecutor(min(torch.get_num_threads(), _THREADS))
-        self._values = {
-            task: self._threads.submit(_value_problems, checkpoint, self.names)
-            for task, checkpoint in {_BASE: sources.base, **sources.experts}.items()
-        }
+        self._finite: dict[TensorInfo, bool] = {}
+        self._ahead = ThreadPoolExecutor(1)
+        if any(self._layout.values()):
+            self.finish()
 
     def __enter__(self) -> Self:
-        if any(self._layout.values()):
-            with self._threads:
-                self.finish()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._threads.shutdown(cancel_futures=True)
+        self._ahead.shutdown(cancel_futures=True)
 
-    def wait_for(self, task: str) -> None:
-        """Return when the base and one expert have been checked.
+    def tensor(self, checkpoint: Checkpoint, name: str) -> None:
+        """Check the values of one tensor.
 
         Raises:
-            MismatchError: with every problem of every expert, where these have one.
+            MismatchError: with every problem of every expert, where it has one.
         """
-        if self._values[_BASE].result() or self._values[task].result():
+        if not self._is_finite(checkpoint.tensors[name]):
             self.finish()
 
+    def ahead(self, checkpoint: Checkpoint) -> None:
+        """Begin with a checkpoint that will be used next, as a whole."""
+        self._ahead.submit(self._value_problems, checkpoint)
+
     def finish(self) -> None:
-        """Return when everything has been checked.
+        """Check what is left.
 
         Raises:
             MismatchError: with every problem of every expert.
         """
-        problems = list(self._layout[_BASE])
-        for task in self._sources.experts:
-            found = self._layout[task] + self._values[task].result()
-            problems += [f"expert {task!r}: {text}" for text in found]
-        problems += [f"base: {text}" for text in self._values[_BASE].result()]
+        sources, problems = self._sources, list(self._layout[_BASE])
+        with ThreadPoolExecutor(READERS) as threads:
+            of_base, *of_experts = threads.map(
+                self._value_problems, (sources.base, *sources.experts.values())
+            )
+        for task, of_values in zip(sources.experts, of_experts, strict=True):
+            problems += [f"expert {task!r}: {text}" for text in self._layout[task] + of_values]
+        problems += [f"base: {text}" for text in of_base]
         if problems:
-            folder = self._sources.base.folder
-            raise MismatchError(f"the experts do not fit the base {folder}", problems)
-        _warn_about_what_is_not_merged(self._sources)
+            raise MismatchError(f"the experts do not fit the base {sources.base.folder}", problems)
+
+    def _value_problems(self, checkpoint: Checkpoint) -> list[str]:
+        held = [name for name in self.names if name in checkpoint.tensors]
+        bad = [name for name in held if not self._is_finite(checkpoint.tensors[name])]
+        return [f"NaN or infinite values in {_listed(bad)}"] if bad else []
+
+    def _is_finite(self, tensor: TensorInfo) -> bool:
+        if isinstance(tensor, StoredTensor):
+            return is_finite(tensor)
+        if tensor not in self._finite:
+            self._finite[tensor] = _all_finite(tensor)
+        return self._finite[tensor]
 
 
 def _layout_problems(
@@ -169,12 +181,7 @@ def _dtype_problems(base: Checkpoint, expert: Checkpoint, names: Sequence[str]) 
     ]
 
 
-def _value_problems(checkpoint: Checkpoint, names: Sequence[str]) -> list[str]:
-    bad = [name for name in names if name in checkpoint.tensors and not _finite(checkpoint, name)]
-    return [f"NaN or infinite values in {_listed(bad)}"] if bad else []
-
-
-def _warn_about_what_is_not_merged(sources: Sources) -> None:
+def warn_about_what_is_not_merged(sources: Sources) -> None:
     """Say so when an expert was also trained where merging leaves the base as it is."""
     for task, expert in sources.experts.items():
         changed = [
@@ -198,8 +205,5 @@ def _listed(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more tensor(s)" if rest > 0 else "")
 
 
-def _finite(checkpoint: Checkpoint, name: str) -> bool:
-    info = checkpoint.tensors[name]
-    if isinstance(info, StoredTensor):
-        return info.key not in scan(info.file).not_finite
-    return not info.dtype.is_floating_point or bool(torch.isfinite(info.load()).all())
+def _all_finite(tensor: TensorInfo) -> bool:
+    return not tensor.dtype.is_floating_point or bool(torch.isfinite(tensor.load()).all())

@@ -179,7 +179,10 @@ class _Pass:
         return self._options.for_tensor(name).off_diagonal
 
     def _add(self, sums: _Sums, names: list[str], gram: Tensor, index: int) -> None:
-        vectors = dict(zip(names, self._vectors.of_task(index, names), strict=True))
+        vectors = {
+            name: vector.clone()
+            for name, vector in zip(names, self._vectors.of_task(index, names), strict=True)
+        }
         factors = {name: self._factor(name) for name in names}
         sums.add(gram, vectors, 1 / len(self._data.tasks), factors)
 

@@ -26,29 +26,43 @@ def magnitude_ranks(
         names: the tensors that count.
         ranks: places in ascending order, from 0.
     """
-    magnitudes = torch.empty(sum(vectors.size(name) for name in names))
+    whole = torch.empty(sum(vectors.size(name) for name in names))
+    fill_with_task(whole, vectors, index, names)
+    return [kth_smallest(whole.numpy(), rank, key=np.abs) for rank in ranks]
+
+
+def fill_with_task(whole: Tensor, vectors: TaskVectors, index: int, names: Sequence[str]) -> None:
+    """Overwrite ``whole [n]``, float32, CPU, with one task vector, tensor after tensor."""
     start = 0
     for vector in vectors.of_task(index, names):
         stop = start + vector.numel()
-        torch.abs(vector.reshape(-1).cpu(), out=magnitudes[start:stop])
+        whole[start:stop] = vector.reshape(-1)
         start = stop
-    return [kth_smallest(magnitudes.numpy(), rank) for rank in ranks]
 
 
-def kth_smallest(values: NDArray[np.float32], rank: int) -> float:
+def kth_smallest(
+    values: NDArray[np.float32],
+    rank: int,
+    key: Callable[[NDArray[np.float32]], NDArray[np.float32]] = np.asarray,
+) -> float:
     """The value ``[n]`` at a place in ascending order, from 0; several times faster than sorting.
 
     A sample tells between which two values it lies; what is between them is gathered and sorted.
     That it is there is counted, so the result is exact, however the sample turned out.
+
+    Args:
+        values: left as they are.
+        rank: the place.
+        key: what is ordered instead of each value, and returned; as that of ``sorted``.
     """
-    sample = np.sort(values[:: max(1, len(values) // _SAMPLE)])
+    sample = np.sort(key(values[:: max(1, len(values) // _SAMPLE)]))
     middle, margin = rank / len(values) * len(sample), 4 * math.sqrt(len(sample))
     first, last = int(middle - margin), int(middle + margin) + 1
     low = sample[first] if first >= 0 else -np.inf
     high = sample[last] if last < len(sample) else np.inf
     place, between = rank, []
     for start in range(0, len(values), _BLOCK):
-        block = values[start : start + _BLOCK]
+        block = key(values[start : start + _BLOCK])
         chosen = block > low
         place -= len(block) - int(np.count_nonzero(chosen))
         chosen &= block < high
@@ -58,17 +72,16 @@ def kth_smallest(values: NDArray[np.float32], rank: int) -> float:
         return float(np.partition(gathered, place)[place])
     # Equal values are counted, not gathered: of parameters that never moved there are many.
     for bound in (low, high):
-        if _count(values, np.less, bound) <= rank < _count(values, np.less_equal, bound):
+        below, up_to = (
+            sum(
+                int(np.count_nonzero(compare(key(values[start : start + _BLOCK]), bound)))
+                for start in range(0, len(values), _BLOCK)
+            )
+            for compare in (np.less, np.less_equal)
+        )
+        if below <= rank < up_to:
             return float(bound)
-    return float(np.partition(values, rank)[rank])
-
-
-def _count(values: NDArray[np.float32], compare: np.ufunc, bound: np.float32 | float) -> int:
-    """How many values ``[n]`` compare so with a bound."""
-    starts = range(0, len(values), _BLOCK)
-    return sum(
-        int(np.count_nonzero(compare(values[start : start + _BLOCK], bound))) for start in starts
-    )
+    return float(np.partition(key(values), rank)[rank])
 
 
 def streamed_ranks(stream: Callable[[], Iterable[Tensor]], rank: int) -> Tensor:

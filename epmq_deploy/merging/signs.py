@@ -1,30 +1,31 @@
 """Electing a sign per parameter and merging the values that agree (arXiv 2306.01708)."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import pieces
+from epmq_deploy.merging.method import MergeOptions, pieces
 
 Combine = Literal["sum", "mean"]
 
 
-def positive() -> float:
-    """The sign of parameters whose kept values cancel, where no global one is asked for."""
-    return 1.0
+class CombineOptions(MergeOptions):
+    """Options of methods that elect signs."""
+
+    combine: Combine = Field(
+        "sum", description="sum of the values that agree in sign, or their mean"
+    )
 
 
-def disjoint_merge(
-    kept: Tensor, combine: Combine, undecided: Callable[[], float] = positive
-) -> Tensor:
+def disjoint_merge(kept: Tensor, combine: Combine, undecided: float = 1.0) -> Tensor:
     """Merge, parameter by parameter, the values whose sign is the elected one.
 
     Args:
         kept: sparse task vectors ``[T, *]``; zeros do not take part.
         combine: sum of the agreeing values, or their mean.
-        undecided: sign to take where the kept values sum to zero; only asked when there are such.
+        undecided: sign to take where the kept values sum to zero.
 
     Returns:
         ``[*]``; the elected sign is that of the sum of the kept values.
@@ -35,12 +36,11 @@ def disjoint_merge(
     return merged
 
 
-def _merged(kept: Tensor, combine: Combine, undecided: Callable[[], float]) -> Tensor:
+def _merged(kept: Tensor, combine: Combine, undecided: float) -> Tensor:
     # Two sums per parameter take a fraction of the time of comparing signs entry by entry.
     total, above, below = (part.sum(dim=0) for part in (kept, kept.clamp(min=0), kept.clamp(max=0)))
     cancelled = (total == 0) & (above > 0)
-    if bool(cancelled.any()):
-        total = torch.where(cancelled, undecided(), total)
+    total = torch.where(cancelled, undecided, total)
     merged = torch.where(total > 0, above, below)
     if combine == "mean":
         counts = torch.where(total > 0, (kept > 0).sum(dim=0), (kept < 0).sum(dim=0))

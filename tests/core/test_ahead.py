@@ -29,6 +29,13 @@ def test_work_goes_on_while_a_result_is_used() -> None:
     assert second.wait(timeout=60)
 
 
+def test_one_result_ahead_is_enough_for_that() -> None:
+    second = threading.Event()
+    results = ahead(lambda item: second.set() if item else None, [0, 1, 2], 1)
+    next(results)
+    assert second.wait(timeout=60)
+
+
 def test_errors_reach_who_takes_the_result() -> None:
     results = ahead(lambda item: 1 // item, [1, 0, 1], 2)
     assert next(results) == 1

@@ -144,6 +144,14 @@ def test_ties_gives_cancelling_values_the_majority_sign() -> None:
     assert torch.equal(found["w"], plain_ties(vectors, 1, 1, "sum"))
 
 
+def test_ties_counts_the_majority_over_tensors_of_all_densities() -> None:
+    vectors = InMemory(
+        {"w": torch.tensor([[1.0], [-1.0]]), "v": torch.full((2, 3), -1.0)}, ["a", "b"]
+    )
+    found = merged("ties", vectors, density=1, scaling=1, layers={"w": {"density": 0.9}})
+    assert found["w"].tolist() == [-1.0]
+
+
 def test_ties_thresholds_are_global_over_tensors_of_one_density() -> None:
     small, large = torch.full((1, 10), 0.1), torch.full((1, 10), 5.0)
     vectors = InMemory({"small": small, "large": large}, ["t"])

@@ -19,6 +19,7 @@ from epmq_deploy.merging.merge import merge
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.models import family_of
 from epmq_deploy.recipe import Recipe, load_recipe, override
+from epmq_deploy.tensors import write_tensors
 
 
 def copied(tiny: TinyZoo, target: Path) -> Path:
@@ -182,6 +183,47 @@ def test_methods_that_look_at_all_experts_first_see_checked_ones_alone(
     assert all(seen)
     assert seen
     assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_values_found_wrong_while_merging_are_all_named_and_nothing_is_left(
+    tiny: TinyZoo, tmp_path: Path, method: str
+) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+    spoiled = {"red": 0, "blue": -1}
+    for task, place in spoiled.items():
+
+        def spoil(tensors: dict[str, torch.Tensor], place: int = place) -> None:
+            weights = [name for name in sorted(tensors) if tensors[name].dim() == 2]
+            tensors[weights[place]][0, 0] = float("nan")
+
+        edit(tmp_path / "zoo" / "experts" / task, spoil)
+    recipe = override(load_recipe(recipe_file), "merge", {"method": method})
+    with pytest.raises(MismatchError) as caught:
+        merge(recipe, tmp_path / "merged")
+    assert [text.split(":")[0] for text in caught.value.problems] == [
+        f"expert {task!r}" for task in recipe.tasks if task in spoiled
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_the_order_of_tensors_in_an_expert_s_file_does_not_matter(
+    tiny: TinyZoo, tmp_path: Path, method: str
+) -> None:
+    recipe_file = copied(tiny, tmp_path / "zoo")
+    file = tmp_path / "zoo" / "experts" / "red" / "model.safetensors"
+    # Loaded tensors are views of the file that is written anew.
+    tensors = {name: value.clone() for name, value in reversed(load_file(file).items())}
+    layout = {name: (value.dtype, tuple(value.shape)) for name, value in tensors.items()}
+    write_tensors(file, layout, tensors.items())
+    outputs = [
+        merge(
+            override(load_recipe(source), "merge", {"method": method}), tmp_path / str(index)
+        ).outputs["model.safetensors"]
+        for index, source in enumerate((tiny.recipe, recipe_file))
+    ]
+    assert outputs[0] == outputs[1]
 
 
 def test_mixed_dtypes_merge_when_allowed(tiny: TinyZoo, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from epmq_deploy.scan import scan
+from epmq_deploy.scan import is_finite, scan
 from epmq_deploy.tensors import stored_tensors, write_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -85,6 +85,20 @@ def test_scanning_names_tensors_that_are_not_finite(
     tensors = {"fine": torch.full((5,), 60000.0, dtype=dtype), "long": long, "last": last}
     write(tmp_path / "f.safetensors", tensors | {"ids": ids})
     assert scan(tmp_path / "f.safetensors").not_finite == {"long", "last"}
+
+
+@pytest.mark.parametrize("order", [("a", "b", "c"), ("c", "a", "b")])
+def test_tensors_that_were_checked_one_by_one_give_the_same_scan(
+    tmp_path: Path, order: tuple[str, ...]
+) -> None:
+    file = tmp_path / "f.safetensors"
+    values = {"a": 1.0, "b": float("inf"), "c": 2.0}
+    write(file, {name: torch.full((2**19,), value) for name, value in values.items()})
+    stored = stored_tensors([file])
+    assert [is_finite(stored[name]) for name in order] == [name != "b" for name in order]
+    found = scan(file)
+    assert found.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert found.not_finite == {"b"}
 
 
 def test_a_file_is_read_again_when_it_has_changed(tmp_path: Path) -> None:

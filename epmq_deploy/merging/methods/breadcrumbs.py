@@ -10,21 +10,15 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions
-from epmq_deploy.merging.sparsify import drop_extremes
+from epmq_deploy.merging.method import MergeMethod
+from epmq_deploy.merging.sparsify import ExtremesOptions, drop_extremes
 
 
-class BreadcrumbsOptions(ScaledOptions):
+class BreadcrumbsOptions(ExtremesOptions):
     """Model Breadcrumbs."""
 
     method: Literal["breadcrumbs"] = "breadcrumbs"
     scaling: float = Field(0.3, description="factor on the merged task vector")
-    beta: float = Field(
-        0.85, ge=0, lt=1, description="share of each tensor's entries dropped as negligible"
-    )
-    gamma: float = Field(
-        0.993, gt=0, le=1, description="share of entries below which an entry is no outlier"
-    )
 
 
 def breadcrumbs(base: Tensor, task_vectors: Tensor, options: BreadcrumbsOptions) -> Tensor:

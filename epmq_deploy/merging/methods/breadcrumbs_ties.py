@@ -5,25 +5,16 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions
-from epmq_deploy.merging.signs import Combine, disjoint_merge
-from epmq_deploy.merging.sparsify import drop_extremes
+from epmq_deploy.merging.method import MergeMethod
+from epmq_deploy.merging.signs import CombineOptions, disjoint_merge
+from epmq_deploy.merging.sparsify import ExtremesOptions, drop_extremes
 
 
-class BreadcrumbsTiesOptions(ScaledOptions):
+class BreadcrumbsTiesOptions(ExtremesOptions, CombineOptions):
     """Model Breadcrumbs before electing signs."""
 
     method: Literal["breadcrumbs_ties"] = "breadcrumbs_ties"
     scaling: float = Field(0.3, description="factor on the merged task vector")
-    beta: float = Field(
-        0.85, ge=0, lt=1, description="share of each tensor's entries dropped as negligible"
-    )
-    gamma: float = Field(
-        0.993, gt=0, le=1, description="share of entries below which an entry is no outlier"
-    )
-    combine: Combine = Field(
-        "sum", description="sum of the values that agree in sign, or their mean"
-    )
 
 
 def breadcrumbs_ties(base: Tensor, task_vectors: Tensor, options: BreadcrumbsTiesOptions) -> Tensor:

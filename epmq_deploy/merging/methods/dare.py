@@ -8,21 +8,15 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
-from epmq_deploy.merging.sparsify import drop_at_random
+from epmq_deploy.merging.method import Context, MergeMethod
+from epmq_deploy.merging.sparsify import RandomDropOptions, drop_at_random
 
 
-class DareOptions(ScaledOptions):
+class DareOptions(RandomDropOptions):
     """DARE before Task Arithmetic."""
 
     method: Literal["dare"] = "dare"
     scaling: float = Field(0.3, description="factor on the merged task vector")
-    density: float = Field(
-        0.5, gt=0, le=1, description="share of each task vector that is kept, chosen at random"
-    )
-    seed: int = Field(0, description="seed of that choice")
-
-    whole_model = ScaledOptions.whole_model | {"seed"}
 
 
 def dare(base: Tensor, task_vectors: Tensor, options: DareOptions, context: Context) -> Tensor:

@@ -5,25 +5,16 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
-from epmq_deploy.merging.signs import Combine, disjoint_merge
-from epmq_deploy.merging.sparsify import drop_at_random
+from epmq_deploy.merging.method import Context, MergeMethod
+from epmq_deploy.merging.signs import CombineOptions, disjoint_merge
+from epmq_deploy.merging.sparsify import RandomDropOptions, drop_at_random
 
 
-class DareTiesOptions(ScaledOptions):
+class DareTiesOptions(RandomDropOptions, CombineOptions):
     """DARE before electing signs."""
 
     method: Literal["dare_ties"] = "dare_ties"
     scaling: float = Field(0.3, description="factor on the merged task vector")
-    density: float = Field(
-        0.5, gt=0, le=1, description="share of each task vector that is kept, chosen at random"
-    )
-    combine: Combine = Field(
-        "sum", description="sum of the values that agree in sign, or their mean"
-    )
-    seed: int = Field(0, description="seed of the choice of what is kept")
-
-    whole_model = ScaledOptions.whole_model | {"seed"}
 
 
 def dare_ties(

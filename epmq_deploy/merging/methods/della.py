@@ -9,12 +9,12 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
+from epmq_deploy.merging.method import Context, MergeMethod
 from epmq_deploy.merging.signs import Combine, disjoint_merge
-from epmq_deploy.merging.sparsify import drop_at_random, keep_by_rank
+from epmq_deploy.merging.sparsify import RandomDropOptions, drop_at_random, keep_by_rank
 
 
-class DellaOptions(ScaledOptions):
+class DellaOptions(RandomDropOptions):
     """DELLA."""
 
     method: Literal["della"] = "della"
@@ -30,9 +30,6 @@ class DellaOptions(ScaledOptions):
     )
     elect: bool = Field(True, description="merge only the values of the elected sign")
     combine: Combine = Field("mean", description="mean of the kept values, or their sum")
-    seed: int = Field(0, description="seed of the choice of what is kept")
-
-    whole_model = ScaledOptions.whole_model | {"seed"}
 
     @model_validator(mode="after")
     def _probabilities(self) -> Self:

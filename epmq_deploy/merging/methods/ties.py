@@ -1,17 +1,16 @@
 """TIES-Merging (Yadav et al., arXiv 2306.01708): trim, elect sign, disjoint merge."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.ahead import ahead
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors
-from epmq_deploy.merging.selection import magnitude_ranks
+from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors, pieces
+from epmq_deploy.merging.selection import fill_with_task, kth_smallest
 from epmq_deploy.merging.signs import Combine, disjoint_merge
 from epmq_deploy.merging.sparsify import keep_from
 
@@ -35,12 +34,11 @@ class TiesStatistics:
 
     Attributes:
         thresholds: float32 ``[T]`` by density: magnitudes at or above them are kept.
-        majority_sign: sign a parameter takes where the kept values cancel. Finding it takes another
-            pass over all experts, so it is only asked for when there is such a parameter.
+        majority_sign: sign a parameter takes where the kept values cancel.
     """
 
     thresholds: Mapping[float, Tensor]
-    majority_sign: Callable[[], float]
+    majority_sign: float
 
 
 def trim(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
@@ -71,39 +69,34 @@ def ties(base: Tensor, task_vectors: Tensor, options: TiesOptions, known: TiesSt
 
 
 def global_statistics(vectors: TaskVectors, options: TiesOptions) -> TiesStatistics:
-    """Thresholds over all tensors that share a density; holds one task's magnitudes at a time."""
-    densities = {name: options.for_tensor(name).density for name in vectors.names}
-    thresholds = {
-        density: torch.tensor(
-            _thresholds(
-                vectors, [name for name in vectors.names if densities[name] == density], density
-            )
-        )
-        for density in dict.fromkeys(densities.values())
-    }
+    """Thresholds over all tensors that share a density, and the majority sign, in one pass.
 
-    @cache
-    def majority_sign() -> float:
-        total = 0.0
-        stacks = ahead(vectors.of_tensor, vectors.names, 1)
-        for name, stack in zip(vectors.names, stacks, strict=True):
-            kept = trim(stack, thresholds[densities[name]])
-            total += float(kept.sum(dim=0).sign().sum())
-        return 1.0 if total >= 0 else -1.0
-
-    return TiesStatistics(thresholds, majority_sign)
+    One task vector and the sum of what is kept of those before it are in memory.
+    """
+    by_density: dict[float, list[str]] = {}
+    for name in vectors.names:
+        by_density.setdefault(options.for_tensor(name).density, []).append(name)
+    thresholds, votes = {}, 0.0
+    for density, names in by_density.items():
+        thresholds[density], total = _thresholds_and_sum(vectors, names, density)
+        # In pieces, as float32 does not count that far.
+        votes += sum(float(piece.sign().sum()) for piece in pieces(total[None]))
+    return TiesStatistics(thresholds, 1.0 if votes >= 0 else -1.0)
 
 
-def _thresholds(vectors: TaskVectors, names: list[str], density: float) -> list[float]:
-    """Smallest magnitude kept of each task when the largest ``density`` share is kept."""
+def _thresholds_and_sum(
+    vectors: TaskVectors, names: list[str], density: float
+) -> tuple[Tensor, Tensor]:
+    """Smallest magnitudes kept ``[T]`` when the largest share is kept, and the kept sum ``[n]``."""
     count = sum(vectors.size(name) for name in names)
     dropped = count - int(count * density)
-    if dropped == 0:
-        return [0.0] * len(vectors.tasks)
-    return [
-        magnitude_ranks(vectors, index, names, [dropped - 1])[0]
-        for index in range(len(vectors.tasks))
-    ]
+    vector, total, thresholds = torch.empty(count), torch.zeros(count), []
+    for index in range(len(vectors.tasks)):
+        fill_with_task(vector, vectors, index, names)
+        smallest = kth_smallest(vector.numpy(), dropped - 1, key=np.abs) if dropped else 0.0
+        total += keep_from(vector, smallest, out=vector)
+        thresholds.append(smallest)
+    return torch.tensor(thresholds), total
 
 
 METHOD = MergeMethod(
