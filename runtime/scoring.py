@@ -11,6 +11,7 @@ from torch import Tensor
 
 from epmq_deploy.experts import ExpertBackbone
 from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.writer import SpecialTokens
 from epmq_deploy.runtime.latency import Runs
 from epmq_deploy.runtime.report import EXPERTS
 from epmq_deploy.runtime.sessions import Graph
@@ -44,14 +45,11 @@ class Predictions:
 
 
 class Scorer(Protocol[Model]):
-    """How models of one kind of task are opened, fed and scored; ``Model`` is one format's.
+    """How models of one kind of task are opened, fed and scored; ``Model`` is one format's."""
 
-    Attributes:
-        feeds_graphs: whether a batch is what a format's only graph takes. Otherwise values go from
-            one run to the next, or from one graph to another.
-    """
-
-    feeds_graphs: ClassVar[bool]
+    @property
+    def special_tokens(self) -> SpecialTokens | None:
+        """Ids that steer writing; None where a batch is what a format's only graph takes."""
 
     def open(self, threads: int | None) -> Mapping[str, Model]:
         """Every format of the export, ready to run with that many threads."""
@@ -77,7 +75,7 @@ class ClassScorer:
         experts: in torch, or None.
     """
 
-    feeds_graphs: ClassVar[bool] = True
+    special_tokens: ClassVar[None] = None
     family: ModelFamily
     folder: Path
     entries: Sequence[Mapping[str, Any]]

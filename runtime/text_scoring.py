@@ -3,18 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from epmq_deploy.experts import ExpertBackbone
-from epmq_deploy.models.writer import WriterFamily
+from epmq_deploy.models.writer import SpecialTokens, WriterFamily
 from epmq_deploy.runtime.generation import TextWriter, text_writer
 from epmq_deploy.runtime.report import EXPERTS
 from epmq_deploy.runtime.scoring import Predictions
-from epmq_deploy.runtime.sessions import Graph
+from epmq_deploy.runtime.sessions import Graph, by_format
 from epmq_deploy.tasks.data import Samples
 
 
@@ -32,7 +32,6 @@ class TextScorer:
         experts: in torch, or None.
     """
 
-    feeds_graphs: ClassVar[bool] = False
     family: WriterFamily
     folder: Path
     entries: Sequence[Mapping[str, Any]]
@@ -41,16 +40,23 @@ class TextScorer:
     max_tokens: int
     experts: ExpertBackbone | None = None
 
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """See base."""
+        return self.family.special_tokens(self.folder)
+
     def open(self, threads: int | None) -> Mapping[str, TextWriter]:
         """See base."""
-        parts: dict[str, dict[str, Graph]] = {}
-        for entry in self.entries:
-            parts.setdefault(entry["format"], {})[entry["part"]] = Graph.exported(
-                self.folder, entry, provider=self.provider, threads=threads
-            )
         return {
-            name: text_writer(self.family, self.folder, graphs, self.max_tokens)
-            for name, graphs in parts.items()
+            name: open_writer(
+                self.family,
+                self.folder,
+                graphs,
+                provider=self.provider,
+                threads=threads,
+                max_tokens=self.max_tokens,
+            )
+            for name, graphs in by_format(self.entries).items()
         }
 
     def predict(self, models: Mapping[str, TextWriter], task: str, samples: Samples) -> Predictions:
@@ -65,12 +71,12 @@ class TextScorer:
             texts = [pair.text for pair in pairs]
             prompts = self.family.prompts(self.folder, texts)
             for name, writer in models.items():
-                written[name] += self.family.decode(self.folder, writer.write(*prompts))
+                answers = torch.from_numpy(writer.write(*prompts))
+                written[name] += self.family.decode(self.folder, answers)
             if expert is not None:
-                found = self.family.write(expert, self.folder, texts, self.max_tokens)
-                written[EXPERTS] += found
-        answers = {name: np.array(list(map(normalised, found))) for name, found in written.items()}
-        return Predictions(np.array(list(map(normalised, truth))), answers)
+                written[EXPERTS] += self.family.write(expert, self.folder, texts, self.max_tokens)
+        found = {name: np.array(list(map(normalised, texts))) for name, texts in written.items()}
+        return Predictions(np.array(list(map(normalised, truth))), found)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """See base; with the number of tokens to write, that of the longest wanted answer.
@@ -79,8 +85,7 @@ class TextScorer:
         """
         rows = [index % len(samples) for index in range(start, start + size)]
         pairs = [samples.inputs(row, row + 1)[0] for row in rows]
-        tokenizer = self.family.tokenizer(self.folder)
-        answers = tokenizer([pair.answer for pair in pairs], add_special_tokens=False)["input_ids"]
+        answers = answer_ids(self.family, self.folder, [pair.answer for pair in pairs])
         # Each with its end.
         length = torch.tensor(1 + max(map(len, answers)))
         return (*self.family.prompts(self.folder, [pair.text for pair in pairs]), length)
@@ -89,3 +94,36 @@ class TextScorer:
 def normalised(text: str) -> str:
     """An answer without what does not count: case, and how words are spaced."""
     return " ".join(text.split()).casefold()
+
+
+def open_writer(
+    family: WriterFamily,
+    folder: Path,
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    provider: str,
+    threads: int | None,
+    max_tokens: int,
+) -> TextWriter:
+    """What writes with the graphs of one format.
+
+    Args:
+        family: of the model.
+        folder: of the export.
+        entries: what its manifest says of these graphs, in the order they run.
+        provider: see `epmq_deploy.runtime.sessions.Graph`.
+        threads: likewise.
+        max_tokens: longest answer.
+    """
+    graphs = [
+        Graph.exported(folder, entry, provider=provider, threads=threads) for entry in entries
+    ]
+    return text_writer(graphs, family.special_tokens(folder), max_tokens)
+
+
+def answer_ids(family: WriterFamily, folder: Path, answers: Sequence[str]) -> list[list[int]]:
+    """Token ids of answers, without their ends."""
+    ids: list[list[int]] = family.tokenizer(folder)(list(answers), add_special_tokens=False)[
+        "input_ids"
+    ]
+    return ids
