@@ -34,7 +34,8 @@ class ParityInputs:
 
     Attributes:
         kind: ``calibration`` samples, or ``example`` inputs where there are none.
-        batches: model inputs, as ``family.input_names``.
+        batches: model inputs, as the graph's ``input_names``; ``parity_inputs`` gives the
+            family's.
         missing: by task, why it gave no samples.
     """
 
@@ -48,10 +49,11 @@ class Parity:
     """How far a graph is from torch.
 
     Attributes:
-        samples: compared.
+        samples: compared; each counts for every run it takes part in.
         max_abs: largest difference of any output.
         relative: Euclidean norm of the differences over that of torch's values; the worst output's.
-        agreement: share of samples and tasks with the same highest logit; None without heads.
+        agreement: share of samples and tasks, or of tokens, with the same highest logit; None of a
+            graph without logits.
         tolerance: the largest ``relative`` that passes.
     """
 
@@ -79,7 +81,9 @@ def parity_inputs(
             missing[name] = "no calibration data in the recipe"
             continue
         try:
-            samples = load_samples(name, task.calibration, family, limit=_SAMPLES)
+            samples = load_samples(
+                name, task.calibration, family, prompt=task.prompt, limit=_SAMPLES
+            )
             found += list(batches(samples, family, folder, _SAMPLES))
         except EpmqError as error:
             missing[name] = str(error)
@@ -121,8 +125,8 @@ def measure_parity(
     ]
     del session
     release_memory()
-    ours = [np.concatenate(parts) for parts in zip(*actual, strict=True)]
-    theirs = [torch.cat(parts).numpy() for parts in zip(*expected, strict=True)]
+    ours = [_rows(parts) for parts in zip(*actual, strict=True)]
+    theirs = [_rows([part.numpy() for part in parts]) for parts in zip(*expected, strict=True)]
     (fmt,) = formats_of([graph.format])
     integer = fmt.low_bit and accuracy_level == INT8_LEVEL
     tolerance = max(fmt.tolerance, INT8_TOLERANCE) if integer else fmt.tolerance
@@ -130,10 +134,10 @@ def measure_parity(
     hits = [
         one.argmax(1) == other.argmax(1)
         for name, (one, other) in zip(outputs, pairs, strict=True)
-        if name.startswith("logits_")
+        if name.startswith("logits")
     ]
     parity = Parity(
-        samples=len(theirs[0]),
+        samples=sum(len(batch[0]) for batch in inputs),
         max_abs=max(float(np.abs(one - other).max()) for one, other in pairs),
         relative=max(_relative(one, other) for one, other in pairs),
         agreement=float(np.mean(hits)) if hits else None,
@@ -146,6 +150,11 @@ def measure_parity(
             f"format {graph.format} allows {tolerance:g}"
         )
     return parity
+
+
+def _rows(batches: Sequence[np.ndarray]) -> np.ndarray:
+    """Batches of one output, which may differ in length, along their last axis."""
+    return np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
