@@ -232,7 +232,7 @@ class CausalGraph(WriterGraph):
 
     def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
         """See base; texts with their answers without a past, then one more token."""
-        ids, mask = batch
+        ids, mask, *_ = batch
         nothing = [torch.zeros(shape) for shape in self._past_shapes(len(ids), 0)]
         begun = (ids, mask, (mask.cumsum(1) - 1).clamp(min=0), *nothing)
         _, *past = self(*begun)
