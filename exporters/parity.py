@@ -14,7 +14,11 @@ from epmq_deploy.errors import EpmqError, NumericsError
 from epmq_deploy.exporters.export import ExportedGraph
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.formats.format import INT8_TOLERANCE
-from epmq_deploy.exporters.memory import large_blocks_returned, release_memory
+from epmq_deploy.exporters.memory import (
+    large_blocks_returned,
+    living_objects_set_aside,
+    release_memory,
+)
 from epmq_deploy.exporters.session import INT8_LEVEL, cpu_session
 from epmq_deploy.models import Deployable, ModelFamily
 from epmq_deploy.recipe import Task
@@ -101,6 +105,7 @@ def torch_outputs(model: Deployable, inputs: Batches) -> Outputs:
         return [model(*batch) for batch in inputs]
 
 
+@living_objects_set_aside()
 def measure_parity(
     graph: ExportedGraph, expected: Outputs, inputs: Batches, accuracy_level: int
 ) -> Parity:
