@@ -1,4 +1,4 @@
-"""An exported model in an application: images or texts in, labels and scores per task out.
+"""An exported model in an application: images or texts in, labels, scores or texts per task out.
 
     from epmq_deploy.runtime import load
 
@@ -62,6 +62,8 @@ def load(
         raise RecipeError(f"{place} has no graph of format {format!r}; it has {', '.join(formats)}")
     if isinstance(family, WriterFamily):
         longest = made.recipe.eval.max_tokens if max_tokens is None else max_tokens
+        if longest < 1:
+            raise RecipeError(f"max_tokens is {longest}; give 1 or more")
         writer = open_writer(
             family, place, chosen, provider=provider, threads=threads, max_tokens=longest
         )

@@ -14,7 +14,7 @@ from command_line import run
 from tiny_writers import WRITER_TASKS, WRITERS, TinyWriters, build_tiny_writers
 
 from epmq_deploy.calibration.targets.epmq import PRESETS
-from epmq_deploy.errors import MismatchError
+from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.writer import WriterFamily
 from epmq_deploy.quantization.artifact import load_artifact
@@ -348,11 +348,21 @@ def test_texts_that_do_not_fit_a_task_are_named(chain: Chain) -> None:
 
 
 @pytest.mark.parametrize("chain", ["t5", "llama"], indirect=True)
-def test_what_runs_single_graphs_is_refused_before_any_work(
-    chain: Chain, capsys: pytest.CaptureFixture[str]
+def test_what_has_no_use_for_texts_is_refused_before_any_work(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("eval", chain.exported, "--diagnose", "-q", "--overwrite") == 3
-    assert "--diagnose compares layers of classifiers" in capsys.readouterr().err
+    assert "--diagnose compares layers of classifiers; leave it out" in capsys.readouterr().err
+    demo = "--demo: the page classifies, and this model writes texts; leave it out"
+    command = ["export", chain.out / "quantized", "-o", tmp_path / "x", "-q"]
+    assert run(*command, "--demo") == 2
+    assert demo in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert run("run", chain.models.recipe, "-o", out, "-q", "--set", "export.demo=true") == 3
+    assert demo in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(RecipeError, match="max_tokens is 0; give 1 or more"):
+        load(chain.exported, max_tokens=0)
 
 
 @pytest.mark.parametrize("chain", ["t5"], indirect=True)
