@@ -9,7 +9,7 @@ import json
 import runpy
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,16 +46,22 @@ class _Graph:
         return dict(zip(names, self._session.run(names, dict(feed)), strict=True))
 
 
-def _run(sessions: list[ort.InferenceSession], arrays: list[Any], special: Any) -> None:
-    """Run one sample: the only graph, or all as they write an answer."""
-    if special is None:
-        names = [item.name for item in sessions[0].get_inputs()]
-        sessions[0].run(None, dict(zip(names, arrays, strict=True)))
-        return
+def _run(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:
+    """Run the only graph."""
+    names = [item.name for item in sessions[0].get_inputs()]
+    sessions[0].run(None, dict(zip(names, arrays, strict=True)))
+
+
+def _writing(special: Mapping[str, Any]) -> Callable[[list[ort.InferenceSession], list[Any]], None]:
+    """What writes an answer with all graphs."""
     text_writer = runpy.run_path(str(_GENERATION))["text_writer"]
-    ids, mask, length = arrays
-    graphs = [_Graph(session) for session in sessions]
-    text_writer(graphs, SimpleNamespace(**special), int(length)).write(ids, mask, int(length))
+
+    def write(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:
+        ids, mask, length = arrays
+        graphs = [_Graph(session) for session in sessions]
+        text_writer(graphs, SimpleNamespace(**special), int(length)).write(ids, mask, int(length))
+
+    return write
 
 
 def main() -> None:
@@ -63,6 +69,8 @@ def main() -> None:
     task = json.load(sys.stdin)
     with np.load(task["inputs"]) as stored:
         arrays = [stored[name] for name in stored.files]
+    special = task["special_tokens"]
+    run = _run if special is None else _writing(special)
     before = peak_bytes()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -75,7 +83,7 @@ def main() -> None:
         ort.InferenceSession(file, options, providers=[task["provider"]]) for file in task["files"]
     ]
     seconds = time.perf_counter() - started
-    _run(sessions, arrays, task["special_tokens"])
+    run(sessions, arrays)
     after = peak_bytes()
     memory = None if before is None or after is None else after - before
     json.dump({"load_ms": 1000 * seconds, "peak_bytes": memory}, sys.stdout)

@@ -1,5 +1,7 @@
 """Sessions, providers, latency and memory."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper, save
 
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.models.writer import SpecialTokens
+from epmq_deploy.runtime import generation
 from epmq_deploy.runtime.footprint import measure_footprint
 from epmq_deploy.runtime.latency import measure_latency
 from epmq_deploy.runtime.providers import check_used, provider_named
@@ -201,6 +204,18 @@ def test_memory_is_that_of_writing_not_of_loading(tmp_path: Path) -> None:
     if brief.peak_bytes is None or long.peak_bytes is None:
         pytest.skip("this system does not tell a process's peak memory")
     assert long.peak_bytes - brief.peak_bytes > 10 * 4 * width
+
+
+def test_what_writes_texts_needs_nothing_but_numpy() -> None:
+    """Else the process that measures memory would hold more than a graph's user does."""
+    file = generation.__file__
+    code = f"import runpy, sys; runpy.run_path({file!r}); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "numpy" in loaded
+    assert not loaded & {"torch", "transformers", "epmq_deploy", "onnxruntime"}
 
 
 def test_a_process_that_fails_is_an_error_with_its_last_words(doubling: Path) -> None:
