@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/epmq demo -o $(DEMO) --overwrite
 
 test: $(VENV)/.installed lint
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest -n 2 --dist loadfile
 
 # mypy checks the installed package: run from elsewhere, or it would find the source folder, which
 # lacks the subpackages that live beside it.

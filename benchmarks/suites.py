@@ -43,7 +43,7 @@ BITS = (4, 3, 2)
 # Bits per weight on average, chosen per layer.
 MIXED = (3.0, 2.5)
 SEEDS = (0, 1, 2)
-SAMPLES = (8, 32, 128)
+SAMPLES = (8, 32, 128, 256)
 # Epochs of distillation.
 EPOCHS = 2
 # Seeds choose among a task's calibration samples, so not all of them may be used.

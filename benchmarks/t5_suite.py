@@ -18,6 +18,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import json
 import random
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,10 @@ from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.models.t5 import FAMILY
 from epmq_deploy.models.writer import TextPair
-from epmq_deploy.quantization.planning import Workplace
-from epmq_deploy.quantization.quantize import calibration_samples
-from epmq_deploy.recipe import Recipe, load_recipe
+from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.model import apply_quantized
+from epmq_deploy.quantization.quantize import quantize
+from epmq_deploy.recipe import Recipe, load_recipe, parse_recipe
 from epmq_deploy.runtime.text_scoring import normalised
 from epmq_deploy.tasks.data import load_samples
 
@@ -60,7 +63,18 @@ METHODS = {
     "GPTQ": ["quantize.method=gptq"],
     "E-PMQ, preset paper": ["quantize.preset=paper"],
     "E-PMQ, default": [],
+    "E-PMQ, anchor auto": ["quantize.anchor=auto"],
+    "E-PMQ, default, distill 2": ["quantize.distill=2"],
 }
+MERGES = {
+    "Task Arithmetic, searched scaling": ["merge.search=true"],
+    "RegMean": ["merge.method=regmean"],
+    "RegMean++": ["merge.method=regmean_pp"],
+    "Fisher": ["merge.method=fisher"],
+    "AdaMerging": ["merge.method=adamerging"],
+}
+# Once more with calibration data that have no labels: experts write answers of their own.
+UNLABELLED = ("E-PMQ, default", "E-PMQ, anchor auto", "RegMean")
 
 
 def prompt_of(task: TextTask) -> dict[str, Any]:
@@ -184,6 +198,24 @@ def accuracy(recipe: Recipe, folder: Path, model: Any, task: str, limit: int) ->
     return 100.0 * sum(hits) / len(hits)
 
 
+def without_labels(recipe: Recipe) -> Recipe:
+    """The recipe with the labels of its calibration data left unread."""
+    content = recipe.model_dump()
+    for task in content["tasks"].values():
+        task["calibration"]["label_column"] = None
+        task["prompt"]["max_tokens"] = ANSWER
+    return parse_recipe(content, "without labels")
+
+
+def variants(recipe: Recipe, ways: dict[str, list[str]]) -> Iterator[tuple[str, Recipe]]:
+    """The recipe in every way, by name."""
+    for name, flags in ways.items():
+        chosen = assign(recipe, flags)
+        yield name, chosen
+        if name in UNLABELLED:
+            yield f"{name}, no labels", without_labels(chosen)
+
+
 def measure(recipe: Recipe, cache: Path, limit: int) -> dict[str, dict[str, float]]:
     """Accuracy by model and task."""
     merged = cache / "merged"
@@ -203,12 +235,17 @@ def measure(recipe: Recipe, cache: Path, limit: int) -> dict[str, dict[str, floa
         },
         "merged, fp32": scores(family.load(merged)),
     }
-    for name, flags in METHODS.items():
-        chosen = assign(recipe, flags)
-        samples = calibration_samples(chosen, family, merged)
-        place = Workplace(family, merged, samples, experts, device)
-        model, _ = place.calibrate(chosen.quantize)
-        rows[f"{name}, 4 bits"] = scores(model)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, chosen in variants(recipe, METHODS):
+            output = Path(folder) / name
+            quantize(chosen, merged, output)
+            model = family.load(merged)
+            apply_quantized(model, *load_artifact(output))
+            rows[f"{name}, 4 bits"] = scores(model)
+        for name, chosen in variants(recipe, MERGES):
+            output = Path(folder) / name
+            merge(chosen, output)
+            rows[f"{name}, fp32"] = scores(family.load(output))
     return rows
 
 

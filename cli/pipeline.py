@@ -122,7 +122,7 @@ def preflight(recipe: Recipe) -> Sources:
         # Class names are all encoded later; one of each task shows that they can be.
         brief = {name: _brief(task) for name, task in recipe.tasks.items()}
         heads = build_heads(brief, family, folder, features)
-        if problem := missing_heads(recipe.quantize, recipe.tasks, heads):
+        if problem := missing_heads(recipe.quantize, family, recipe.tasks, heads):
             raise RecipeError(problem)
 
     checks: tuple[Callable[[], object], ...] = (

@@ -1,7 +1,6 @@
 """The recipe: one YAML file, one frozen model per section."""
 
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
@@ -10,7 +9,6 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
@@ -23,7 +21,10 @@ from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
 from epmq_deploy.options import Options, shared_fields, union_by_method
+from epmq_deploy.prompt import Prompt
 
+# Where labels are when nothing else is said.
+LABEL_COLUMN = "label"
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
@@ -66,8 +67,9 @@ class DataSource(Options):
         None, description="column with the inputs; image or text, as the model takes, when absent"
     )
     label_column: str | None = Field(
-        "label",
-        description="column with integer labels, or with answers where the model writes texts",
+        LABEL_COLUMN,
+        description="column with integer labels, or with answers where the model writes texts; "
+        "without it the task's expert writes answers to its calibration data",
     )
 
 
@@ -95,49 +97,6 @@ class Head(Options):
         if self.classes is not None and len(set(self.classes)) < len(self.classes):
             raise ValueError("class names must differ")
         return self
-
-
-class Prompt(Options):
-    """How a task is put into words, for models that write texts."""
-
-    template: str | None = Field(
-        None,
-        description="what the model reads, {column} standing for a column of the data; the "
-        "input column alone when absent",
-    )
-    answers: tuple[str, ...] | None = Field(
-        None, min_length=2, description="what it is to write, in label order; labels when absent"
-    )
-
-    @field_validator("template")
-    @classmethod
-    def _names_columns(cls, template: str | None) -> str | None:
-        if template is not None and not template_columns(template):
-            raise ValueError("needs at least one {column}")
-        return template
-
-    @field_validator("answers")
-    @classmethod
-    def _differ(cls, answers: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if answers is not None and len(set(answers)) < len(answers):
-            raise ValueError("answers must differ")
-        return answers
-
-
-def template_columns(template: str) -> tuple[str, ...]:
-    """The columns a prompt's template names.
-
-    Raises:
-        ValueError: it has unbalanced braces, or more than a name between two.
-    """
-    parts = list(Formatter().parse(template))
-    odd = any(
-        name is not None and (spec or conversion or not name.isidentifier())
-        for _, name, spec, conversion in parts
-    )
-    if odd:
-        raise ValueError("only {column} may stand in braces; write {{ and }} for braces")
-    return tuple(name for _, name, _, _ in parts if name is not None)
 
 
 class Task(Options):

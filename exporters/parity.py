@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +22,7 @@ from epmq_deploy.exporters.memory import (
 from epmq_deploy.exporters.session import INT8_LEVEL, cpu_session
 from epmq_deploy.models import Deployable, ModelFamily
 from epmq_deploy.recipe import Task
-from epmq_deploy.tasks.data import batches, load_samples
+from epmq_deploy.tasks.data import TextSamples, batches, load_samples
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,16 @@ def parity_inputs(
             continue
         try:
             samples = load_samples(
-                name, task.calibration, family, prompt=task.prompt, limit=_SAMPLES
+                name,
+                task.calibration,
+                family,
+                prompt=task.prompt,
+                limit=_SAMPLES,
+                labelled=False,
             )
+            if isinstance(samples, TextSamples) and samples.lacks_answers:
+                # Texts are compared; what is written behind them may be anything.
+                samples = replace(samples, written=dict.fromkeys(samples.indices, ""))
             found += list(batches(samples, family, folder, _SAMPLES))
         except EpmqError as error:
             missing[name] = str(error)

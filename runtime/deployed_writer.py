@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from epmq_deploy.models.writer import WriterFamily
-from epmq_deploy.recipe import Prompt, Task, template_columns
+from epmq_deploy.prompt import Prompt, template_columns
+from epmq_deploy.recipe import Task
 from epmq_deploy.runtime.deployed_model import DeployedModel, text_of
 from epmq_deploy.runtime.generation import TextWriter
 from epmq_deploy.runtime.text_scoring import answer_ids, normalised

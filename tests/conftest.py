@@ -7,8 +7,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from merged_writers import MergedWriter
 from tiny_text import TinyText, build_tiny_text
+from tiny_writers import WRITERS, build_tiny_writers
 from tiny_zoo import TinyZoo, build_tiny_zoo
+
+from epmq_deploy.merging.merge import merge
+from epmq_deploy.recipe import load_recipe
 
 # More threads than cores cost far more than they gain on models this small.
 torch.set_num_threads(2)
@@ -24,3 +29,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyZoo:
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> TinyText:
     """A tiny random BERT with two experts and texts; read-only."""
     return build_tiny_text(tmp_path_factory.mktemp("tiny_text"))
+
+
+@pytest.fixture(scope="session", params=WRITERS)
+def merged_writer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> MergedWriter:
+    """Tiny models that write texts, of one architecture, and their merge; read-only."""
+    models = build_tiny_writers(tmp_path_factory.mktemp(request.param), WRITERS[request.param])
+    merge(load_recipe(models.recipe), models.folder / "merged")
+    return MergedWriter(models, models.folder / "merged")

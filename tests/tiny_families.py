@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from tiny_folder import TinyFolder
 from tiny_text import SPECIAL, WORDS
 from transformers import (
     AutoConfig,
@@ -88,25 +89,10 @@ ARCHITECTURES = {
 
 
 @dataclass(frozen=True)
-class TinyModels:
+class TinyModels(TinyFolder):
     """Where the tiny models and data of one architecture are."""
 
-    folder: Path
     architecture: Architecture
-
-    @property
-    def recipe(self) -> Path:
-        """The recipe."""
-        return self.folder / "recipe.yaml"
-
-    @property
-    def base(self) -> Path:
-        """The base's folder."""
-        return self.folder / "base"
-
-    def expert(self, task: str) -> Path:
-        """An expert's folder."""
-        return self.folder / "experts" / task
 
     def expert_model(self, task: str) -> Any:
         """The expert as ``transformers`` loads it."""

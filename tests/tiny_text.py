@@ -1,12 +1,12 @@
 """A tiny random BERT, two experts, a WordPiece tokenizer and texts, in the layout users have."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from tiny_folder import TinyFolder
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 WIDTH, LAYERS, POSITIONS = 32, 2, 24
@@ -16,21 +16,8 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TEXT_TASKS = {"topic": 3, "tone": 2}
 
 
-@dataclass(frozen=True)
-class TinyText:
+class TinyText(TinyFolder):
     """Where the tiny models and texts are."""
-
-    folder: Path
-    recipe: Path
-
-    @property
-    def base(self) -> Path:
-        """The base's folder."""
-        return self.folder / "base"
-
-    def expert(self, task: str) -> Path:
-        """An expert's folder."""
-        return self.folder / "experts" / task
 
 
 def build_tiny_text(folder: Path) -> TinyText:
@@ -55,7 +42,7 @@ def build_tiny_text(folder: Path) -> TinyText:
         "eval": {"latency_runs": 2, "batch_size": 4},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return TinyText(folder, folder / "recipe.yaml")
+    return TinyText(folder)
 
 
 def write_tokenizer(folder: Path) -> None:

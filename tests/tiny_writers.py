@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
+from tiny_folder import TinyFolder
 from tiny_text import WORDS
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -72,25 +73,10 @@ WRITERS = {
 
 
 @dataclass(frozen=True)
-class TinyWriters:
+class TinyWriters(TinyFolder):
     """Where the tiny models and data of one architecture are."""
 
-    folder: Path
     writer: Writer
-
-    @property
-    def recipe(self) -> Path:
-        """The recipe."""
-        return self.folder / "recipe.yaml"
-
-    @property
-    def base(self) -> Path:
-        """The base's folder."""
-        return self.folder / "base"
-
-    def expert(self, task: str) -> Path:
-        """An expert's folder."""
-        return self.folder / "experts" / task
 
     def load(self, folder: Path) -> Any:
         """A folder's model as ``transformers`` loads it."""

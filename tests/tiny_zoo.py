@@ -1,6 +1,5 @@
 """A tiny random CLIP with three experts and image data, in the layout users have."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,27 +8,15 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PillowImage
 from safetensors.torch import save_file
+from tiny_folder import TinyFolder
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 SIZE, WIDTH, FEATURES, CLASSES = 16, 32, 24, 3
 TASKS = ("red", "green", "blue")
 
 
-@dataclass(frozen=True)
-class TinyZoo:
+class TinyZoo(TinyFolder):
     """Where the tiny models and data are."""
-
-    folder: Path
-    recipe: Path
-
-    @property
-    def base(self) -> Path:
-        """The base's folder."""
-        return self.folder / "base"
-
-    def expert(self, task: str) -> Path:
-        """An expert's folder."""
-        return self.folder / "experts" / task
 
 
 def build_tiny_zoo(folder: Path) -> TinyZoo:
@@ -53,7 +40,7 @@ def build_tiny_zoo(folder: Path) -> TinyZoo:
         "eval": {"latency_runs": 2},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return TinyZoo(folder, folder / "recipe.yaml")
+    return TinyZoo(folder)
 
 
 def _write_models(folder: Path) -> None:

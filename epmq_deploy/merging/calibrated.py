@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models import ModelFamily
+from epmq_deploy.models.predictions import Predictions
 from epmq_deploy.progress import Progress
 
 
@@ -32,8 +33,8 @@ class CalibrationData(Protocol):
         """A task's model inputs, at most ``size`` samples at a time, on the device."""
         ...
 
-    def head(self, task: str) -> TaskHead:
-        """A task's head, on the device; only for methods that ask for heads."""
+    def predictions(self, task: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Predictions:
+        """What a model predicts for a batch of a task; only for methods that ask for heads."""
         ...
 
     def backbone(self) -> nn.Module:

@@ -12,7 +12,6 @@ from torch import Tensor
 from epmq_deploy.checkpoints import copy_settings, save_sharded
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.experts import Sources, open_sources
-from epmq_deploy.merging.calibrated import Calibrated
 from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
 from epmq_deploy.merging.method import (
     Context,
@@ -23,7 +22,7 @@ from epmq_deploy.merging.method import (
 )
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.preflight import ExpertCheck
-from epmq_deploy.merging.recipe_data import load_data
+from epmq_deploy.merging.recipe_data import RecipeData, load_data
 from epmq_deploy.merging.search import search_scaling
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
@@ -129,43 +128,44 @@ def merge(
         "merged_tensors": len(names),
         "copied_tensors": len(sources.base.tensors) - len(names),
     }
-    if method.calibrate is not None:
-        found_in_data = _calibrated(recipe, sources, method, vectors, progress)
-        statistics = found_in_data.statistics
-        details |= found_in_data.details
-    if _is_searched(options):
-        found = search_scaling(recipe, sources, method, vectors, statistics, progress)
-        options = options.at(found.value)
-        details |= _search_details(found)
+    data = _data(recipe, sources, vectors.device, progress) if uses_data(options) else None
+    if data is not None:
+        details |= data.details
+        if method.calibrate is not None:
+            calibrated = method.calibrate(data, vectors, options)
+            statistics = calibrated.statistics
+            details |= calibrated.details
+        if _is_searched(options):
+            found = search_scaling(data, method, options, vectors, statistics)
+            options = options.at(found.value)
+            details |= _search_details(found)
     with atomic_folder(output) as folder:
         merged = _merged_tensors(sources, vectors, method, options, statistics)
         _write(sources, merged, options, folder, progress)
         return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
 
 
-def _calibrated(
-    recipe: Recipe,
-    sources: Sources,
-    method: MergeMethod[Any],
-    vectors: CheckpointTaskVectors,
-    progress: Progress,
-) -> Calibrated:
-    """What the method's pass over calibration data finds."""
-    options = recipe.merge
-    assert isinstance(options, DataOptions), "methods with such a pass have options for it"
-    assert method.calibrate is not None
-    data = load_data(
+def _data(recipe: Recipe, sources: Sources, device: torch.device, progress: Progress) -> RecipeData:
+    """What the method's pass over calibration data, or the search for its scaling, takes."""
+    options: MergeOptions = recipe.merge
+    if isinstance(options, DataOptions):
+        count, option, seed = options.samples, "merge.samples", options.seed
+        purpose = f"merge.method {options.method}"
+    else:
+        assert isinstance(options, ScaledOptions), "no others ask for data"
+        count, option, seed = options.search_samples, "merge.search_samples", 0
+        purpose = "merge.search"
+    return load_data(
         recipe,
         sources,
-        samples=options.samples,
-        option="merge.samples",
-        seed=options.seed,
-        heads=method.needs_heads,
-        purpose=f"merge.method {method.name}",
-        device=vectors.device,
+        samples=count,
+        option=option,
+        seed=seed,
+        heads=uses_heads(options),
+        purpose=purpose,
+        device=device,
         progress=progress,
     )
-    return method.calibrate(data, vectors, options)
 
 
 def _check_patterns(options: MergeOptions, names: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
 """The calibration samples, heads and experts a recipe names, loaded for merging."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,17 @@ from torch import Tensor, nn
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.experts import ExpertBackbone, Sources
 from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.predictions import Predictions, predictions
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.tasks.data import Samples, batches, load_calibration
 from epmq_deploy.tasks.heads import build_heads
+from epmq_deploy.tasks.own_answers import (
+    answer_details,
+    with_answers,
+    without_answers,
+    write_answers,
+)
 
 
 @dataclass(frozen=True)
@@ -22,9 +30,10 @@ class RecipeData:
     Attributes:
         sources: base and experts.
         samples: by task.
-        heads: by task, on the CPU; empty where none were asked for.
+        heads: by task, on the CPU; empty where none were asked for, or models write texts.
         experts: one backbone that takes on each expert's weights in turn.
         progress: shows how far a long pass got.
+        details: what the manifest says of the samples.
     """
 
     sources: Sources
@@ -32,6 +41,7 @@ class RecipeData:
     heads: Mapping[str, TaskHead]
     experts: ExpertBackbone
     progress: Progress
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> ModelFamily:
@@ -48,9 +58,11 @@ class RecipeData:
         for inputs in batches(self.samples[task], self.family, self.sources.base.folder, size):
             yield tuple(value.to(self.experts.device) for value in inputs)
 
-    def head(self, task: str) -> TaskHead:
-        """A task's head, on the device."""
-        return self.heads[task].to(self.experts.device)
+    def predictions(self, task: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Predictions:
+        """What a model predicts for a batch of a task, on the device; differentiable."""
+        head = self.heads.get(task)
+        placed = None if head is None else head.to(self.experts.device)
+        return predictions(self.family, placed, self.family.embed(model, *inputs), inputs)
 
     def backbone(self) -> nn.Module:
         """A model of its own with the base's weights, float32, on the device."""
@@ -85,7 +97,7 @@ def load_data(
         samples: at most this many per task.
         option: that says so, for messages (``merge.samples``).
         seed: of their choice.
-        heads: whether heads are needed.
+        heads: whether models are to predict: classifiers need heads for that.
         purpose: what needs them, for messages (``merge.search``).
         device: where models run.
         progress: shows how far a long pass got.
@@ -104,7 +116,7 @@ def load_data(
     )
     experts = ExpertBackbone(sources, device)
     built: dict[str, TaskHead] = {}
-    if heads:
+    if heads and not sources.family.writes_texts:
         try:
             built = _heads(recipe, sources, experts, device)
             problems += [
@@ -116,7 +128,13 @@ def load_data(
             problems += error.problems
     if problems:
         raise MismatchError(purpose, problems)
-    return RecipeData(sources, chosen, built, experts, progress)
+    details: dict[str, Any] = {}
+    if without_answers(chosen):
+        written = write_answers(
+            chosen, sources.family, sources.base.folder, experts.become, progress
+        )
+        chosen, details = with_answers(chosen, written), answer_details(written)
+    return RecipeData(sources, chosen, built, experts, progress, details)
 
 
 def _heads(

@@ -4,9 +4,10 @@ RegMean (Jin et al., arXiv 2212.09849) and RegMean++ (arXiv 2508.03121): the mer
 that comes closest to every expert's outputs on that expert's inputs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,7 @@ from epmq_deploy.calibration.activations import BlockBatch, advance, capture_blo
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.calibration.tokens import TokenWeights
-from epmq_deploy.errors import NumericsError, RecipeError
+from epmq_deploy.errors import NumericsError
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.merging.method import Context, DataOptions, TaskVectors
 from epmq_deploy.models import Block
@@ -89,9 +90,12 @@ class _Sums:
     cross: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, gram: Tensor, vectors: Mapping[str, Tensor], share: float, factors: Any) -> None:
-        self.gram = gram.clone() if self.gram is None else self.gram.add_(gram)
+        # Answers of a word or two give Gram matrices of low rank. In directions without inputs only
+        # damping divides, so that what float32 would round away there came back a million times.
+        gram = gram.to(torch.float64)
+        self.gram = gram if self.gram is None else self.gram.add_(gram)
         for name, vector in vectors.items():
-            product = vector @ shrink_off_diagonal(gram, factors[name])
+            product = vector.to(torch.float64) @ shrink_off_diagonal(gram, factors[name])
             if name not in self.cross:
                 self.cross[name], self.mean[name] = product, share * vector
             else:
@@ -112,22 +116,38 @@ class _Pass:
         self._data, self._vectors, self._options, self._merged = data, vectors, options, merged
         limit = options.cache_limit
         self._cache = ActivationCache(None if limit is None else int(limit * 2**30))
-        self._tokens: dict[str, list[TokenWeights]] = {task: [] for task in data.tasks}
-        self._batches: dict[str, list[BlockBatch]] = {task: [] for task in data.tasks}
+        # By stream, batch by batch.
+        self._tokens: dict[str, list[dict[str, TokenWeights]]] = {}
+        self._batches: dict[str, list[BlockBatch]] = {}
         self._held = set(vectors.names)
 
-    def start(self, blocks: Sequence[Block]) -> None:
-        """Run what comes before the first block, in the experts or in the merged model."""
-        names = [block.name for block in blocks]
-        for task in self._data.tasks:
-            model = self._merged or self._data.expert(task, without=names)
-            first = model.get_submodule(names[0])
-            for inputs in self._data.batches(task, self._options.batch_size):
-                self._tokens[task].append(self._data.family.tokens(*inputs))
-                run = lambda inputs=inputs, model=model: self._data.family.embed(model, *inputs)  # noqa: E731
-                self._batches[task].append(capture_block_batch(first, run, self._cache))
+    def run(self, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """The merged task vectors of all blocks' linear layers, by name."""
+        streams = {block.stream for block in blocks}
+        solved: dict[str, Tensor] = {}
+        entered = None
+        for index, block in enumerate(self._data.progress.track(blocks, "merging blocks")):
+            if block.stream != entered:
+                self._enter(block, [later.name for later in blocks[index:]], streams)
+                entered = block.stream
+            solved |= self._merge_block(block)
+        return solved
 
-    def merge_block(self, block: Block) -> dict[str, Tensor]:
+    def _enter(self, first: Block, ahead: Sequence[str], streams: Collection[str]) -> None:
+        """Run what comes before a stream's blocks, in the experts or in the merged model."""
+        family = self._data.family
+        for task in self._data.tasks:
+            self._tokens[task], self._batches[task] = [], []
+            model = self._merged or self._data.expert(task, without=ahead)
+            module = model.get_submodule(first.name)
+            for inputs in self._data.batches(task, self._options.batch_size):
+                self._tokens[task].append(
+                    {stream: family.tokens(*inputs, stream=stream) for stream in streams}
+                )
+                run = partial(family.embed, model, *inputs)
+                self._batches[task].append(capture_block_batch(module, run, self._cache))
+
+    def _merge_block(self, block: Block) -> dict[str, Tensor]:
         """The merged task vectors of a block's linear layers; all batches go on to the next."""
         groups = [
             [name for layer in group.layers if (name := f"{layer}.weight") in self._held]
@@ -152,7 +172,7 @@ class _Pass:
             module = self._merged.get_submodule(block.name)
             for batches in self._batches.values():
                 for batch in batches:
-                    advance(module, batch, self._cache)
+                    advance(module, batch, self._cache, passed_on=block.passes_on)
         return solved
 
     def _factor(self, name: str) -> float:
@@ -171,10 +191,11 @@ class _Pass:
             expert.get_submodule(group.layers[0].removeprefix(f"{block.name}."))
             for group in block.groups
         ]
+        streams = [block.stream if group.stream is None else group.stream for group in block.groups]
         for tokens, batch in zip(self._tokens[task], self._batches[task], strict=True):
-            with _watching(firsts, sums, tokens):
+            with _watching(firsts, sums, [tokens[stream] for stream in streams]):
                 if self._merged is None:
-                    advance(expert, batch, self._cache)
+                    advance(expert, batch, self._cache, passed_on=block.passes_on)
                 else:
                     with torch.inference_mode():
                         batch.run(expert)
@@ -186,20 +207,20 @@ class _Pass:
 
 @contextmanager
 def _watching(
-    layers: Sequence[nn.Module], sums: Sequence[Accumulator], tokens: TokenWeights
+    layers: Sequence[nn.Module], sums: Sequence[Accumulator], tokens: Sequence[TokenWeights]
 ) -> Iterator[None]:
     """Add what layers receive to their sums; padding does not count."""
 
-    def hook(accumulator: Accumulator) -> Any:
+    def hook(accumulator: Accumulator, real: TokenWeights) -> Any:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = args[0] if args else next(iter(kwargs.values()))
-            accumulator.add(inputs, tokens.weights(inputs.shape, 1.0, inputs.device))
+            accumulator.add(inputs, real.weights(inputs.shape, 1.0, inputs.device))
 
         return add
 
     handles = [
-        layer.register_forward_pre_hook(hook(accumulator), with_kwargs=True)
-        for layer, accumulator in zip(layers, sums, strict=True)
+        layer.register_forward_pre_hook(hook(accumulator, real), with_kwargs=True)
+        for layer, accumulator, real in zip(layers, sums, tokens, strict=True)
     ]
     try:
         yield
@@ -233,28 +254,15 @@ def merge_linear_layers(
         options: of the method.
         sequential: take the inputs of each block from the merged model's preceding blocks
             (RegMean++) instead of the expert's own.
-
-    Raises:
-        RecipeError: blocks form several sequences: an encoder and a decoder, say.
     """
     model = data.backbone()
     blocks = data.family.blocks(model)
-    if any(block.stream != blocks[0].stream or block.passes_on for block in blocks):
-        raise RecipeError(
-            f"merge.method: {options.method} takes models whose blocks form one sequence; those of "
-            f"the {data.family.name} family do not, so merge without calibration data"
-        )
     merged = model if sequential else None
     if merged is not None:
         inside = tuple(f"{block.name}." for block in blocks)
         outside = [name for name in vectors.names if not name.startswith(inside)]
         _add_to(merged, vectors, outside, {})
-    walk = _Pass(data, vectors, options, merged)
-    walk.start(blocks)
-    solved: dict[str, Tensor] = {}
-    for block in data.progress.track(blocks, "merging blocks"):
-        solved |= walk.merge_block(block)
-    return Calibrated(solved)
+    return Calibrated(_Pass(data, vectors, options, merged).run(blocks))
 
 
 def regressed_or_mean(base: Tensor, task_vectors: Tensor, context: Context) -> Tensor:

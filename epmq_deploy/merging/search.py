@@ -10,15 +10,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from epmq_deploy.experts import Sources
 from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
 from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
-from epmq_deploy.merging.recipe_data import load_data
-from epmq_deploy.progress import Progress
-from epmq_deploy.recipe import Recipe
+from epmq_deploy.merging.recipe_data import RecipeData
 from epmq_deploy.tasks.agreement import Judge, Scores, Tuned, mean_divergence, tune
 
 log = logging.getLogger(__name__)
@@ -27,12 +23,11 @@ _FACTOR, _STEPS = 1.5, 4
 
 
 def search_scaling(
-    recipe: Recipe,
-    sources: Sources,
+    data: RecipeData,
     method: MergeMethod[Any],
+    options: ScaledOptions,
     vectors: CheckpointTaskVectors,
     statistics: Any,
-    progress: Progress,
 ) -> Tuned:
     """Find the scaling whose merge predicts most closely what the experts predict.
 
@@ -40,22 +35,19 @@ def search_scaling(
     task vector are in memory.
 
     Args:
-        recipe: tasks and options.
-        sources: base and experts.
-        method: with options that have a scaling.
+        data: samples and experts.
+        method: to merge by.
+        options: of the method, with the scaling to begin with.
         vectors: the experts' task vectors.
         statistics: what the method's global pass found.
-        progress: shows the merge.
-
-    Raises:
-        MismatchError: calibration data or heads are missing or cannot be used; all at once.
     """
-    options = recipe.merge
-    assert isinstance(options, ScaledOptions), "only those can ask for a search"
-    judge = _judge(recipe, sources, options, vectors.device, progress)
-    names = progress.track(list(vectors.names), "merging to search")
+    sources = data.sources
+    judge = Judge.of_experts(
+        data.family, sources.base.folder, data.samples, data.heads, data.expert, data.heads
+    )
+    names = data.progress.track(list(vectors.names), "merging to search")
     fixed, direction = _line(method, vectors, options, statistics, names)
-    model = sources.family.load(sources.base.folder).to(vectors.device)
+    model = data.backbone()
     # Merged tensors that the model does not hold have no part in what it predicts.
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     for name in fixed.keys() & parameters.keys():
@@ -91,26 +83,3 @@ def _line(
         else:
             fixed[name] = merged
     return fixed, direction
-
-
-def _judge(
-    recipe: Recipe,
-    sources: Sources,
-    options: ScaledOptions,
-    device: torch.device,
-    progress: Progress,
-) -> Judge:
-    data = load_data(
-        recipe,
-        sources,
-        samples=options.search_samples,
-        option="merge.search_samples",
-        seed=0,
-        heads=True,
-        purpose="merge.search",
-        device=device,
-        progress=progress,
-    )
-    return Judge.of_experts(
-        sources.family, sources.base.folder, data.samples, data.heads, data.expert, data.heads
-    )

@@ -6,6 +6,7 @@ from typing import Any
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.classifier import HeadLayout
 from epmq_deploy.models.family import Group
+from epmq_deploy.models.loading import TRANSFORMER_KEYS
 from epmq_deploy.models.text import TextClassifierFamily
 
 
@@ -20,12 +21,7 @@ class BertFamily(TextClassifierFamily):
     model_types: tuple[str, ...] = ("bert",)
     input_names: tuple[str, ...] = ("input_ids", "attention_mask", "token_type_ids")
     architecture = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_act",
-        "layer_norm_eps",
+        *TRANSFORMER_KEYS,
         "max_position_embeddings",
         "type_vocab_size",
         "vocab_size",

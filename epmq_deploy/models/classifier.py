@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from epmq_deploy.checkpoints import Checkpoint
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.family import Block, Group, ModelFamily
+from epmq_deploy.models.family import Block, Group
 from epmq_deploy.models.head import Activation, TaskHead
-from epmq_deploy.models.loading import config_differences, fill, read_config
+from epmq_deploy.models.loading import fill, read_config
+from epmq_deploy.models.typed import TypedFamily
 from epmq_deploy.tensors import Rename
 
 
@@ -41,12 +42,10 @@ class HeadLayout:
         return parts
 
 
-class ClassifierFamily(ModelFamily):
+class ClassifierFamily(TypedFamily):
     """Encoders whose experts are classifiers: the encoder is merged, each head kept.
 
     Attributes:
-        model_types: what ``model_type`` of a ``config.json`` may be.
-        architecture: keys of ``config.json`` that define the encoder.
         prefixes: what fine-tuned checkpoints put before the encoder's tensor names.
         renames: parts of stored names to those of the loaded model, applied in order.
         deployed: beginnings of the names of the encoder's tensors.
@@ -60,8 +59,6 @@ class ClassifierFamily(ModelFamily):
     """
 
     experts_carry_heads = True
-    model_types: tuple[str, ...]
-    architecture: tuple[str, ...]
     prefixes: tuple[str, ...]
     renames: tuple[tuple[str, str], ...] = ()
     deployed: tuple[str, ...]
@@ -72,14 +69,6 @@ class ClassifierFamily(ModelFamily):
     block_norm: str | None = None
     reads_one_token: bool = True
     model_options: Mapping[str, Any] = MappingProxyType({"add_pooling_layer": False})
-
-    def recognises(self, config: dict[str, Any]) -> bool:
-        """By model type."""
-        return config.get("model_type") in self.model_types
-
-    def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
-        """Compares what defines the encoder."""
-        return config_differences(self.architecture, base, expert)
 
     def is_deployed(self, key: str) -> bool:
         """The encoder."""
@@ -102,13 +91,6 @@ class ClassifierFamily(ModelFamily):
         for old, new in self.renames:
             key = key.replace(old, new)
         return key
-
-    def check_config(self, folder: Path, config: dict[str, Any]) -> None:
-        """Refuse variants that ``transformers`` would run as the plain architecture.
-
-        Raises:
-            RecipeError: it is one.
-        """
 
     def load(self, folder: Path) -> nn.Module:
         """The encoder, without what lies between it and the classifier.
@@ -163,19 +145,6 @@ class ClassifierFamily(ModelFamily):
             )
         tensors = {part: expert.load(name) for part, name in held.items()}
         return TaskHead.of_tensors(tensors, self.head.activation)
-
-    def zero_shot_head(
-        self,
-        folder: Path,
-        classes: Sequence[str],
-        templates: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
-        """See base."""
-        raise RecipeError(
-            f"the {self.name} family has no head for class names; leave out head to take the "
-            "expert's classifier, or give a matrix"
-        )
 
 
 def load_encoder(

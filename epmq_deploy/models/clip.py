@@ -15,21 +15,13 @@ from epmq_deploy.calibration.tokens import TokenWeights
 from epmq_deploy.checkpoints import Checkpoint
 from epmq_deploy.models.family import Block, Group, ModelFamily
 from epmq_deploy.models.image import image_processor, pixel_values
-from epmq_deploy.models.loading import config_differences, fill, read_config
+from epmq_deploy.models.loading import TRANSFORMER_KEYS, config_differences, fill, read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
 from epmq_deploy.tensors import Rename
 
-_TOWER = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "layer_norm_eps",
-)
 _ARCHITECTURE = {
-    "vision": (*_TOWER, "image_size", "patch_size"),
-    "text": (*_TOWER, "vocab_size", "max_position_embeddings"),
+    "vision": (*TRANSFORMER_KEYS, "image_size", "patch_size"),
+    "text": (*TRANSFORMER_KEYS, "vocab_size", "max_position_embeddings"),
 }
 _IMAGE = ("vision_model.", "visual_projection.")
 _TEXT = ("text_model.", "text_projection.", "logit_scale")
@@ -168,32 +160,13 @@ class ClipFamily(ModelFamily):
         classes: Sequence[str],
         templates: Sequence[str],
         device: torch.device,
+        expert: Checkpoint | None = None,
     ) -> Tensor:
         """Per class the mean of its prompts' unit embeddings, as unit vector times the logit scale.
 
-        As in the CLIP paper's prompt ensembling (section 3.1.4).
+        As in the CLIP paper's prompt ensembling (section 3.1.4); through the expert's text tower
+        where that is merged.
         """
-        return self._zero_shot_head(folder, None, classes, templates, device)
-
-    def expert_zero_shot_head(
-        self,
-        folder: Path,
-        expert: Checkpoint,
-        classes: Sequence[str],
-        templates: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
-        """As ``zero_shot_head``, through the expert's text tower where that is merged."""
-        return self._zero_shot_head(folder, expert, classes, templates, device)
-
-    def _zero_shot_head(
-        self,
-        folder: Path,
-        expert: Checkpoint | None,
-        classes: Sequence[str],
-        templates: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
         from transformers import CLIPConfig, CLIPModel
 
         config = CLIPConfig.from_dict(read_config(folder))

@@ -53,7 +53,7 @@ class DecoderFamily(WriterFamily):
         "tie_word_embeddings",
         "vocab_size",
     )
-    input_names = ("input_ids", "attention_mask")
+    input_names = ("input_ids", "attention_mask", "answer_mask")
     cuts = "left"
     tied = MappingProxyType({OUTPUT: "model.embed_tokens.weight"})
 
@@ -80,13 +80,22 @@ class DecoderFamily(WriterFamily):
         return TokenWeights(inputs[1].bool())
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """Logits ``[n, V]`` behind each token of texts and answers."""
-        ids, mask = inputs
-        logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        return logits[mask.bool()]
+        """Logits ``[n, V]`` for each token of the answers and its end."""
+        ids, mask, due = inputs
+        body = model.get_submodule("model")
+        hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        # Texts are long and vocabularies large: logits for every token of them would be too many.
+        logits: Tensor = model.get_submodule("lm_head")(hidden[due.bool()])
+        return logits
+
+    def predictions(self, *inputs: Tensor) -> Tensor:
+        """The tokens of each answer, and its end."""
+        return inputs[2].sum(dim=1).cpu()
 
     def collate(self, folder: Path, samples: Sequence[TextPair]) -> tuple[Tensor, ...]:
-        """Texts with their answers and the end, int64 ``[B, T]``.
+        """Texts with their answers and the end; also where one of those comes next.
+
+        Each int64 ``[B, T]``.
 
         Raises:
             RecipeError: the tokenizer is missing or does not fit the model.
@@ -97,11 +106,14 @@ class DecoderFamily(WriterFamily):
         # Apart from the texts, as they are when answers are written.
         written = self.tokenizer(folder)(answers, add_special_tokens=False)["input_ids"]
         limit = self._limit(folder)
-        rows = [
-            [*text, *answer, special.end[0]][-limit:]
-            for text, answer in zip(texts, written, strict=True)
-        ]
-        return stacked(rows, special.padding)
+        rows, due = [], []
+        for text, answer in zip(texts, written, strict=True):
+            row = [*text, *answer, special.end[0]][-limit:]
+            # The last token is the end, behind which nothing comes.
+            count = min(len(answer) + 1, len(row) - 1)
+            rows.append(row)
+            due.append([0] * (len(row) - count - 1) + [1] * count + [0])
+        return *stacked(rows, special.padding), stacked(due, 0)[0]
 
     def prompts(self, folder: Path, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See base; shorter texts are filled up in front, so that all end together."""
@@ -128,9 +140,11 @@ class DecoderFamily(WriterFamily):
         return SpecialTokens(None, ends, ends[0] if padding is None else int(padding))
 
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
-        """Random ids; the last text of a batch is padded."""
+        """Random ids; the last text of a batch is padded; every token is one of an answer."""
         config = read_config(folder)
-        return example_texts(self.input_names, config, config["max_position_embeddings"], batch)
+        names, longest = self.input_names[:2], config["max_position_embeddings"]
+        ids, mask = example_texts(names, config, longest, batch)
+        return ids, mask, mask
 
     def dynamic_axes(self) -> tuple[dict[int, str], ...]:
         """Any number of texts of any length."""

@@ -161,6 +161,10 @@ class ModelFamily(ABC):
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
         """Features ``[batch, D]`` that heads take, from ``inputs`` as ``input_names``."""
 
+    def predictions(self, *inputs: Tensor) -> Tensor:
+        """How many rows of ``embed`` belong to each sample, int64 ``[batch]``, on the CPU."""
+        return torch.ones(len(inputs[0]), dtype=torch.int64)
+
     @abstractmethod
     def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
         """Turn raw samples (images, texts) into a batch of model inputs, as ``input_names``."""
@@ -191,30 +195,30 @@ class ModelFamily(ABC):
         """
         return None
 
-    @abstractmethod
     def zero_shot_head(
         self,
         folder: Path,
         classes: Sequence[str],
         templates: Sequence[str],
         device: torch.device,
+        expert: Checkpoint | None = None,
     ) -> Tensor:
         """Head ``[C, D]`` on the CPU from class names and prompt templates.
+
+        Args:
+            folder: the model's.
+            classes: their names.
+            templates: of prompts; ``{}`` is replaced by the name.
+            device: where to run.
+            expert: whose head it is to be, where not the model's own.
 
         Raises:
             RecipeError: the family has no text side to build a head with.
         """
-
-    def expert_zero_shot_head(
-        self,
-        folder: Path,
-        expert: Checkpoint,
-        classes: Sequence[str],
-        templates: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
-        """As ``zero_shot_head``, for an expert of the model in ``folder``."""
-        return self.zero_shot_head(folder, classes, templates, device)
+        raise RecipeError(
+            f"the {self.name} family has no head for class names; leave out head to take the "
+            "expert's classifier, or give a matrix"
+        )
 
 
 class Deployable(nn.Module, ABC):

@@ -12,6 +12,16 @@ from epmq_deploy.checkpoints import Checkpoint, model_config
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.tensors import Rename
 
+# What config.json calls the sizes and functions that most transformers have.
+TRANSFORMER_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+)
+
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -87,6 +87,10 @@ class T5Family(WriterFamily):
         logits: Tensor = model(**named, use_cache=False).logits
         return logits[named["decoder_attention_mask"].bool()]
 
+    def predictions(self, *inputs: Tensor) -> Tensor:
+        """The tokens of each answer, and its end."""
+        return inputs[self.input_names.index("decoder_attention_mask")].sum(dim=1).cpu()
+
     def collate(self, folder: Path, samples: Sequence[TextPair]) -> tuple[Tensor, ...]:
         """Texts, and answers behind the decoder's start token; each int64 ``[B, T]``.
 

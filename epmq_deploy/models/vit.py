@@ -5,6 +5,7 @@ from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.family import Group
 from epmq_deploy.models.head import TaskHead
 from epmq_deploy.models.image import ImageClassifierFamily
+from epmq_deploy.models.loading import TRANSFORMER_KEYS
 
 
 class VitFamily(ImageClassifierFamily):
@@ -17,12 +18,7 @@ class VitFamily(ImageClassifierFamily):
     name = "vit"
     model_types = ("vit", "deit")
     architecture = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "hidden_act",
-        "layer_norm_eps",
+        *TRANSFORMER_KEYS,
         "image_size",
         "patch_size",
         "num_channels",

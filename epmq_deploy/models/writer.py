@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from epmq_deploy.checkpoints import Checkpoint
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.family import ModelFamily
-from epmq_deploy.models.loading import config_differences, fill, read_config
+from epmq_deploy.models.loading import fill, read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
+from epmq_deploy.models.typed import TypedFamily
 
 OUTPUT = "lm_head.weight"
 
@@ -47,15 +47,13 @@ class SpecialTokens:
     padding: int
 
 
-class WriterFamily(ModelFamily):
+class WriterFamily(TypedFamily):
     """Models that answer tasks in words; the whole model is merged and deployed.
 
     Samples are `TextPair`. For calibration the model reads the answer along with the text ("teacher
     forcing"), so that layers see what they see while it is written.
 
     Attributes:
-        model_types: what ``model_type`` of a ``config.json`` may be.
-        architecture: keys of ``config.json`` that define the model.
         tokenizer_files: what makes up the tokenizer where there is no ``tokenizer.json``.
         has_encoder: whether texts are read by an encoder of their own.
         cuts: the side on which texts that are too long are cut.
@@ -63,8 +61,6 @@ class WriterFamily(ModelFamily):
 
     modality = "text"
     writes_texts = True
-    model_types: tuple[str, ...]
-    architecture: tuple[str, ...]
     tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
     has_encoder: bool = False
     cuts: Literal["left", "right"] = "right"
@@ -85,14 +81,6 @@ class WriterFamily(ModelFamily):
             RecipeError: the folder's settings do not name them.
         """
 
-    def recognises(self, config: dict[str, Any]) -> bool:
-        """By model type."""
-        return config.get("model_type") in self.model_types
-
-    def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
-        """Compares what defines the model."""
-        return config_differences(self.architecture, base, expert)
-
     def is_deployed(self, key: str) -> bool:
         """The whole model; buffers that old checkpoints hold are no weights."""
         return not key.endswith("rotary_emb.inv_freq")
@@ -104,13 +92,6 @@ class WriterFamily(ModelFamily):
     def canonical_key(self, key: str) -> str | tuple[str, ...]:
         """As stored."""
         return key
-
-    def check_config(self, folder: Path, config: dict[str, Any]) -> None:
-        """Refuse variants that are not supported.
-
-        Raises:
-            RecipeError: it is one.
-        """
 
     def load(self, folder: Path) -> nn.Module:
         """The whole model; the output layer shares the embedding's weight where the files say so.
@@ -181,16 +162,6 @@ class WriterFamily(ModelFamily):
         """
         config = read_config(folder)
         return _tokenizer(folder, self.tokenizer_files, int(config["vocab_size"]), self.cuts)
-
-    def zero_shot_head(
-        self,
-        folder: Path,
-        classes: Sequence[str],
-        templates: Sequence[str],
-        device: torch.device,
-    ) -> Tensor:
-        """Recipes cannot ask for one."""
-        raise NotImplementedError
 
 
 def end_tokens(config: dict[str, Any], folder: Path) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from epmq_deploy.models import TaskHead
+from epmq_deploy.models.predictions import Predictions, predictions
 from epmq_deploy.progress import NoProgress
 from epmq_deploy.quantization.grid import expand_groups
 from epmq_deploy.quantization.model import apply_quantized
@@ -50,7 +51,7 @@ def distill(
         model: with the weights of ``quantized``; has those returned afterwards.
         quantized: what calibration yielded; left unmodified.
         place: samples and experts.
-        heads: of every task.
+        heads: of every task; none where the model writes texts.
         epochs: how often every sample is seen.
         products: dtype in which matrices are multiplied, float32 or bfloat16.
 
@@ -108,12 +109,16 @@ class _Rescaled(nn.Module):
 
 
 def _free_scales(model: nn.Module, quantized: QuantizedModel) -> dict[str, nn.Parameter]:
-    """Make the scales of all linear layers trainable; what they change by, by layer."""
+    """Make the scales of linear layers trainable; what they change by, by layer.
+
+    A layer that shares its weight with an embedding keeps its scales: they are the embedding's.
+    """
     model.requires_grad_(False)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     changes = {}
     for name, linear in quantized.layers.items():
         layer = model.get_submodule(name)
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear) and id(layer.weight) not in tables:
             rescaled = _Rescaled(linear, layer.weight.device)
             parametrize.register_parametrization(layer, "weight", rescaled, unsafe=True)
             changes[name] = rescaled.change
@@ -142,19 +147,22 @@ def _train(
     device, low = place.device, products == torch.bfloat16
     progress = place.progress or NoProgress()
     for _ in progress.track(range(epochs), "distilling"):
-        for task, inputs, logits in _interleaved(judge):
+        for task, inputs, wanted in _interleaved(judge):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                 features = place.family.embed(model, *(value.to(device) for value in inputs))
-            found = judge.heads[task](features.to("cpu", torch.float32))
-            soft = divergence(found / _TEMPERATURE, logits / _TEMPERATURE)
+            features = features.to("cpu", torch.float32)
+            found = predictions(place.family, judge.heads.get(task), features, inputs)
+            soft = found.per_sample(
+                divergence(found.logits / _TEMPERATURE, wanted.logits / _TEMPERATURE)
+            )
             optimizer.zero_grad()
             soft.mean().mul(_TEMPERATURE**2).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
 
 
-def _interleaved(judge: Judge) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor]]:
-    """One batch of every task in turn, with the expert's logits for it."""
+def _interleaved(judge: Judge) -> Iterator[tuple[str, tuple[Tensor, ...], Predictions]]:
+    """One batch of every task in turn, with what the expert predicts for it."""
     running = {
         task: batches(samples, judge.family, judge.folder, _BATCH)
         for task, samples in judge.samples.items()
@@ -168,4 +176,4 @@ def _interleaved(judge: Judge) -> Iterator[tuple[str, tuple[Tensor, ...], Tensor
                 continue
             start = seen[task]
             seen[task] += len(inputs[0])
-            yield task, inputs, judge.wanted[task][start : seen[task]]
+            yield task, inputs, judge.wanted[task].of_samples(start, seen[task])

@@ -36,6 +36,12 @@ from epmq_deploy.stage import (
 )
 from epmq_deploy.tasks.data import Samples, data_sha256, load_calibration
 from epmq_deploy.tasks.heads import build_heads, heads_of_experts, heads_sha256
+from epmq_deploy.tasks.own_answers import (
+    answer_details,
+    with_answers,
+    without_answers,
+    write_answers,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,17 +63,20 @@ def _asks_for_heads(options: QuantizeOptions) -> list[str]:
     return [f"quantize.{option}" for option, given in asked.items() if given]
 
 
-def missing_heads(options: QuantizeOptions, tasks: Collection[str], heads: Collection[str]) -> str:
+def missing_heads(
+    options: QuantizeOptions, family: ModelFamily, tasks: Collection[str], heads: Collection[str]
+) -> str:
     """One sentence when the options need heads that are not there, else nothing.
 
     Args:
         options: of the method.
+        family: the model's; those that write texts predict without heads.
         tasks: names of all tasks.
         heads: names of those with a head.
     """
     asked = _asks_for_heads(options)
     missing = [task for task in tasks if task not in heads]
-    if not asked or not missing:
+    if not asked or not missing or family.writes_texts:
         return ""
     return (
         f"{', '.join(asked)} needs a head for every task (tasks.*.head); "
@@ -113,7 +122,7 @@ def quantize(
     samples = calibration_samples(recipe, family, merged)
     device = device or torch.device("cpu")
     experts = None
-    if TARGETS[recipe.quantize.method].uses_experts:
+    if TARGETS[recipe.quantize.method].uses_experts or without_answers(samples):
         sources = open_sources(recipe)
         check_unchanged(sources, made)
         experts = ExpertBackbone(sources, device)
@@ -149,6 +158,7 @@ def _quantized(
     recipe: Recipe, place: Workplace, finished: FinishedWork
 ) -> tuple[QuantizedModel, dict[str, Any]]:
     """The quantized model, and how what depends on the model was settled."""
+    place, answers = _answered(place, finished)
     heads = _heads(recipe, place)
     if heads:
         own = heads_of_experts(recipe, heads, place.device)
@@ -160,20 +170,32 @@ def _quantized(
         quantized, plans["distill"] = distill(
             model, quantized, place, heads, epochs=options.distill, products=products
         )
-    return quantized, plans
+    return quantized, plans | answers
+
+
+def _answered(place: Workplace, finished: FinishedWork) -> tuple[Workplace, dict[str, Any]]:
+    """The place with experts' answers where data have none, and what the manifest says of them."""
+    if not without_answers(place.samples):
+        return place, {}
+    assert place.experts is not None, "opened where answers are to be written"
+    experts, shown = place.experts, place.progress
+    write = partial(write_answers, place.samples, place.family, place.folder, experts.become, shown)
+    written = finished.once("answers", write)
+    samples = with_answers(place.samples, written)
+    return replace(place, samples=samples), answer_details(written)
 
 
 def _heads(recipe: Recipe, place: Workplace) -> dict[str, TaskHead]:
-    """Heads of all tasks where the options ask for something that needs them.
+    """Heads of all tasks where the options ask for predictions; none where the model writes texts.
 
     Raises:
         RecipeError: a task has none.
     """
-    if not _asks_for_heads(recipe.quantize):
+    if not _asks_for_heads(recipe.quantize) or place.family.writes_texts:
         return {}
     features = place.family.embedding_width(place.family.load(place.folder), place.folder)
     heads = build_heads(recipe.tasks, place.family, place.folder, features, device=place.device)
-    if problem := missing_heads(recipe.quantize, recipe.tasks, heads):
+    if problem := missing_heads(recipe.quantize, place.family, recipe.tasks, heads):
         raise RecipeError(problem)
     return heads
 
@@ -199,6 +221,8 @@ def _planned(
 
 def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> dict[str, Samples]:
     """The calibration samples of every task, loaded and chosen; empty where none are needed.
+
+    Those of tasks in words may lack answers, which experts have to write; see ``own_answers``.
 
     Args:
         recipe: tasks and options.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.predictions import Predictions, predictions
 from epmq_deploy.tasks.accuracy import embeddings
 from epmq_deploy.tasks.data import Samples, batches
 
@@ -18,10 +19,10 @@ _BATCH = 64
 
 
 def divergence(logits: Tensor, expert_logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of a model's predictions from the expert's, ``[n]``, in nats.
+    """Kullback-Leibler divergence of a model's predictions from the expert's, ``[m]``, in nats.
 
     Args:
-        logits: the model's, ``[n, C]``.
+        logits: the model's, ``[m, C]``.
         expert_logits: the expert's, likewise.
     """
     wanted = expert_logits.log_softmax(dim=1)
@@ -43,20 +44,25 @@ def mean_divergence(scores: Scores) -> float:
     return sum(float(values.mean()) for values in scores.values()) / max(len(scores), 1)
 
 
-def logits_of(
-    model: nn.Module, family: ModelFamily, folder: Path, samples: Samples, head: TaskHead
-) -> Tensor:
-    """Logits ``[n, C]`` of all samples of a task, on the CPU.
+def predictions_of(
+    model: nn.Module, family: ModelFamily, folder: Path, samples: Samples, head: TaskHead | None
+) -> Predictions:
+    """What a model predicts for all samples of a task, on the CPU.
 
     Args:
         model: a backbone of ``family``.
         family: embeds and preprocesses.
         folder: a model folder with preprocessor settings.
         samples: of the task.
-        head: of the task.
+        head: of the task, on the CPU; None where the family writes texts.
     """
-    chosen = batches(samples, family, folder, _BATCH)
-    return torch.cat([head(embeddings(model, family, inputs)) for inputs in chosen])
+    found = [
+        predictions(family, head, embeddings(model, family, inputs), inputs)
+        for inputs in batches(samples, family, folder, _BATCH)
+    ]
+    return Predictions(
+        torch.cat([part.logits for part in found]), torch.cat([part.counts for part in found])
+    )
 
 
 @dataclass(frozen=True)
@@ -67,15 +73,15 @@ class Judge:
         family: embeds and preprocesses.
         folder: a model folder with preprocessor settings.
         samples: by task.
-        heads: by task.
-        wanted: the experts' logits on their own task's samples, ``[n, C]``.
+        heads: by task; none where models write texts.
+        wanted: what experts predict for their own task's samples; in memory, float32.
     """
 
     family: ModelFamily
     folder: Path
     samples: Mapping[str, Samples]
     heads: Mapping[str, TaskHead]
-    wanted: Mapping[str, Tensor]
+    wanted: Mapping[str, Predictions]
 
     @classmethod
     def of_experts(
@@ -93,25 +99,26 @@ class Judge:
             family: embeds and preprocesses.
             folder: a model folder with preprocessor settings.
             samples: by task.
-            heads: by task.
+            heads: by task; none where models write texts.
             expert: the backbone of a task's expert, until the next call.
             expert_heads: the heads experts predict through, by task.
         """
         wanted = {
-            task: logits_of(expert(task), family, folder, chosen, expert_heads[task])
+            task: predictions_of(expert(task), family, folder, chosen, expert_heads.get(task))
             for task, chosen in samples.items()
         }
         return cls(family, folder, samples, heads, wanted)
 
     def scores(self, model: nn.Module) -> Scores:
         """Divergences from the experts, task by task ``[n]``."""
-        return {
-            task: divergence(
-                logits_of(model, self.family, self.folder, chosen, self.heads[task]),
-                self.wanted[task],
+        found = {}
+        for task, chosen in self.samples.items():
+            head = self.heads.get(task)
+            predicted = predictions_of(model, self.family, self.folder, chosen, head)
+            found[task] = predicted.per_sample(
+                divergence(predicted.logits, self.wanted[task].logits)
             )
-            for task, chosen in self.samples.items()
-        }
+        return found
 
 
 @dataclass(frozen=True)

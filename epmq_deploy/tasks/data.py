@@ -13,7 +13,9 @@ from torch import Tensor
 from epmq_deploy.checkpoints import looks_like_hub_id
 from epmq_deploy.errors import EpmqError, NumericsError, RecipeError
 from epmq_deploy.models import ModelFamily
-from epmq_deploy.recipe import DataSource, Prompt, Task
+from epmq_deploy.models.writer import TextPair
+from epmq_deploy.prompt import Prompt
+from epmq_deploy.recipe import DataSource, Task
 from epmq_deploy.stage import file_sha256, files_sha256, fingerprint
 from epmq_deploy.tasks.wording import Wording
 
@@ -103,13 +105,29 @@ class TextSamples(Samples):
 
     Attributes:
         wording: makes texts of rows.
+        written: answers by row, where the data have none.
     """
 
     wording: Wording
+    written: Mapping[int, str] | None = None
+
+    @property
+    def lacks_answers(self) -> bool:
+        """Whether there are no answers yet."""
+        return self.wording.label_column is None and self.written is None
+
+    def texts(self, start: int, stop: int) -> list[str]:
+        """What is read, of samples ``start`` to ``stop``."""
+        return [self.wording.text(row) for row in self.rows.select(self.indices[start:stop])]
 
     def inputs(self, start: int, stop: int) -> list[Any]:
         """What is read and what is to be written, of samples ``start`` to ``stop``."""
-        return [self.wording.pair(row) for row in self.rows.select(self.indices[start:stop])]
+        chosen = self.indices[start:stop]
+        if self.written is not None:
+            answers = [self.written[row] for row in chosen]
+        else:
+            answers = [self.wording.answer(row) for row in self.rows.select(chosen)]
+        return [TextPair(*pair) for pair in zip(self.texts(start, stop), answers, strict=True)]
 
 
 def load_samples(
@@ -120,6 +138,7 @@ def load_samples(
     prompt: Prompt | None = None,
     limit: int | None = None,
     seed: int = 0,
+    labelled: bool = True,
 ) -> Samples:
     """Load a data source and choose samples.
 
@@ -130,6 +149,7 @@ def load_samples(
         prompt: the task in words, where the family writes texts.
         limit: take at most this many, chosen at random; all in order when absent.
         seed: of that choice.
+        labelled: whether tasks in words must come with answers; see ``Wording.of``.
 
     Raises:
         RecipeError: the data cannot be loaded, holds nothing or lacks a column.
@@ -143,11 +163,13 @@ def load_samples(
         random.Random(seed).shuffle(indices)
     chosen = indices[:limit]
     if family.writes_texts:
-        wording = Wording.of(prompt, column, source.label_column, rows.column_names, where)
+        wording = Wording.of(
+            prompt, column, source.label_column, rows.column_names, where, labelled=labelled
+        )
         for name in wording.columns:
             _check_texts(rows, name, where)
-        labels = rows.select_columns([wording.label_column])[wording.label_column]
-        wording.check_labels(list(labels), where)
+        if (labels := wording.label_column) is not None:
+            wording.check_labels(list(rows.select_columns([labels])[labels]), where)
         return TextSamples(task, rows, chosen, source, column, wording)
     if prompt is not None:
         raise RecipeError(f"{where}: prompt is for models that write texts, not for classifiers")
@@ -175,7 +197,7 @@ def load_calibration(
     """Calibration samples by task, and one sentence for every task whose data cannot be used.
 
     One sample of each task is decoded to make sure that the rest can be. Fewer than asked for are
-    logged.
+    logged. Samples of tasks in words may lack answers; see ``tasks.own_answers``.
 
     Args:
         tasks: the recipe's tasks.
@@ -194,8 +216,13 @@ def load_calibration(
             problems.append(f"task {name!r} has no calibration data{end}")
             continue
         try:
-            chosen = load_samples(name, source, family, prompt=task.prompt, limit=limit, seed=seed)
-            next(batches(chosen, family, folder, 1))
+            chosen = load_samples(
+                name, source, family, prompt=task.prompt, limit=limit, seed=seed, labelled=False
+            )
+            if isinstance(chosen, TextSamples) and chosen.lacks_answers:
+                family.collate(folder, [TextPair(text, "") for text in chosen.texts(0, 1)])
+            else:
+                next(batches(chosen, family, folder, 1))
         except EpmqError as error:
             problems.append(str(error))
             continue

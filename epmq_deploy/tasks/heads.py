@@ -78,12 +78,12 @@ def heads_of_experts(
     if sources.family.merges_text_tower:
         for name, task in recipe.tasks.items():
             if name in own and task.head is not None and task.head.classes is not None:
-                found = sources.family.expert_zero_shot_head(
+                found = sources.family.zero_shot_head(
                     sources.base.folder,
-                    sources.experts[name],
                     task.head.classes,
                     task.head.templates,
                     device,
+                    sources.experts[name],
                 )
                 own[name] = TaskHead(found)
     return own

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.writer import TextPair
-from epmq_deploy.recipe import Prompt, template_columns
+from epmq_deploy.prompt import Prompt, template_columns
+from epmq_deploy.recipe import LABEL_COLUMN
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,16 @@ class Wording:
 
     Attributes:
         template: with ``{column}`` where a column's text goes.
-        label_column: holds integers where there are ``answers``, else the answers themselves.
+        label_column: holds integers where there are ``answers``, else the answers themselves; None
+            where the data have no labels.
         answers: in label order.
+        max_tokens: longest answer an expert writes where there are no labels.
     """
 
     template: str
-    label_column: str
+    label_column: str | None
     answers: tuple[str, ...] | None
+    max_tokens: int
 
     @classmethod
     def of(
@@ -31,6 +34,8 @@ class Wording:
         label_column: str | None,
         columns: Collection[str],
         where: str,
+        *,
+        labelled: bool = True,
     ) -> "Wording":
         """The wording of a data source.
 
@@ -40,29 +45,34 @@ class Wording:
             label_column: the data source's.
             columns: that the data have.
             where: what to call the data in messages.
+            labelled: whether there must be labels. Otherwise ``label_column`` may be None, or a
+                column of that default name may be missing.
 
         Raises:
             RecipeError: a column is not there.
         """
+        if not labelled and label_column == LABEL_COLUMN and label_column not in columns:
+            label_column = None
         prompt = prompt or Prompt()
         template = prompt.template or f"{{{input_column}}}"
-        if label_column is None:
+        if labelled and label_column is None:
             raise RecipeError(f"{where}: answers are needed, but label_column is not set")
-        missing = [
-            name for name in (*template_columns(template), label_column) if name not in columns
-        ]
+        needed = [*template_columns(template), *([] if label_column is None else [label_column])]
+        missing = [name for name in needed if name not in columns]
         if missing:
             raise RecipeError(
                 f"{where} has no column {', '.join(map(repr, missing))}; it has "
                 f"{', '.join(columns)}"
             )
-        return cls(template, label_column, prompt.answers)
+        return cls(template, label_column, prompt.answers, prompt.max_tokens)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that must hold texts."""
         read = template_columns(self.template)
-        return read if self.answers is not None else (*read, self.label_column)
+        if self.answers is not None or self.label_column is None:
+            return read
+        return (*read, self.label_column)
 
     def check_labels(self, labels: Sequence[Any], where: str) -> None:
         """Make sure that every label has an answer.
@@ -84,9 +94,14 @@ class Wording:
                     f"prompt.answers has answers for 0 to {len(self.answers) - 1}"
                 )
 
-    def pair(self, row: Mapping[str, Any]) -> TextPair:
-        """What is read and what is to be written."""
-        label = row[self.label_column]
+    def text(self, row: Mapping[str, Any]) -> str:
+        """What is read."""
         texts = {name: row[name] for name in template_columns(self.template)}
-        answer = label if self.answers is None else self.answers[label]
-        return TextPair(self.template.format_map(texts), answer)
+        return self.template.format_map(texts)
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """What is to be written, by the row's label."""
+        assert self.label_column is not None, "only asked where there are labels"
+        label = row[self.label_column]
+        answer: str = label if self.answers is None else self.answers[label]
+        return answer

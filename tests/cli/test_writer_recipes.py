@@ -9,7 +9,8 @@ from command_line import run
 from tiny_text import WORDS
 from tiny_writers import WRITERS, build_tiny_writers
 
-from epmq_deploy.recipe import load_recipe, template_columns
+from epmq_deploy.prompt import template_columns
+from epmq_deploy.recipe import load_recipe
 
 FILE = Path(__file__).parents[2] / "recipes" / "flan-t5-base-glue-task-arithmetic.yaml"
 # The columns of GLUE's tasks, and how many classes they have.

@@ -28,7 +28,7 @@ from epmq_deploy.tasks.heads import build_heads, load_heads, save_heads
 def copy(tiny_text: TinyText, tmp_path: Path) -> TinyText:
     """The tiny text models, to be changed."""
     shutil.copytree(tiny_text.folder, tmp_path / "text")
-    return TinyText(tmp_path / "text", tmp_path / "text" / "recipe.yaml")
+    return TinyText(tmp_path / "text")
 
 
 def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:

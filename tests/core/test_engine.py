@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interrupted import killed_in
 from tiny_zoo import TASKS, TinyZoo
 
 from epmq_deploy.calibration.cache import ActivationCache
@@ -58,38 +59,26 @@ def same(first: QuantizedModel, second: QuantizedModel) -> bool:
 
 
 @pytest.mark.parametrize("method", ["epmq", "gptq", "gptaq", "rtn"])
-@pytest.mark.parametrize("killed_in", [0, 1])
+@pytest.mark.parametrize("block", [0, 1])
 def test_a_killed_run_goes_on_and_gives_the_same_codes(
     tiny: TinyZoo,
     merged: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
-    killed_in: int,
+    block: int,
 ) -> None:
     recipe = override(load_recipe(tiny.recipe), "quantize", {"method": method, "group_size": 16})
     quantize(recipe, merged, tmp_path / "whole")
+    killed_in(block, recipe, merged, tmp_path / "resumed", monkeypatch)
     done = []
     original = Walk.quantize_block
-
-    def killed(self: Walk, block: object) -> QuantizedModel:
-        done.append(block)
-        if len(done) > killed_in:
-            raise KeyboardInterrupt
-        return original(self, block)  # type: ignore[arg-type]
-
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "quantize_block", killed)
-        with pytest.raises(KeyboardInterrupt):
-            quantize(recipe, merged, tmp_path / "resumed")
-    assert not (tmp_path / "resumed").exists()
-    with monkeypatch.context() as patch:
-        done.clear()
         patch.setattr(
             Walk, "quantize_block", lambda self, block: done.append(block) or original(self, block)
         )
         quantize(recipe, merged, tmp_path / "resumed")
-    assert len(done) == 2 - killed_in
+    assert len(done) == 2 - block
     first, second = (
         read_manifest(tmp_path / name, "quantize").outputs for name in ("whole", "resumed")
     )

@@ -1,11 +1,11 @@
 """Merge methods that need calibration data, against plain references on a tiny CLIP."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from merge_references import plain_regmean, seen_by
 from safetensors.torch import load_file
 from tiny_text import TinyText
 from tiny_zoo import TASKS, TinyZoo
@@ -76,36 +76,6 @@ def head_of(recipe: Recipe, task: str) -> TaskHead:
 
 def only(recipe: Recipe, *tasks: str) -> Recipe:
     return recipe.model_copy(update={"tasks": {task: recipe.tasks[task] for task in tasks}})
-
-
-def seen_by(run: Callable[[], object], layers: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """Rows ``[n, K]`` that layers receive while ``run`` runs."""
-    found: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def keep(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            found[name] = args[0].reshape(-1, args[0].shape[-1]).double()
-
-        return keep
-
-    handles = [layer.register_forward_hook(hook(name)) for name, layer in layers.items()]
-    with torch.no_grad():
-        run()
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-def plain_regmean(weights: list[Tensor], rows: list[Tensor], factor: float) -> Tensor:
-    """``W^T = (sum G_t)^-1 sum G_t W_t^T`` with reduced off-diagonals, as the paper writes it."""
-    grams = []
-    for inputs in rows:
-        gram = inputs.T @ inputs / len(inputs)
-        mask = torch.full_like(gram, factor).fill_diagonal_(1.0)
-        grams.append(gram * mask)
-    total = sum(gram @ weight.double().T for gram, weight in zip(grams, weights, strict=True))
-    assert isinstance(total, Tensor)
-    return (torch.linalg.inv(sum(grams)) @ total).T.float()
 
 
 def test_regression_mean_is_the_formula_and_takes_the_mean_where_nothing_is_known() -> None:

@@ -12,7 +12,7 @@ from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.recipe import Recipe, load_recipe, override
-from epmq_deploy.tasks.agreement import divergence, logits_of, tune
+from epmq_deploy.tasks.agreement import divergence, predictions_of, tune
 from epmq_deploy.tasks.data import load_samples
 from epmq_deploy.tasks.heads import build_heads
 
@@ -28,9 +28,9 @@ def measured(recipe: Recipe, folder: Path, samples: int) -> float:
     for name, task in recipe.tasks.items():
         assert task.calibration is not None
         chosen = load_samples(name, task.calibration, family, limit=samples)
-        logits = logits_of(model, family, folder, chosen, heads[name])
-        wanted = logits_of(experts.become(name), family, base, chosen, heads[name])
-        total += float(divergence(logits, wanted).mean())
+        found = predictions_of(model, family, folder, chosen, heads[name])
+        wanted = predictions_of(experts.become(name), family, base, chosen, heads[name])
+        total += float(divergence(found.logits, wanted.logits).mean())
     return total / len(recipe.tasks)
 
 

@@ -1,12 +1,11 @@
 """Quantizing a whole model, block by block."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from one_expert import OneExpert
 from tiny_zoo import TASKS, TinyZoo
 from torch import Tensor, nn
 
@@ -32,26 +31,6 @@ OUTER = (
     "vision_model.embeddings.position_embedding",
     "visual_projection",
 )
-
-
-@dataclass
-class OneExpert:
-    """A model that serves as base and only expert."""
-
-    model: nn.Module
-    tasks: Collection[str] = ("all",)
-
-    def base_tensor(self, name: str) -> Tensor:
-        return self.model.get_parameter(name).detach()
-
-    def tensor(self, task: str, name: str) -> Tensor:
-        return self.base_tensor(name)
-
-    def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
-        return self.model
-
-    def module(self, task: str, name: str) -> nn.Module:
-        return self.model.get_submodule(name)
 
 
 @pytest.fixture(scope="module")

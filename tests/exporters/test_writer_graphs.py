@@ -13,6 +13,7 @@ from epmq_deploy.exporters import writer_graphs as module
 from epmq_deploy.exporters.parity import parity_inputs
 from epmq_deploy.exporters.writer_graphs import WriterGraph, writer_graphs, written_calls
 from epmq_deploy.models import family_of
+from epmq_deploy.models.writer import TextPair
 from epmq_deploy.recipe import load_recipe
 from epmq_deploy.tasks.data import load_samples
 
@@ -93,3 +94,26 @@ def test_long_texts_are_cut(tmp_path: Path, name: str, monkeypatch: pytest.Monke
             named = dict(zip(graph.input_names, call, strict=True))
             assert named["input_ids"].shape[1] <= 3
             assert all(value.shape[2] <= 3 for value in call if value.dim() == 4)
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_texts_need_no_answers(tmp_path: Path, name: str) -> None:
+    models = build_tiny_writers(tmp_path, WRITERS[name])
+    family, recipe = family_of(models.base), load_recipe(models.recipe)
+    example = family.example_inputs(models.base, 2)
+    without = {
+        task: given.model_copy(
+            update={"calibration": given.calibration.model_copy(update={"label_column": None})}
+        )
+        for task, given in recipe.tasks.items()
+    }
+    found = parity_inputs(without, family, models.base, example)
+    assert (found.kind, found.missing) == ("calibration", {})
+    for batch, (task, given) in zip(found.batches, recipe.tasks.items(), strict=True):
+        samples = load_samples(task, given.calibration, family, prompt=given.prompt, limit=4)
+        pairs = [TextPair(pair.text, "") for pair in samples.inputs(0, 4)]
+        expected = family.collate(models.base, pairs)
+        assert all(torch.equal(*values) for values in zip(batch, expected, strict=True))
+    for graph in writer_graphs(family, family.load(models.base).eval()):  # type: ignore[arg-type]
+        for call in written_calls(graph, found).batches:
+            assert bool(run(graph, call).isfinite().all())

@@ -83,7 +83,7 @@ class EpmqOptions(CalibratedOptions):
         0,
         ge=0,
         description="epochs of tuning scales, biases and norms end to end, codes fixed, towards "
-        "the experts' predictions on the calibration samples; needs a head for every task",
+        "the experts' predictions on the calibration samples; a classifier needs every task's head",
     )
     normalization: Literal["frobenius", "none"] = Field(
         "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"

@@ -34,7 +34,7 @@ class AdaMergingOptions(DataOptions):
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of predictions ``[n]``, in nats, from logits ``[n, C]``."""
+    """Entropy of predictions ``[m]``, in nats, from logits ``[m, C]``."""
     scores = logits.log_softmax(dim=1)
     return -(scores.exp() * scores).sum(dim=1)
 
@@ -83,9 +83,7 @@ class _Tuning:
         total = 0.0
         for task in self._data.tasks:
             with torch.inference_mode():
-                found = [
-                    entropy(self._logits(task, inputs)) for inputs in self._data.batches(task, 64)
-                ]
+                found = [self._entropies(task, inputs) for inputs in self._data.batches(task, 64)]
             total += float(torch.cat(found).mean())
         return total / len(self._data.tasks)
 
@@ -93,9 +91,10 @@ class _Tuning:
         """Coefficients ``[T]`` of each tensor."""
         return dict(zip(self._tuned, self.coefficients, strict=True))
 
-    def _logits(self, task: str, inputs: tuple[Tensor, ...]) -> Tensor:
-        logits: Tensor = self._data.head(task)(self._data.family.embed(self._model, *inputs))
-        return logits
+    def _entropies(self, task: str, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Of each sample's predictions, the mean: ``[n]``."""
+        found = self._data.predictions(task, self._model, inputs)
+        return found.per_sample(entropy(found.logits))
 
     def _cycle(self, task: str) -> Iterator[tuple[Tensor, ...]]:
         for _ in itertools.count():
@@ -112,7 +111,7 @@ class _Tuning:
             parameter.grad = None
             parameter.requires_grad_(True)
         for task, stream in streams.items():
-            entropy(self._logits(task, next(stream))).mean().backward()  # type: ignore[no-untyped-call]
+            self._entropies(task, next(stream)).mean().backward()  # type: ignore[no-untyped-call]
         for parameter in self._tuned.values():
             parameter.requires_grad_(False)
 

@@ -6,8 +6,9 @@ at 1e-6; the number of samples is FusionBench's for CLIP (``clip_fisher_merging.
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.merging.method import Context, DataOptions, MergeMethod, TaskVectors
 from epmq_deploy.merging.task_weights import WeightedOptions, weight_column, weight_problems
-from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.tensors import StoredTensor, stored_tensors
 
 
@@ -76,18 +76,19 @@ def fisher_mean(task_vectors: Tensor, fishers: Tensor, scales: Tensor, floor: fl
 
 def diagonal_fisher(
     model: nn.Module,
-    family: ModelFamily,
-    head: TaskHead,
+    logits: Callable[[tuple[Tensor, ...]], Tensor],
     samples: Sequence[tuple[Tensor, ...]],
     labels: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     """Mean over samples ``x`` of ``E_{y ~ p(y|x)} (d log p(y|x) / d theta)^2``, by parameter.
 
+    Where a sample has several predictions (the tokens of an answer), ``log p(y|x)`` is their sum,
+    with one label for each.
+
     Args:
-        model: a backbone of ``family``.
-        family: embeds the inputs.
-        head: the task's.
+        model: an expert.
+        logits: what it predicts for one sample's inputs, ``[m, C]``.
         samples: model inputs, one sample each.
         labels: draws of ``y`` per sample; 0 for the exact expectation.
         generator: CPU, of the draws.
@@ -97,18 +98,11 @@ def diagonal_fisher(
     model.requires_grad_(True)
     try:
         for inputs in samples:
-            scores = head(family.embed(model, *inputs))[0].log_softmax(dim=0)
-            chances = scores.detach().exp()
-            if labels:
-                drawn = torch.multinomial(
-                    chances.cpu(), labels, replacement=True, generator=generator
-                )
-                weighted = [(int(label), 1 / labels) for label in drawn]
-            else:
-                weighted = [(label, float(chance)) for label, chance in enumerate(chances)]
-            for place, (label, weight) in enumerate(weighted, start=1):
+            scores = logits(inputs).log_softmax(dim=1)
+            weighted = _weighted_likelihoods(scores, labels, generator)
+            for place, (likelihood, weight) in enumerate(weighted, start=1):
                 gradients = torch.autograd.grad(
-                    scores[label],
+                    likelihood,
                     list(parameters.values()),
                     retain_graph=place < len(weighted),
                     allow_unused=True,
@@ -121,15 +115,40 @@ def diagonal_fisher(
     return total
 
 
+def _weighted_likelihoods(
+    scores: Tensor, labels: int, generator: torch.Generator
+) -> list[tuple[Tensor, float]]:
+    """Log-likelihoods whose squared gradients, weighted, add up to a sample's; scores ``[m, C]``.
+
+    The exact expectation is one over predictions too: given what was read, they are independent.
+    """
+    chances = scores.detach().exp().cpu()
+    if labels:
+        drawn = torch.multinomial(chances, labels, replacement=True, generator=generator)
+        columns = drawn.to(scores.device).T
+        return [(scores.gather(1, column[:, None]).sum(), 1 / labels) for column in columns]
+    return [
+        (scores[row, label], float(chance))
+        for row, of_row in enumerate(chances)
+        for label, chance in enumerate(of_row)
+    ]
+
+
+def _logits(
+    data: CalibrationData, task: str, model: nn.Module, inputs: tuple[Tensor, ...]
+) -> Tensor:
+    return data.predictions(task, model, inputs).logits
+
+
 def collect(data: CalibrationData, vectors: TaskVectors, options: FisherOptions) -> Calibrated:
     """Every expert's diagonal Fisher; one expert is in memory at a time."""
     folder = tempfile.TemporaryDirectory(prefix="epmq-fisher-")
     tensors, norms = [], []
     for task in data.progress.track(data.tasks, "squared gradients"):
+        expert = data.expert(task)
         found = diagonal_fisher(
-            data.expert(task),
-            data.family,
-            data.head(task),
+            expert,
+            partial(_logits, data, task, expert),
             list(data.batches(task, 1)),
             options.labels,
             torch.Generator().manual_seed(options.seed),

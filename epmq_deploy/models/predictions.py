@@ -1,0 +1,56 @@
+"""What models predict, whatever their kind; divergences, entropies and likelihoods are taken of it.
+
+A classifier predicts a class once a sample, through the task's head. A model that writes texts
+predicts the next token wherever one of the answer is due, through its own output layer, after
+reading what comes before it in the sample's answer ("teacher forcing"): several predictions a
+sample, of which padding is none.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from epmq_deploy.models.family import ModelFamily
+from epmq_deploy.models.head import TaskHead
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of ``n`` samples.
+
+    Attributes:
+        logits: ``[m, C]``, float32, those of a sample in a row.
+        counts: how many belong to each sample, ``[n]``, int64; ``m`` together.
+    """
+
+    logits: Tensor
+    counts: Tensor
+
+    def per_sample(self, values: Tensor) -> Tensor:
+        """Means ``[n]`` over each sample's predictions of ``values [m]``; 0 where it has none."""
+        counts = self.counts.to(values.device)
+        owners = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts)
+        sums = values.new_zeros(len(counts)).index_add(0, owners, values)
+        return sums / counts.clamp(min=1)
+
+    def of_samples(self, start: int, stop: int) -> "Predictions":
+        """Those of samples ``start`` to ``stop``."""
+        first, last = (int(self.counts[:end].sum()) for end in (start, stop))
+        return Predictions(self.logits[first:last], self.counts[start:stop])
+
+
+def predictions(
+    family: ModelFamily, head: TaskHead | None, features: Tensor, inputs: tuple[Tensor, ...]
+) -> Predictions:
+    """What a model predicts for one batch; differentiable.
+
+    Args:
+        family: the model's.
+        head: of the task, where ``features`` are; None where the family writes texts.
+        features: what ``family.embed`` gave, float32.
+        inputs: of the model, as ``family.input_names``.
+    """
+    assert family.writes_texts or head is not None, "classifiers predict through heads"
+    logits = features if head is None else head(features)
+    return Predictions(logits, family.predictions(*inputs))

@@ -1,0 +1,56 @@
+"""Tasks in words: the recipe's section for models that write texts."""
+
+from string import Formatter
+
+from pydantic import Field, field_validator
+
+from epmq_deploy.options import Options
+
+
+class Prompt(Options):
+    """How a task is put into words, for models that write texts."""
+
+    template: str | None = Field(
+        None,
+        description="what the model reads, {column} standing for a column of the data; the "
+        "input column alone when absent",
+    )
+    answers: tuple[str, ...] | None = Field(
+        None, min_length=2, description="what it is to write, in label order; labels when absent"
+    )
+    max_tokens: int = Field(
+        32,
+        ge=1,
+        description="longest answer that the expert writes to calibration data without labels, in "
+        "tokens",
+    )
+
+    @field_validator("template")
+    @classmethod
+    def _names_columns(cls, template: str | None) -> str | None:
+        if template is not None and not template_columns(template):
+            raise ValueError("needs at least one {column}")
+        return template
+
+    @field_validator("answers")
+    @classmethod
+    def _differ(cls, answers: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if answers is not None and len(set(answers)) < len(answers):
+            raise ValueError("answers must differ")
+        return answers
+
+
+def template_columns(template: str) -> tuple[str, ...]:
+    """The columns a prompt's template names.
+
+    Raises:
+        ValueError: it has unbalanced braces, or more than a name between two.
+    """
+    parts = list(Formatter().parse(template))
+    odd = any(
+        name is not None and (spec or conversion or not name.isidentifier())
+        for _, name, spec, conversion in parts
+    )
+    if odd:
+        raise ValueError("only {column} may stand in braces; write {{ and }} for braces")
+    return tuple(name for _, name, _, _ in parts if name is not None)

@@ -1,0 +1,67 @@
+"""Tasks in words: what models that write texts read, and what they are taught to answer."""
+
+import pytest
+from merged_writers import MergedWriter, two_streams
+from tiny_writers import TOKENS
+
+from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.models.writer import TextPair
+from epmq_deploy.quantization.quantize import calibration_samples
+from epmq_deploy.recipe import Recipe, parse_recipe
+
+
+@two_streams
+def test_a_decoder_is_taught_the_answer_and_its_end(merged_writer: MergedWriter) -> None:
+    ids, mask, behind, _ = merged_writer.family.collate(
+        merged_writer.folder, [TextPair("red green", "no maybe"), TextPair("blue", "no")]
+    )
+    words = [[TOKENS[index] for index in row] for row in ids.tolist()]
+    assert words == [["red", "green", "[END]"], ["blue", "[END]", "[PAD]"]]
+    assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
+    start = merged_writer.models.writer.settings["decoder_start_token_id"]
+    assert behind[0].tolist() == [start, TOKENS.index("no"), TOKENS.index("maybe")]
+
+
+def test_texts_are_cut_where_they_matter_least(merged_writer: MergedWriter) -> None:
+    text = " ".join(["red"] * 20 + ["blue"])
+    ids, _ = merged_writer.family.prompts(merged_writer.folder, [text])
+    last = merged_writer.family.tokenizer(merged_writer.folder).decode(ids[0, -1:]).strip()
+    assert ids.shape == (1, 16)
+    assert last == ("[END]" if merged_writer.models.writer.model_type == "t5" else "blue")
+
+
+def with_prompt(recipe: Recipe, prompt: dict[str, object] | None, **data: object) -> Recipe:
+    """The recipe with another prompt and calibration source of the first task."""
+    content = recipe.model_dump()
+    content["tasks"]["first"]["prompt"] = prompt
+    content["tasks"]["first"]["calibration"] |= data
+    return parse_recipe(content, "test")
+
+
+@pytest.mark.parametrize("merged_writer", ["t5"], indirect=True)
+@pytest.mark.parametrize(
+    ("prompt", "data", "message"),
+    [
+        ({"template": "{text} {nothing}"}, {}, r"has no column 'nothing'"),
+        ({"answers": ["yes", "no"]}, {}, r"row \d+: column 'label' holds 2, .* for 0 to 1"),
+        (None, {}, r"column 'label' holds .*, expected texts"),
+        (None, {"label_column": "answer"}, "has no column 'answer'"),
+    ],
+)
+def test_data_that_give_no_texts_are_named(
+    merged_writer: MergedWriter,
+    prompt: dict[str, object] | None,
+    data: dict[str, object],
+    message: str,
+) -> None:
+    recipe = with_prompt(merged_writer.recipe, prompt, **data)
+    with pytest.raises(MismatchError, match=f"task 'first'.*{message}"):
+        calibration_samples(recipe, merged_writer.family, merged_writer.folder)
+
+
+@pytest.mark.parametrize("template", ["no column", "{text", "{text.strip}", "{text!r}", "{}"])
+def test_templates_name_columns_and_nothing_else(template: str) -> None:
+    models = {"base": {"path": "b"}, "tasks": {"a": {"expert": "e"}}}
+    models["tasks"]["a"]["prompt"] = {"template": template}
+    with pytest.raises(RecipeError, match=r"tasks\.a\.prompt\.template"):
+        parse_recipe(models, "test")

@@ -1,0 +1,153 @@
+"""Models that write texts: loaded, merged, taken apart, writing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from merged_writers import MergedWriter, logits, two_streams
+from safetensors.torch import load_file, save_file
+from tiny_writers import WRITER_TASKS, WRITERS, build_tiny_writers
+from torch import Tensor, nn
+
+from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.merging.merge import merge
+from epmq_deploy.models.writer import TextPair
+from epmq_deploy.recipe import load_recipe
+
+
+def test_a_folder_loads_as_transformers_loads_it(merged_writer: MergedWriter) -> None:
+    """Tied and untied, and whatever copies the files hold."""
+    for folder in (
+        merged_writer.models.base,
+        merged_writer.models.expert("second"),
+        merged_writer.folder,
+    ):
+        ours, theirs = merged_writer.family.load(folder), merged_writer.models.load(folder)
+        embedding, output = theirs.get_input_embeddings(), theirs.get_output_embeddings()
+        assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == torch.equal(
+            embedding.weight, output.weight
+        )
+        assert torch.equal(logits(merged_writer, ours), logits(merged_writer, theirs))
+
+
+def test_the_merge_is_task_arithmetic_on_every_tensor(merged_writer: MergedWriter) -> None:
+    states = [
+        merged_writer.models.load(folder).state_dict()
+        for folder in (
+            merged_writer.models.base,
+            *(merged_writer.models.expert(task) for task in WRITER_TASKS),
+        )
+    ]
+    found = merged_writer.models.load(merged_writer.folder).state_dict()
+    base, *experts = states
+    for name, start in base.items():
+        wanted = start + 0.3 * sum(expert[name] - start for expert in experts)
+        assert torch.allclose(found[name], wanted, atol=1e-6), name
+    stored = load_file(merged_writer.folder / "model.safetensors")
+    assert ("lm_head.weight" in stored) != merged_writer.models.writer.settings[
+        "tie_word_embeddings"
+    ]
+
+
+def test_an_expert_whose_output_layer_is_its_own_does_not_fit_a_tied_base(tmp_path: Path) -> None:
+    models = build_tiny_writers(tmp_path, WRITERS["t5"])
+    file = models.expert("first") / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["shared.weight"] + 1}, file)
+    with pytest.raises(MismatchError, match=r"has lm_head\.weight, which the base lacks"):
+        merge(load_recipe(models.recipe), tmp_path / "merged")
+
+
+@two_streams
+def test_one_embedding_serves_encoder_and_decoder(
+    merged_writer: MergedWriter, tmp_path: Path
+) -> None:
+    for file in merged_writer.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["decoder.embed_tokens.weight"] = tensors["shared.weight"] + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(RecipeError, match=r"decoder\.embed_tokens\.weight differs from shared"):
+        merged_writer.family.load(tmp_path)
+
+
+def test_groups_are_the_layers_that_share_an_input(merged_writer: MergedWriter) -> None:
+    """Recorded while the model runs: who receives the same tensor, who the norm's output."""
+    family = merged_writer.family
+    model = family.load(merged_writer.folder)
+    received: dict[str, Tensor] = {}
+    gave: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: received.update({name: args[0]})
+            )
+        elif "norm" in name:
+            module.register_forward_hook(
+                lambda module, args, output, name=name: gave.update({name: output})
+            )
+    family.embed(model, *family.example_inputs(merged_writer.folder, 2))
+    blocks = family.blocks(model)
+    seen: dict[int, tuple[str, ...]] = {}
+    order = list(received)
+    for block in blocks:
+        inside = {name for name in received if name.startswith(f"{block.name}.")}
+        assert set(block.layers) == inside
+        for group in block.groups:
+            (place,) = {id(received[name]) for name in group.layers}
+            if group.stream is None:
+                assert place not in seen, "two groups share an input"
+            seen[place] = group.layers
+            if group.norm is not None:
+                assert received[group.layers[0]] is gave[group.norm]
+        firsts = [order.index(group.layers[0]) for group in block.groups]
+        assert firsts == sorted(firsts)
+    assert len(blocks) == sum(
+        len(module)
+        for module in model.modules()
+        if isinstance(module, nn.ModuleList)
+        and any(isinstance(child, nn.Module) and hasattr(child, "forward") for child in module)
+        and type(module[0]).__name__.endswith(("Block", "DecoderLayer"))
+    )
+
+
+@two_streams
+def test_cross_attention_reads_the_encoder_s_tokens(merged_writer: MergedWriter) -> None:
+    family = merged_writer.family
+    blocks = family.blocks(family.load(merged_writer.folder))
+    streams = {
+        group.layers[0].rpartition(".")[2]
+        for block in blocks
+        for group in block.groups
+        if group.stream == "encoder"
+    }
+    assert streams == {"k"}
+    pairs = [TextPair("red", "yes no"), TextPair("red green blue", "no")]
+    inputs = family.collate(merged_writer.folder, pairs)
+    assert family.tokens(*inputs, stream="encoder").real.sum(1).tolist() == [2, 4]
+    assert family.tokens(*inputs, stream="decoder").real.sum(1).tolist() == [3, 2]
+
+
+def test_the_answers_written_are_those_of_transformers(merged_writer: MergedWriter) -> None:
+    """Batched and padded here, one by one there."""
+    texts = ["first : red tree", "second : blue house runs sings", "red"]
+    model = merged_writer.models.load(merged_writer.folder)
+    found = merged_writer.family.write(
+        merged_writer.family.load(merged_writer.folder), merged_writer.folder, texts, 6
+    )
+    for text, answer in zip(texts, found, strict=True):
+        ids, _ = merged_writer.family.prompts(merged_writer.folder, [text])
+        written = model.generate(ids, max_new_tokens=6, do_sample=False)[0]
+        start = 1 if model.config.is_encoder_decoder else ids.shape[1]
+        assert answer == merged_writer.family.tokenizer(merged_writer.folder).decode(
+            written[start:], skip_special_tokens=True
+        )
+
+
+@pytest.mark.parametrize("merged_writer", ["mistral"], indirect=True)
+def test_attention_in_a_window_is_refused(merged_writer: MergedWriter, tmp_path: Path) -> None:
+    told = json.loads((merged_writer.folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(told | {"sliding_window": 8}))
+    with pytest.raises(RecipeError, match="sliding window"):
+        merged_writer.family.load(tmp_path)

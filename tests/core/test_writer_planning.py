@@ -1,0 +1,94 @@
+"""What is tuned towards the experts' predictions, on models that write texts."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from merged_writers import MergedWriter, plain_divergence
+
+from epmq_deploy.calibration.targets.epmq import PRESETS, EpmqOptions
+from epmq_deploy.experts import ExpertBackbone, open_sources
+from epmq_deploy.merging.merge import merge
+from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.planning import Workplace
+from epmq_deploy.quantization.quantize import calibration_samples, quantize
+from epmq_deploy.recipe import override
+from epmq_deploy.tasks.data import load_samples
+
+two_kinds = pytest.mark.parametrize("merged_writer", ["flan-t5", "llama"], indirect=True)
+tied_and_untied = pytest.mark.parametrize(
+    "merged_writer", ["t5", "flan-t5", "qwen2"], indirect=True
+)
+
+
+@two_kinds
+def test_the_anchor_is_searched_on_samples_held_back(
+    merged_writer: MergedWriter, tmp_path: Path
+) -> None:
+    recipe = override(merged_writer.recipe, "quantize", {"anchor": "auto"})
+    manifest = quantize(recipe, merged_writer.folder, tmp_path / "auto")
+    found = manifest.details["anchor"]
+    curve, start = dict(found["curve"]), PRESETS["outputs"].anchor
+    assert len(curve) >= 3
+    assert curve[found["anchor"]] <= curve[start]
+    number = override(merged_writer.recipe, "quantize", {"anchor": found["anchor"]})
+    given = quantize(number, merged_writer.folder, tmp_path / "number")
+    assert given.outputs["quantized.safetensors"] == manifest.outputs["quantized.safetensors"]
+    # The curve is that of models calibrated on the rest.
+    family, folder = merged_writer.family, merged_writer.folder
+    samples = calibration_samples(recipe, family, folder)
+    held = {task: replace(one, indices=one.indices[:4]) for task, one in samples.items()}
+    fitted = {task: replace(one, indices=one.indices[4:]) for task, one in samples.items()}
+    device = torch.device("cpu")
+    experts = ExpertBackbone(open_sources(recipe), device)
+    place = Workplace(family, folder, fitted, experts, device)
+    assert isinstance(recipe.quantize, EpmqOptions)
+    for strength in (start, found["anchor"]):
+        options = recipe.quantize.model_copy(update={"anchor": strength})
+        model, _ = place.calibrate(options, rounding=False)
+        expected = plain_divergence(merged_writer, held, model)
+        assert curve[strength] == pytest.approx(expected, rel=1e-3)
+
+
+@two_kinds
+def test_the_scaling_is_searched(merged_writer: MergedWriter, tmp_path: Path) -> None:
+    recipe = override(merged_writer.recipe, "merge", {"search": True, "search_samples": 8})
+    manifest = merge(recipe, tmp_path / "merged")
+    curve = {item["scaling"]: item["divergence"] for item in manifest.details["search"]}
+    found = manifest.details["scaling"]
+    assert len(curve) >= 5
+    assert curve[found] <= curve[0.3]
+    family = merged_writer.family
+    samples = {}
+    for name, task in recipe.tasks.items():
+        assert task.calibration is not None
+        samples[name] = load_samples(name, task.calibration, family, prompt=task.prompt, limit=8)
+    model = merged_writer.models.load(tmp_path / "merged")
+    expected = plain_divergence(merged_writer, samples, model)
+    assert curve[found] == pytest.approx(expected, rel=1e-3)
+
+
+@tied_and_untied
+def test_distillation_lowers_the_divergence_and_leaves_codes(
+    merged_writer: MergedWriter, tmp_path: Path
+) -> None:
+    plain, tuned = (
+        override(merged_writer.recipe, "quantize", {"distill": epochs, "bits": 2})
+        for epochs in (0, 2)
+    )
+    quantize(plain, merged_writer.folder, tmp_path / "plain")
+    found = quantize(tuned, merged_writer.folder, tmp_path / "tuned").details["distill"]
+    assert found["kept"]
+    assert found["after"] < found["before"]
+    (before, _), (after, _) = (load_artifact(tmp_path / name) for name in ("plain", "tuned"))
+    for name, linear in before.items():
+        assert torch.equal(linear.codes, after[name].codes)
+    moved = {
+        name
+        for name, linear in before.items()
+        if not torch.equal(linear.scales, after[name].scales)
+    }
+    inside = {name for name in before if ".layer" in name or ".block" in name}
+    tied = merged_writer.models.writer.settings["tie_word_embeddings"]
+    assert moved == inside | (set() if tied else {"lm_head"})
