@@ -133,7 +133,7 @@ def preflight(recipe: Recipe) -> Sources:
         lambda: check_experts(sources, mixed_dtypes=recipe.merge.mixed_dtypes),
         lambda: calibration_samples(recipe, family, folder),
         lambda: check_export(recipe.export),
-        lambda: check_demo(recipe.export),
+        lambda: check_demo(recipe.export, family),
         lambda: evaluation_samples(recipe, family, folder),
         check_model,
     )

@@ -37,15 +37,17 @@ def default_libraries() -> Path:
     return Path(cache) / "epmq-deploy" / "web"
 
 
-def check_demo(options: ExportOptions) -> None:
+def check_demo(options: ExportOptions, family: ModelFamily) -> None:
     """Make sure that a page can be written, before any work.
 
     Raises:
-        RecipeError: the target is no browser, or libraries are missing or of another version;
-            names the command that installs them.
+        RecipeError: the model writes texts, the target is no browser, or libraries are missing or
+            of another version; names the command that installs them.
     """
     if not options.demo:
         return
+    if family.writes_texts:
+        raise RecipeError("--demo: the page classifies, and this model writes texts; leave it out")
     if options.target not in _MODULES:
         raise RecipeError(f"--demo needs --target {' or '.join(_MODULES)}")
     folder = _libraries(options)

@@ -14,7 +14,11 @@ from epmq_deploy.exporters.files import PROTOBUF_LIMIT, write_model
 from epmq_deploy.exporters.formats import GraphFormat, formats_of
 from epmq_deploy.exporters.formats.format import ExportContext
 from epmq_deploy.exporters.int8_matmul import integer_layers
-from epmq_deploy.exporters.memory import large_blocks_returned, release_memory
+from epmq_deploy.exporters.memory import (
+    large_blocks_returned,
+    living_objects_set_aside,
+    release_memory,
+)
 from epmq_deploy.exporters.packed_linear import pack_linear
 from epmq_deploy.exporters.read_codes import FORMAT_KEY
 from epmq_deploy.exporters.session import INT8_LEVEL
@@ -82,6 +86,7 @@ class ExportedGraph(GraphFile):
     low_bit_nodes: int
 
 
+@living_objects_set_aside()
 def write_graphs(
     model: Deployable,
     example_inputs: tuple[Tensor, ...],
@@ -205,6 +210,7 @@ def _write(
     )
 
 
+@living_objects_set_aside()
 def verify_graph(graph: WrittenGraph) -> ExportedGraph:
     """Verify that a file holds its layers' codes and that onnxruntime would run them in low bits.
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.checkpoints import copy_settings
-from epmq_deploy.errors import RecipeError
 from epmq_deploy.experts import check_unchanged, open_sources
 from epmq_deploy.exporters.browser_demo import check_demo, check_demo_model, write_demo
 from epmq_deploy.exporters.export import ExportedGraph, by_kind, verify_graph, write_graphs
@@ -85,15 +84,13 @@ def export(
     progress = progress or NoProgress()
     refuse_existing(output, "export", overwrite=overwrite, source=quantized)
     check_export(recipe.export)
-    check_demo(recipe.export)
     options = recipe.export
     made = open_output(quantized, "quantize")
     mark, inputs = export_fingerprint(recipe, made.fingerprint)
     merged = quantized / MERGED_FOLDER
     layers, replaced = load_artifact(quantized)
     family = family_of(merged)
-    if options.demo and family.writes_texts:
-        raise RecipeError("--demo: the page classifies; models that write texts have none")
+    check_demo(options, family)
     if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
         check_unchanged(open_sources(recipe), made)
     with large_blocks_returned():

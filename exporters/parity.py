@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,11 +14,15 @@ from epmq_deploy.errors import EpmqError, NumericsError
 from epmq_deploy.exporters.export import ExportedGraph
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.formats.format import INT8_TOLERANCE
-from epmq_deploy.exporters.memory import large_blocks_returned, release_memory
+from epmq_deploy.exporters.memory import (
+    large_blocks_returned,
+    living_objects_set_aside,
+    release_memory,
+)
 from epmq_deploy.exporters.session import INT8_LEVEL, cpu_session
 from epmq_deploy.models import Deployable, ModelFamily
 from epmq_deploy.recipe import Task
-from epmq_deploy.tasks.data import batches, load_samples
+from epmq_deploy.tasks.data import TextSamples, batches, load_samples
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +38,8 @@ class ParityInputs:
 
     Attributes:
         kind: ``calibration`` samples, or ``example`` inputs where there are none.
-        batches: model inputs, as ``family.input_names``.
+        batches: model inputs, as the graph's ``input_names``; ``parity_inputs`` gives the
+            family's.
         missing: by task, why it gave no samples.
     """
 
@@ -48,10 +53,11 @@ class Parity:
     """How far a graph is from torch.
 
     Attributes:
-        samples: compared.
+        samples: compared; each counts for every run it takes part in.
         max_abs: largest difference of any output.
         relative: Euclidean norm of the differences over that of torch's values; the worst output's.
-        agreement: share of samples and tasks with the same highest logit; None without heads.
+        agreement: share of samples and tasks, or of tokens, with the same highest logit; None of a
+            graph without logits.
         tolerance: the largest ``relative`` that passes.
     """
 
@@ -79,7 +85,17 @@ def parity_inputs(
             missing[name] = "no calibration data in the recipe"
             continue
         try:
-            samples = load_samples(name, task.calibration, family, limit=_SAMPLES)
+            samples = load_samples(
+                name,
+                task.calibration,
+                family,
+                prompt=task.prompt,
+                limit=_SAMPLES,
+                labelled=False,
+            )
+            if isinstance(samples, TextSamples) and samples.lacks_answers:
+                # Texts are compared; what is written behind them may be anything.
+                samples = replace(samples, written=dict.fromkeys(samples.indices, ""))
             found += list(batches(samples, family, folder, _SAMPLES))
         except EpmqError as error:
             missing[name] = str(error)
@@ -97,6 +113,7 @@ def torch_outputs(model: Deployable, inputs: Batches) -> Outputs:
         return [model(*batch) for batch in inputs]
 
 
+@living_objects_set_aside()
 def measure_parity(
     graph: ExportedGraph, expected: Outputs, inputs: Batches, accuracy_level: int
 ) -> Parity:
@@ -121,8 +138,8 @@ def measure_parity(
     ]
     del session
     release_memory()
-    ours = [np.concatenate(parts) for parts in zip(*actual, strict=True)]
-    theirs = [torch.cat(parts).numpy() for parts in zip(*expected, strict=True)]
+    ours = [_rows(parts) for parts in zip(*actual, strict=True)]
+    theirs = [_rows([part.numpy() for part in parts]) for parts in zip(*expected, strict=True)]
     (fmt,) = formats_of([graph.format])
     integer = fmt.low_bit and accuracy_level == INT8_LEVEL
     tolerance = max(fmt.tolerance, INT8_TOLERANCE) if integer else fmt.tolerance
@@ -130,10 +147,10 @@ def measure_parity(
     hits = [
         one.argmax(1) == other.argmax(1)
         for name, (one, other) in zip(outputs, pairs, strict=True)
-        if name.startswith("logits_")
+        if name.startswith("logits")
     ]
     parity = Parity(
-        samples=len(theirs[0]),
+        samples=sum(len(batch[0]) for batch in inputs),
         max_abs=max(float(np.abs(one - other).max()) for one, other in pairs),
         relative=max(_relative(one, other) for one, other in pairs),
         agreement=float(np.mean(hits)) if hits else None,
@@ -146,6 +163,11 @@ def measure_parity(
             f"format {graph.format} allows {tolerance:g}"
         )
     return parity
+
+
+def _rows(batches: Sequence[np.ndarray]) -> np.ndarray:
+    """Batches of one output, which may differ in length, along their last axis."""
+    return np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
 
 
 def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:

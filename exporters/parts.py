@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.exporters.parity import ParityInputs, parity_inputs
-from epmq_deploy.exporters.writer_graphs import writer_graphs
+from epmq_deploy.exporters.writer_graphs import writer_graphs, written_calls
 from epmq_deploy.models import Deployable, ModelFamily, MultiTaskModel, TaskHead
 from epmq_deploy.models.writer import WriterFamily
 from epmq_deploy.progress import Progress
@@ -58,15 +58,13 @@ def parts_of(
     Raises:
         MismatchError: names every head that cannot be built or does not fit.
     """
-    if isinstance(family, WriterFamily):
-        graphs = writer_graphs(family, backbone)
-        examples = [graph.example_inputs() for graph in graphs]
-        return tuple(
-            Part(graph, example, ParityInputs("example", [example], {}))
-            for graph, example in zip(graphs, examples, strict=True)
-        ), {}
     example = family.example_inputs(folder, 2)
+    samples = parity_inputs(tasks, family, folder, example)
+    if isinstance(family, WriterFamily):
+        return tuple(
+            Part(graph, graph.example_inputs(), written_calls(graph, samples))
+            for graph in writer_graphs(family, backbone)
+        ), {}
     width = family.embedding_width(backbone, folder)
     heads = build_heads(tasks, family, folder, width, device=device, progress=progress)
-    samples = parity_inputs(tasks, family, folder, example)
     return (Part(MultiTaskModel(family, backbone, heads), example, samples),), heads

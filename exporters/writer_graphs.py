@@ -9,16 +9,21 @@ Keys and values are ``past_key_values.N.*`` going in and ``present.N.*`` coming 
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from epmq_deploy.exporters.parity import ParityInputs
 from epmq_deploy.models.family import Deployable
 from epmq_deploy.models.writer import WriterFamily
 
 PARTS = ("key", "value")
 _BATCH, _LENGTH = 2, 5
+# Tokens of a text that graphs are compared on.
+_LONGEST = 32
 
 
 class WriterGraph(Deployable):
@@ -36,6 +41,14 @@ class WriterGraph(Deployable):
     @abstractmethod
     def example_inputs(self) -> tuple[Tensor, ...]:
         """A batch of 2, as ``input_names``."""
+
+    @abstractmethod
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """Inputs, as ``input_names``, that the graph is run on while answers are written.
+
+        Args:
+            batch: texts with their answers, as the family's ``collate`` gives them.
+        """
 
     def dynamic_axes(self) -> tuple[dict[int, str], ...]:
         """Names of the axes that are left open, as ``input_names``."""
@@ -73,6 +86,10 @@ class EncoderGraph(WriterGraph):
     def example_inputs(self) -> tuple[Tensor, ...]:
         """See base."""
         return _ids(), _mask()
+
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """See base."""
+        return [batch[:2]]
 
     def runs(self, layer: str) -> bool:
         """Blocks of the encoder, and the embedding."""
@@ -112,6 +129,12 @@ class DecoderGraph(WriterGraph):
         """See base."""
         config: Any = self.backbone.config
         return _mask(), _ids()[:, :3], torch.randn(_BATCH, _LENGTH, config.d_model)
+
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """See base; whole answers at once."""
+        ids, mask, answers, _ = batch
+        (hidden,) = EncoderGraph(self.backbone)(ids, mask)
+        return [(mask, answers, hidden)]
 
     def runs(self, layer: str) -> bool:
         """Blocks of the decoder, embedding and output layer."""
@@ -156,6 +179,13 @@ class DecoderWithPastGraph(WriterGraph):
         cut = [value[:, :, :3] if index % 4 < 2 else value for index, value in enumerate(past)]
         return (_mask(), _ids()[:, :2], *cut)
 
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """See base; one more token behind whole answers."""
+        first = DecoderGraph(self.backbone)
+        ((mask, answers, hidden),) = first.calls(batch)
+        _, *past = first(mask, answers, hidden)
+        return [(mask, answers[:, -1:], *past)]
+
     def runs(self, layer: str) -> bool:
         """As in ``decoder_model``, but for keys and values of cross attention."""
         known = layer.endswith((".EncDecAttention.k", ".EncDecAttention.v"))
@@ -194,16 +224,28 @@ class CausalGraph(WriterGraph):
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """See base."""
-        config: Any = self.backbone.config
-        width = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
-        shape = (_BATCH, config.num_key_value_heads, 3, width)
-        past = [torch.randn(shape) for _ in range(2 * _count(self.backbone))]
+        past = [torch.randn(shape) for shape in self._past_shapes(_BATCH, 3)]
         ids = _ids()
         mask = torch.ones(_BATCH, 3 + ids.shape[1], dtype=torch.int64)
         positions = torch.arange(3, mask.shape[1]).expand(_BATCH, -1).contiguous()
         return (ids, mask, positions, *past)
+
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """See base; texts with their answers without a past, then one more token."""
+        ids, mask, *_ = batch
+        nothing = [torch.zeros(shape) for shape in self._past_shapes(len(ids), 0)]
+        begun = (ids, mask, (mask.cumsum(1) - 1).clamp(min=0), *nothing)
+        _, *past = self(*begun)
+        longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        return [begun, (ids[:, -1:], longer, mask.sum(1, keepdim=True), *past)]
+
+    def _past_shapes(self, batch: int, length: int) -> list[tuple[int, ...]]:
+        config: Any = self.backbone.config
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        shape = (batch, config.num_key_value_heads, length, width)
+        return [shape] * (2 * _count(self.backbone))
 
     def _axes(self, name: str) -> dict[int, str]:
         return (
@@ -216,6 +258,21 @@ def writer_graphs(family: WriterFamily, backbone: nn.Module) -> tuple[WriterGrap
     if family.has_encoder:
         return EncoderGraph(backbone), DecoderGraph(backbone), DecoderWithPastGraph(backbone)
     return (CausalGraph(backbone),)
+
+
+def written_calls(graph: WriterGraph, found: ParityInputs) -> ParityInputs:
+    """What a graph is compared on, from texts with their answers.
+
+    Texts are cut, as what graphs give for each of their tokens is kept.
+    """
+    graph.eval()
+    with torch.inference_mode():
+        calls = [
+            call
+            for batch in found.batches
+            for call in graph.calls(tuple(value[:, :_LONGEST] for value in batch))
+        ]
+    return replace(found, batches=calls)
 
 
 def _names(what: str, count: int, *streams: str) -> tuple[str, ...]:

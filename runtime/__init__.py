@@ -1,5 +1,8 @@
 """Running exported graphs in onnxruntime: in applications (`load`), and to evaluate them."""
 
-from epmq_deploy.runtime.deployed import DeployedModel, Prediction, load
+from epmq_deploy.runtime.deployed import load
+from epmq_deploy.runtime.deployed_classifier import Prediction
+from epmq_deploy.runtime.deployed_model import DeployedModel
+from epmq_deploy.runtime.deployed_writer import Answer, DeployedWriter
 
-__all__ = ["DeployedModel", "Prediction", "load"]
+__all__ = ["Answer", "DeployedModel", "DeployedWriter", "Prediction", "load"]

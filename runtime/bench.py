@@ -78,15 +78,15 @@ class Bench:
         measured: dict[str, list[Footprint]] = {name: [] for name in self.formats}
         # Turns, so that a noisy machine favours none.
         turns = [name for _ in range(_FOOTPRINTS) for name in self.formats]
-        for name in self.progress.track(turns, "loading", total=len(turns)):
+        for name in self.progress.track(turns, "measuring memory", total=len(turns)):
             entries = self.formats[name]
             footprint = measure_footprint(
                 [self.exported / entry["file"] for entry in entries],
-                # What one graph hands to the next is not known here.
-                one if self.scorer.feeds_graphs else None,
+                one,
                 provider=provider_named(self.provider),
                 threads=self.threads[0],
                 session_config=entries[0]["session_config"],
+                special_tokens=self.scorer.special_tokens,
             )
             measured[name].append(footprint)
         return {name: median_footprint(found) for name, found in measured.items()}

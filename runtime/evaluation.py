@@ -17,6 +17,7 @@ from epmq_deploy.runtime.bench import Bench
 from epmq_deploy.runtime.evaluation_data import evaluation_samples
 from epmq_deploy.runtime.report import EXPERTS, REFERENCE, EvalReport, Gates, Row
 from epmq_deploy.runtime.scoring import ClassScorer, Predictions, Scorer
+from epmq_deploy.runtime.sessions import by_format
 from epmq_deploy.runtime.significance import average_interval, compare, wilson
 from epmq_deploy.runtime.text_scoring import TextScorer
 from epmq_deploy.stage import Manifest, fingerprint, open_output
@@ -65,9 +66,7 @@ def evaluate(
     family = family_of(exported)
     heads = {} if family.writes_texts else load_heads(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
-    formats: dict[str, tuple[Mapping[str, Any], ...]] = {}
-    for entry in made.details["graphs"]:
-        formats[entry["format"]] = (*formats.get(entry["format"], ()), entry)
+    formats = by_format(made.details["graphs"])
     if REFERENCE not in formats:
         raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
     options, asked = recipe.eval, provider or recipe.eval.provider

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from epmq_deploy.errors import NumericsError
+from epmq_deploy.models.writer import SpecialTokens
 
 _PROBE = Path(__file__).with_name("session_probe.py")
 
@@ -42,33 +43,37 @@ def median_footprint(measured: Sequence[Footprint]) -> Footprint:
 
 def measure_footprint(
     files: Sequence[Path],
-    inputs: Sequence[np.ndarray[Any, Any]] | None,
+    inputs: Sequence[np.ndarray[Any, Any]],
     *,
     provider: str,
     threads: int | None,
     session_config: Mapping[str, str],
+    special_tokens: SpecialTokens | None = None,
 ) -> Footprint:
-    """Create a format's sessions in a process of their own.
+    """Create a format's sessions and run one sample, in a process of their own.
 
     Args:
-        files: its ONNX files.
-        inputs: one sample, arrays in the order of the first graph's inputs; None to run nothing.
+        files: its ONNX files, in the order they run.
+        inputs: one sample, arrays in the order of the first graph's inputs; where texts are
+            written, token ids, mask and the number of tokens to write.
         provider: onnxruntime's name of it.
         threads: intra-op threads; onnxruntime's default when absent.
         session_config: session options the graphs were exported for.
+        special_tokens: where the graphs write texts together.
 
     Raises:
         NumericsError: the process failed; with what it said last.
     """
     with tempfile.TemporaryDirectory() as folder:
         stored = Path(folder) / "inputs.npz"
-        np.savez(stored, *(inputs or ()))
+        np.savez(stored, *inputs)
         task = {
             "files": [str(file) for file in files],
-            "inputs": None if inputs is None else str(stored),
+            "inputs": str(stored),
             "provider": provider,
             "threads": threads,
             "session_config": dict(session_config),
+            "special_tokens": special_tokens and asdict(special_tokens),
         }
         # -P keeps the script's own folder off the path, where modules have names of common use.
         done = subprocess.run(

@@ -1,21 +1,38 @@
-"""Writing texts greedily with exported graphs, token by token, keys and values kept."""
+"""Writing texts greedily with exported graphs, token by token, keys and values kept.
+
+Imports nothing but numpy while it runs, as `session_probe` needs it.
+"""
+
+from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from epmq_deploy.models.writer import SpecialTokens, WriterFamily
-from epmq_deploy.runtime.sessions import Graph
+if TYPE_CHECKING:
+    from epmq_deploy.models.writer import SpecialTokens
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]
 _PAST, _PRESENT = "past_key_values.", "present."
+
+
+class Computes(Protocol):
+    """A graph that is ready to run."""
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that runs it."""
+
+    @property
+    def input_shapes(self) -> Mapping[str, tuple[Any, ...]]:
+        """By input name; open axes by their names."""
+
+    def compute(self, feed: Mapping[str, Array]) -> Values:
+        """All outputs by name, from arrays by input name."""
 
 
 class TextWriter(ABC):
@@ -51,7 +68,7 @@ class TextWriter(ABC):
     def go_on(self, token: Array, values: Values) -> tuple[Array, Values]:
         """Logits ``[B, V]`` of what follows a token, int64 ``[B, 1]``, and values for the next."""
 
-    def write(self, ids: Tensor, mask: Tensor, length: int | None = None) -> Tensor:
+    def write(self, ids: npt.ArrayLike, mask: npt.ArrayLike, length: int | None = None) -> Array:
         """The likeliest token after the other, int64 ``[B, length]``; padding behind each end.
 
         Args:
@@ -59,7 +76,10 @@ class TextWriter(ABC):
             mask: likewise.
             length: tokens to write whatever they are; up to the end of all answers when absent.
         """
-        logits, values = self.begin(ids.numpy(), mask.numpy())
+        return self.write_on(*self.begin(np.asarray(ids), np.asarray(mask)), length)
+
+    def write_on(self, logits: Array, values: Values, length: int | None = None) -> Array:
+        """As ``write``, from what ``begin`` gave."""
         ended = np.zeros(len(logits), dtype=np.bool_)
         written: list[Array] = []
         while True:
@@ -68,13 +88,31 @@ class TextWriter(ABC):
             ended |= np.isin(token, self._special.end)
             done = ended.all() if length is None else len(written) >= length
             if done or len(written) == self._max_tokens:
-                return torch.from_numpy(np.stack(written, axis=1))
+                return np.stack(written, axis=1)
             logits, values = self.go_on(token[:, None].astype(np.int64), values)
 
-    def run(self, inputs: Sequence[Tensor], outputs: object = None) -> Mapping[str, Array]:
+    def likelihoods(self, logits: Array, values: Values, answers: Sequence[Sequence[int]]) -> Array:
+        """Logarithms of the probabilities of writing just these answers, float64 ``[B, C]``.
+
+        Args:
+            logits: as ``begin`` gave them.
+            values: likewise.
+            answers: token ids of each, without its end.
+        """
+        found = []
+        for answer in answers:
+            ahead, kept, total = _log_softmax(logits), values, np.zeros(len(logits))
+            for token in answer:
+                total = total + ahead[:, token]
+                following, kept = self.go_on(np.full((len(logits), 1), token), kept)
+                ahead = _log_softmax(following)
+            found.append(total + np.logaddexp.reduce(ahead[:, list(self._special.end)], axis=1))
+        return np.stack(found, axis=1)
+
+    def run(self, inputs: Sequence[npt.ArrayLike], outputs: object = None) -> Mapping[str, Array]:
         """A whole answer, for timing: ``inputs`` are token ids, mask and number of tokens."""
         ids, mask, length = inputs
-        return {"answers": self.write(ids, mask, int(length)).numpy()}
+        return {"answers": self.write(ids, mask, int(np.asarray(length)))}
 
 
 class EncoderDecoderWriter(TextWriter):
@@ -89,7 +127,12 @@ class EncoderDecoderWriter(TextWriter):
     """
 
     def __init__(
-        self, encoder: Graph, first: Graph, further: Graph, special: SpecialTokens, max_tokens: int
+        self,
+        encoder: Computes,
+        first: Computes,
+        further: Computes,
+        special: SpecialTokens,
+        max_tokens: int,
     ) -> None:
         super().__init__(special, max_tokens)
         self._encoder, self._first, self._further = encoder, first, further
@@ -101,7 +144,7 @@ class EncoderDecoderWriter(TextWriter):
 
     def begin(self, ids: Array, mask: Array) -> tuple[Array, Values]:
         """See base."""
-        read = _run(self._encoder, {"input_ids": ids, "attention_mask": mask})
+        read = self._encoder.compute({"input_ids": ids, "attention_mask": mask})
         assert self._special.start is not None, "an encoder-decoder has one"
         begun = {
             "encoder_attention_mask": mask,
@@ -127,7 +170,7 @@ class CausalWriter(TextWriter):
         max_tokens: longest answer.
     """
 
-    def __init__(self, graph: Graph, special: SpecialTokens, max_tokens: int) -> None:
+    def __init__(self, graph: Computes, special: SpecialTokens, max_tokens: int) -> None:
         super().__init__(special, max_tokens)
         self._graph = graph
 
@@ -149,38 +192,26 @@ class CausalWriter(TextWriter):
 
     def go_on(self, token: Array, values: Values) -> tuple[Array, Values]:
         """See base."""
-        before = values.pop("attention_mask")
-        mask = np.concatenate([before, np.ones_like(token)], axis=1)
+        mask = np.concatenate([values["attention_mask"], np.ones_like(token)], axis=1)
         return self._run(token, mask, mask.sum(axis=1, keepdims=True) - 1, values)
 
     def _run(self, ids: Array, mask: Array, positions: Array, past: Values) -> tuple[Array, Values]:
-        feed = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past}
+        feed = {**past, "input_ids": ids, "attention_mask": mask, "position_ids": positions}
         logits, present = _answer(self._graph, feed)
         return logits, {"attention_mask": mask, **present}
 
 
-def text_writer(
-    family: WriterFamily, folder: Path, parts: Mapping[str, Graph], max_tokens: int
-) -> TextWriter:
-    """What writes with the graphs of one format.
-
-    Args:
-        family: of the model.
-        folder: with its settings.
-        parts: graphs by part.
-        max_tokens: longest answer.
-    """
-    special = family.special_tokens(folder)
-    if not family.has_encoder:
-        return CausalWriter(parts["model"], special, max_tokens)
-    names = ("encoder_model", "decoder_model", "decoder_with_past_model")
-    encoder, first, further = (parts[name] for name in names)
+def text_writer(graphs: Sequence[Computes], special: SpecialTokens, max_tokens: int) -> TextWriter:
+    """What writes with the graphs of one format, given in the order they run."""
+    if len(graphs) == 1:
+        return CausalWriter(graphs[0], special, max_tokens)
+    encoder, first, further = graphs
     return EncoderDecoderWriter(encoder, first, further, special, max_tokens)
 
 
-def _answer(graph: Graph, feed: Values) -> tuple[Array, Values]:
+def _answer(graph: Computes, feed: Values) -> tuple[Array, Values]:
     """Logits of the last token, and keys and values as the next run takes them."""
-    found = _run(graph, feed)
+    found = graph.compute({name: feed[name] for name in graph.input_shapes})
     present = {
         name.replace(_PRESENT, _PAST, 1): value
         for name, value in found.items()
@@ -189,6 +220,8 @@ def _answer(graph: Graph, feed: Values) -> tuple[Array, Values]:
     return found["logits"][:, -1], present
 
 
-def _run(graph: Graph, feed: Values) -> Values:
-    inputs = [torch.from_numpy(feed[name]) for name in graph.input_names]
-    return dict(graph.run(inputs))
+def _log_softmax(logits: Array) -> Array:
+    """Along the last axis, float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    less: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return less

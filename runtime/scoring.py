@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from epmq_deploy.experts import ExpertBackbone
 from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.writer import SpecialTokens
 from epmq_deploy.runtime.latency import Runs
 from epmq_deploy.runtime.report import EXPERTS
 from epmq_deploy.runtime.sessions import Graph
@@ -50,8 +51,6 @@ class Scorer(ABC, Generic[Model, Family]):
     """How models of one kind of task are opened, fed and scored; ``Model`` is one format's.
 
     Attributes:
-        feeds_graphs: whether a batch is what a format's only graph takes. Otherwise values go from
-            one run to the next, or from one graph to another.
         family: of the model.
         folder: of the export.
         entries: what its manifest says of each graph.
@@ -59,12 +58,16 @@ class Scorer(ABC, Generic[Model, Family]):
         batch_size: samples per run.
     """
 
-    feeds_graphs: ClassVar[bool]
     family: Family
     folder: Path
     entries: Sequence[Mapping[str, Any]]
     provider: str
     batch_size: int
+
+    @property
+    def special_tokens(self) -> SpecialTokens | None:
+        """Ids that steer writing; None where a batch is what a format's only graph takes."""
+        return None
 
     @abstractmethod
     def open(self, threads: int | None) -> Mapping[str, Model]:
@@ -77,9 +80,6 @@ class Scorer(ABC, Generic[Model, Family]):
     @abstractmethod
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """What models run on: samples from ``start`` on, and again from the first at their end."""
-
-    def _graph(self, entry: Mapping[str, Any], threads: int | None) -> Graph:
-        return Graph.exported(self.folder, entry, provider=self.provider, threads=threads)
 
 
 def raw_samples(samples: Samples, start: int, size: int) -> list[Any]:
@@ -97,13 +97,17 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
         experts: in torch, or None.
     """
 
-    feeds_graphs: ClassVar[bool] = True
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     experts: ExpertBackbone | None = None
 
     def open(self, threads: int | None) -> Mapping[str, Graph]:
         """See base."""
-        return {entry["format"]: self._graph(entry, threads) for entry in self.entries}
+        return {
+            entry["format"]: Graph.exported(
+                self.folder, entry, provider=self.provider, threads=threads
+            )
+            for entry in self.entries
+        }
 
     def predict(self, models: Mapping[str, Graph], task: str, samples: Samples) -> Predictions:
         """See base. Each sample is decoded once."""

@@ -1,17 +1,23 @@
 """What creating and running sessions costs, in a process of its own.
 
 Run as a script: it imports nothing but numpy and onnxruntime, so that what the process holds is
-theirs. Reads its task as JSON from stdin, writes its findings as JSON to stdout.
+theirs; how texts are written is run from its file, outside of the package. Reads its task as JSON
+from stdin, writes its findings as JSON to stdout.
 """
 
 import json
+import runpy
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
+_GENERATION = Path(__file__).with_name("generation.py")
 _STATUS = Path("/proc/self/status")
 
 
@@ -26,13 +32,45 @@ def peak_bytes() -> int | None:
     return int(line.split()[1]) * 1024
 
 
+class _Graph:
+    """A session as ``generation.py`` takes it."""
+
+    provider = ""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
+        self.input_shapes = {item.name: tuple(item.shape) for item in session.get_inputs()}
+
+    def compute(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+        names = [item.name for item in self._session.get_outputs()]
+        return dict(zip(names, self._session.run(names, dict(feed)), strict=True))
+
+
+def _run(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:
+    """Run the only graph."""
+    names = [item.name for item in sessions[0].get_inputs()]
+    sessions[0].run(None, dict(zip(names, arrays, strict=True)))
+
+
+def _writing(special: Mapping[str, Any]) -> Callable[[list[ort.InferenceSession], list[Any]], None]:
+    """What writes an answer with all graphs."""
+    text_writer = runpy.run_path(str(_GENERATION))["text_writer"]
+
+    def write(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:
+        ids, mask, length = arrays
+        graphs = [_Graph(session) for session in sessions]
+        text_writer(graphs, SimpleNamespace(**special), int(length)).write(ids, mask, int(length))
+
+    return write
+
+
 def main() -> None:
-    """Create the sessions and run the first of them once, where there are inputs."""
+    """Create the sessions and run one sample."""
     task = json.load(sys.stdin)
-    arrays = []
-    if task["inputs"] is not None:
-        with np.load(task["inputs"]) as stored:
-            arrays = [stored[name] for name in stored.files]
+    with np.load(task["inputs"]) as stored:
+        arrays = [stored[name] for name in stored.files]
+    special = task["special_tokens"]
+    run = _run if special is None else _writing(special)
     before = peak_bytes()
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -45,9 +83,7 @@ def main() -> None:
         ort.InferenceSession(file, options, providers=[task["provider"]]) for file in task["files"]
     ]
     seconds = time.perf_counter() - started
-    if task["inputs"] is not None:
-        names = [item.name for item in sessions[0].get_inputs()]
-        sessions[0].run(None, dict(zip(names, arrays, strict=True)))
+    run(sessions, arrays)
     after = peak_bytes()
     memory = None if before is None or after is None else after - before
     json.dump({"load_ms": 1000 * seconds, "peak_bytes": memory}, sys.stdout)

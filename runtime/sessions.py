@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,20 @@ class Graph:
         names = list(outputs or self.output_names)
         return dict(zip(names, self._session.run(names, self.feed(inputs)), strict=True))
 
+    def compute(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """All outputs by name, from arrays by input name."""
+        return dict(zip(self.output_names, self._session.run(None, dict(feed)), strict=True))
+
     def feed(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         """Arrays by input name, as onnxruntime takes them."""
         return {name: value.numpy() for name, value in zip(self.input_names, inputs, strict=True)}
+
+
+def by_format(
+    entries: Iterable[Mapping[str, Any]],
+) -> dict[str, tuple[Mapping[str, Any], ...]]:
+    """What an export's manifest says of each format's graphs, in the order they run."""
+    found: dict[str, tuple[Mapping[str, Any], ...]] = {}
+    for entry in entries:
+        found[entry["format"]] = (*found.get(entry["format"], ()), entry)
+    return found

@@ -1,19 +1,20 @@
 """Scoring models that write texts: an answer is right when it is the wanted one, word by word."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from epmq_deploy.experts import ExpertBackbone
-from epmq_deploy.models.writer import WriterFamily
+from epmq_deploy.models.writer import SpecialTokens, WriterFamily
 from epmq_deploy.runtime.generation import TextWriter, text_writer
 from epmq_deploy.runtime.report import EXPERTS
 from epmq_deploy.runtime.scoring import Predictions, Scorer, raw_samples
-from epmq_deploy.runtime.sessions import Graph
+from epmq_deploy.runtime.sessions import Graph, by_format
 from epmq_deploy.tasks.data import Samples
 
 
@@ -26,18 +27,26 @@ class TextScorer(Scorer[TextWriter, WriterFamily]):
         experts: in torch, or None.
     """
 
-    feeds_graphs: ClassVar[bool] = False
     max_tokens: int
     experts: ExpertBackbone | None = None
 
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """See base."""
+        return self.family.special_tokens(self.folder)
+
     def open(self, threads: int | None) -> Mapping[str, TextWriter]:
         """See base."""
-        parts: dict[str, dict[str, Graph]] = {}
-        for entry in self.entries:
-            parts.setdefault(entry["format"], {})[entry["part"]] = self._graph(entry, threads)
         return {
-            name: text_writer(self.family, self.folder, graphs, self.max_tokens)
-            for name, graphs in parts.items()
+            name: open_writer(
+                self.family,
+                self.folder,
+                graphs,
+                provider=self.provider,
+                threads=threads,
+                max_tokens=self.max_tokens,
+            )
+            for name, graphs in by_format(self.entries).items()
         }
 
     def predict(self, models: Mapping[str, TextWriter], task: str, samples: Samples) -> Predictions:
@@ -52,12 +61,12 @@ class TextScorer(Scorer[TextWriter, WriterFamily]):
             texts = [pair.text for pair in pairs]
             prompts = self.family.prompts(self.folder, texts)
             for name, writer in models.items():
-                written[name] += self.family.decode(self.folder, writer.write(*prompts))
+                answers = torch.from_numpy(writer.write(*prompts))
+                written[name] += self.family.decode(self.folder, answers)
             if expert is not None:
-                found = self.family.write(expert, self.folder, texts, self.max_tokens)
-                written[EXPERTS] += found
-        answers = {name: np.array(list(map(normalised, found))) for name, found in written.items()}
-        return Predictions(np.array(list(map(normalised, truth))), answers)
+                written[EXPERTS] += self.family.write(expert, self.folder, texts, self.max_tokens)
+        found = {name: np.array(list(map(normalised, texts))) for name, texts in written.items()}
+        return Predictions(np.array(list(map(normalised, truth))), found)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """See base; with the number of tokens to write, that of the longest wanted answer.
@@ -65,8 +74,7 @@ class TextScorer(Scorer[TextWriter, WriterFamily]):
         So that formats are timed on the same work, whatever they would write.
         """
         pairs = raw_samples(samples, start, size)
-        tokenizer = self.family.tokenizer(self.folder)
-        answers = tokenizer([pair.answer for pair in pairs], add_special_tokens=False)["input_ids"]
+        answers = answer_ids(self.family, self.folder, [pair.answer for pair in pairs])
         # Each with its end.
         length = torch.tensor(1 + max(map(len, answers)))
         return (*self.family.prompts(self.folder, [pair.text for pair in pairs]), length)
@@ -75,3 +83,36 @@ class TextScorer(Scorer[TextWriter, WriterFamily]):
 def normalised(text: str) -> str:
     """An answer without what does not count: case, and how words are spaced."""
     return " ".join(text.split()).casefold()
+
+
+def open_writer(
+    family: WriterFamily,
+    folder: Path,
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    provider: str,
+    threads: int | None,
+    max_tokens: int,
+) -> TextWriter:
+    """What writes with the graphs of one format.
+
+    Args:
+        family: of the model.
+        folder: of the export.
+        entries: what its manifest says of these graphs, in the order they run.
+        provider: see `epmq_deploy.runtime.sessions.Graph`.
+        threads: likewise.
+        max_tokens: longest answer.
+    """
+    graphs = [
+        Graph.exported(folder, entry, provider=provider, threads=threads) for entry in entries
+    ]
+    return text_writer(graphs, family.special_tokens(folder), max_tokens)
+
+
+def answer_ids(family: WriterFamily, folder: Path, answers: Sequence[str]) -> list[list[int]]:
+    """Token ids of answers, without their ends."""
+    ids: list[list[int]] = family.tokenizer(folder)(list(answers), add_special_tokens=False)[
+        "input_ids"
+    ]
+    return ids

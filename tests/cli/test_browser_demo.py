@@ -24,6 +24,7 @@ from epmq_deploy.exporters.browser_demo import (
     image_settings,
 )
 from epmq_deploy.models import family_of
+from epmq_deploy.models.clip import FAMILY
 from epmq_deploy.recipe import ExportOptions
 
 PINNED = {"onnxruntime-web": "1.30.0", "@huggingface/tokenizers": "0.2.0"}
@@ -53,7 +54,7 @@ def texts_model(tiny_text: TinyText, tmp_path_factory: pytest.TempPathFactory) -
 def libraries() -> Path:
     """What the page needs; skips where it is not installed."""
     try:
-        check_demo(ExportOptions(target="wasm", demo=True))
+        check_demo(ExportOptions(target="wasm", demo=True), FAMILY)
     except RecipeError as error:
         pytest.skip(f"`make web` was not run: {error}")
     return default_libraries()

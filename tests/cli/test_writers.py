@@ -15,13 +15,14 @@ from tiny_writers import WRITER_TASKS, WRITERS, TinyWriters, build_tiny_writers
 
 from epmq_deploy.calibration.targets.epmq import PRESETS
 from epmq_deploy.cli.pipeline import preflight
-from epmq_deploy.errors import RecipeError
+from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.writer import WriterFamily
+from epmq_deploy.prompt import Prompt
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.model import apply_quantized
-from epmq_deploy.recipe import load_recipe, override
-from epmq_deploy.runtime import load
+from epmq_deploy.recipe import Task, load_recipe, override
+from epmq_deploy.runtime import Answer, DeployedWriter, bench, load
 from epmq_deploy.runtime.generation import TextWriter
 from epmq_deploy.runtime.text_scoring import TextScorer, normalised
 from epmq_deploy.tasks.data import load_samples
@@ -82,7 +83,10 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     name = request.param
     models = build_tiny_writers(tmp_path_factory.mktemp(name), WRITERS[name], **BLOCKS[name])
     out = models.folder / "out"
-    assert run("run", models.recipe, "-o", out, "--quiet") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        # Processes that measure memory; medians of several say no more here.
+        patch.setattr(bench, "_FOOTPRINTS", 1)
+        assert run("run", models.recipe, "-o", out, "--quiet") == 0
     return Chain(models, out)
 
 
@@ -115,6 +119,17 @@ def test_the_files_are_those_optimum_and_transformers_js_look_for(chain: Chain) 
             past = {"past_key_values.0.key", "past_key_values.0.value"}
             assert {"input_ids", "attention_mask", "position_ids"} | past <= inputs
             assert {"logits", "present.0.key", "present.0.value"} <= outputs
+
+
+def test_graphs_are_compared_with_torch_on_calibration_samples(chain: Chain) -> None:
+    details = json.loads((chain.exported / "manifest.json").read_text())["details"]
+    assert (details["parity_inputs"], details["tasks_without_parity"]) == ("calibration", {})
+    for graph in chain.graphs:
+        parity = graph["parity"]
+        # Four a task; a decoder reads, then goes on.
+        assert parity["samples"] == 4 * len(WRITER_TASKS) * (2 if graph["part"] == "model" else 1)
+        assert parity["relative"] < 1e-5
+        assert parity["agreement"] == (None if graph["part"] == "encoder_model" else 1)
 
 
 def test_every_layer_runs_in_low_bits_where_it_is_part_of_the_graph(chain: Chain) -> None:
@@ -234,14 +249,125 @@ def test_all_files_of_a_format_are_measured_and_named(chain: Chain) -> None:
             assert row["bytes"] == sum((chain.exported / file).stat().st_size for file in files)
 
 
+@pytest.mark.parametrize("name", ["fp32", "matmulnbits"])
+def test_an_application_gets_what_evaluation_counts(chain: Chain, name: str) -> None:
+    """From columns of the data, in other batches than evaluation's."""
+    model = load(chain.exported, format=name, provider="cpu", threads=1, batch_size=3)
+    assert model.tasks == tuple(WRITER_TASKS)
+    scorer = TextScorer(chain.family, chain.exported, chain.graphs, "cpu", 4, 32)
+    writer = scorer.open(1)[name]
+    recipe = load_recipe(chain.models.recipe)
+    for task, labels in WRITER_TASKS.items():
+        given = recipe.tasks[task]
+        assert given.evaluation is not None
+        samples = load_samples(task, given.evaluation, chain.family, prompt=given.prompt)
+        found = [item[task] for item in model(list(samples.rows), tasks=[task])]
+        predicted = scorer.predict({name: writer}, task, samples).predicted[name].tolist()
+        assert [normalised(answer.text) for answer in found] == predicted
+        for answer, text in zip(found, predicted, strict=True):
+            assert answer.labels == labels
+            assert answer.label == (text if text in labels else None)
+
+
+def test_raw_texts_are_answered_as_transformers_answers_them(chain: Chain) -> None:
+    model = load(chain.exported, format="fp32", max_tokens=TOKENS)
+    assert isinstance(model, DeployedWriter)
+    merged, tokenizer = chain.model("fp32"), chain.family.tokenizer(chain.exported)
+    expected = []
+    for text in TEXTS:
+        ids, _ = chain.family.prompts(chain.exported, [text])
+        written = merged.generate(ids, max_new_tokens=TOKENS, do_sample=False)
+        answer = written[0, 1 if chain.family.has_encoder else ids.shape[1] :]
+        expected.append(tokenizer.decode(answer, skip_special_tokens=True))
+    assert model.write(TEXTS) == expected
+    assert model.write(TEXTS[1]) == expected[1]
+    assert any(expected)
+
+
+def test_scores_are_the_probabilities_of_the_answers(chain: Chain) -> None:
+    """Each by one forward pass of the merged model over text, answer and end."""
+    merged = chain.model("fp32")
+    inputs = [{"text": "red tree", "more": "blue"}, {"text": "green", "more": "river runs"}]
+    found = load(chain.exported, format="fp32")(inputs)
+    for item, given in zip(found, inputs, strict=True):
+        for task, labels in WRITER_TASKS.items():
+            prompt = f"{task} : {given['text']} {given['more']} :"
+            for label, score in zip(labels, item[task].scores, strict=True):
+                expected = log_probability(chain, merged, prompt, label)
+                assert np.log(score) == pytest.approx(expected, rel=1e-3)
+    quick = load(chain.exported, format="fp32", scores=False)(inputs[0])
+    assert [answer.scores for answer in quick.values()] == [None] * len(WRITER_TASKS)
+    assert [quick[task].text for task in quick] == [found[0][task].text for task in quick]
+
+
+def log_probability(chain: Chain, model: Any, prompt: str, label: str) -> float:
+    """Of writing a label and an end behind a prompt."""
+    special = chain.family.special_tokens(chain.exported)
+    answer = chain.family.tokenizer(chain.exported)(label, add_special_tokens=False)["input_ids"]
+    ids, _ = chain.family.prompts(chain.exported, [prompt])
+    with torch.inference_mode():
+        if chain.family.has_encoder:
+            behind = torch.tensor([[special.start, *answer]])
+            logits = model(input_ids=ids, decoder_input_ids=behind).logits[0]
+        else:
+            whole = torch.cat([ids, torch.tensor([answer])], dim=1)
+            logits = model(input_ids=whole).logits[0, ids.shape[1] - 1 :]
+    wanted = torch.tensor([*answer, special.end[0]])
+    return float(logits.log_softmax(dim=1).gather(1, wanted[:, None]).sum())
+
+
 @pytest.mark.parametrize("chain", ["t5", "llama"], indirect=True)
-def test_what_runs_single_graphs_is_refused_before_any_work(
-    chain: Chain, capsys: pytest.CaptureFixture[str]
+def test_a_written_answer_is_the_label_it_equals(chain: Chain) -> None:
+    """But for case and spaces; its score is that label's."""
+    tasks = load_recipe(chain.models.recipe).tasks
+    writer = chain.writer("matmulnbits")
+    plain = DeployedWriter(writer, chain.family, chain.exported, tasks, 4, scores=False)
+    text = next(answer for sample in TEXTS if (answer := plain.write(sample)))
+    sample = next(sample for sample in TEXTS if plain.write(sample) == text)
+    labels = ("no", f"  {text.upper()}", "yes")
+    tasks["first"] = Task(expert="x", prompt=Prompt(template="{it}", answers=labels))
+    answer = DeployedWriter(writer, chain.family, chain.exported, tasks, 4, scores=True)(
+        sample, tasks=["first"]
+    )["first"]
+    assert (answer.text, answer.label, answer.labels) == (text, labels[1], labels)
+    assert answer.score == answer.scores[1]
+    tasks["first"] = Task(expert="x")
+    free = DeployedWriter(writer, chain.family, chain.exported, tasks, 4, scores=True)
+    answer = free(sample, tasks=["first"])["first"]
+    assert answer == Answer(text, None, None, None, None)
+
+
+@pytest.mark.parametrize("chain", ["llama"], indirect=True)
+def test_texts_that_do_not_fit_a_task_are_named(chain: Chain) -> None:
+    model = load(chain.exported)
+    assert isinstance(model, DeployedWriter)
+    with pytest.raises(MismatchError, match="'first' reads text and more; give a dictionary"):
+        model("red")
+    with pytest.raises(MismatchError, match=r"input 1: .*'second' reads more, which is not given"):
+        model([{"text": "a", "more": "b"}, {"text": "a"}], tasks=["second"])
+    with pytest.raises(MismatchError, match="expected a text, found int"):
+        model({"text": "a", "more": 3})
+    with pytest.raises(MismatchError, match="input 0: expected a text, found dict"):
+        model.write([{"text": "a"}])  # type: ignore[list-item]
+    assert model([]) == []
+
+
+@pytest.mark.parametrize("chain", ["t5", "llama"], indirect=True)
+def test_what_has_no_use_for_texts_is_refused_before_any_work(
+    chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("eval", chain.exported, "--diagnose", "-q", "--overwrite") == 3
-    assert "--diagnose compares layers of classifiers" in capsys.readouterr().err
-    with pytest.raises(RecipeError, match="writes texts; load opens classifiers"):
-        load(chain.exported)
+    assert "--diagnose compares layers of classifiers; leave it out" in capsys.readouterr().err
+    demo = "--demo: the page classifies, and this model writes texts; leave it out"
+    command = ["export", chain.out / "quantized", "-o", tmp_path / "x", "-q"]
+    assert run(*command, "--demo") == 2
+    assert demo in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert run("run", chain.models.recipe, "-o", out, "-q", "--set", "export.demo=true") == 3
+    assert demo in capsys.readouterr().err
+    assert not out.exists()
+    with pytest.raises(RecipeError, match="max_tokens is 0; give 1 or more"):
+        load(chain.exported, max_tokens=0)
 
 
 @pytest.mark.parametrize("chain", ["t5"], indirect=True)

@@ -157,6 +157,12 @@ def test_unknown_formats_and_folders_are_refused(images: Path, tmp_path: Path) -
         load(tmp_path)
 
 
+def test_options_of_writing_are_refused_where_nothing_is_written(images: Path) -> None:
+    for options in ({"max_tokens": 3}, {"scores": False}):
+        with pytest.raises(RecipeError, match="max_tokens and scores are for models that write"):
+            load(images, **options)  # type: ignore[arg-type]
+
+
 def test_takes_the_graph_that_was_recommended_and_none_where_none_was(
     images: Path, tmp_path: Path
 ) -> None:

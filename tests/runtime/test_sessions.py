@@ -1,5 +1,7 @@
 """Sessions, providers, latency and memory."""
 
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper, save
 
 from epmq_deploy.errors import NumericsError, RecipeError
+from epmq_deploy.models.writer import SpecialTokens
+from epmq_deploy.runtime import generation
 from epmq_deploy.runtime.footprint import measure_footprint
 from epmq_deploy.runtime.latency import measure_latency, median_interval
 from epmq_deploy.runtime.providers import check_used, provider_named
@@ -186,9 +190,69 @@ def test_footprint_is_measured_in_a_process_of_its_own(doubling: Path, tmp_path:
         pytest.skip("this system does not tell a process's peak memory")
     assert large.peak_bytes - small.peak_bytes > 30_000_000
     assert small.peak_bytes < 30_000_000
-    together = measure_footprint([doubling, big], None, **settings)
+    together = measure_footprint([doubling, big], inputs, **settings)
     assert together.peak_bytes is not None
     assert together.peak_bytes > small.peak_bytes + 10_000_000
+
+
+def test_memory_is_that_of_writing_not_of_loading(tmp_path: Path) -> None:
+    """Every token that is written leaves a key of 4 MB behind."""
+    width = 1_000_000
+    past = ["batch", 1, "past", width]
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["input_ids"], ["floats"], to=TensorProto.FLOAT),
+            helper.make_node("Unsqueeze", ["floats", "last"], ["logits"]),
+            helper.make_node("Unsqueeze", ["logits", "first"], ["heads"]),
+            helper.make_node("Expand", ["heads", "wide"], ["key"]),
+            helper.make_node("Concat", ["past_key_values.0.key", "key"], ["present.0.key"], axis=2),
+        ],
+        "writer",
+        [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "length"]),
+            helper.make_tensor_value_info("past_key_values.0.key", TensorProto.FLOAT, past),
+        ],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", "length", 1]),
+            helper.make_tensor_value_info(
+                "present.0.key", TensorProto.FLOAT, ["batch", 1, "longer", width]
+            ),
+        ],
+        [
+            numpy_helper.from_array(np.array([2]), "last"),
+            numpy_helper.from_array(np.array([1]), "first"),
+            numpy_helper.from_array(np.array([1, 1, 1, width]), "wide"),
+        ],
+    )
+    opset = [helper.make_opsetid("", 21)]
+    save(helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "w.onnx")
+    ids = np.zeros((1, 2), np.int64)
+    brief, long = (
+        measure_footprint(
+            [tmp_path / "w.onnx"],
+            [ids, np.ones_like(ids), np.array(length)],
+            provider="CPUExecutionProvider",
+            threads=1,
+            session_config={},
+            special_tokens=SpecialTokens(None, (9,), 0),
+        )
+        for length in (1, 11)
+    )
+    if brief.peak_bytes is None or long.peak_bytes is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert long.peak_bytes - brief.peak_bytes > 10 * 4 * width
+
+
+def test_what_writes_texts_needs_nothing_but_numpy() -> None:
+    """Else the process that measures memory would hold more than a graph's user does."""
+    file = generation.__file__
+    code = f"import runpy, sys; runpy.run_path({file!r}); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
+    loaded = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "numpy" in loaded
+    assert not loaded & {"torch", "transformers", "epmq_deploy", "onnxruntime"}
 
 
 def test_a_process_that_fails_is_an_error_with_its_last_words(doubling: Path) -> None:
