@@ -110,7 +110,8 @@ def quantize_input(emit: Emitter, x: ir.Value, span: tuple[float, float] | None)
     if span is None:
         suffixes = ("input", "input_scale", "input_zero_point")
         made = emit.values("DynamicQuantizeLinear", [x], suffixes, name=f"{emit.name}.quantize")
-        return QuantizedInput(*made, fixed=False)
+        values, scale_value, zero_value = made
+        return QuantizedInput(values, scale_value, zero_value, fixed=False)
     scale, zero_point = activation_grid(span)
     grid = (
         emit.tensor("input_scale", np.array(scale, np.float32)),
