@@ -8,9 +8,11 @@ graph's. ``onnxruntime int8`` is onnxruntime's ``quantize_dynamic`` of the fp32 
 operators it supports and of MatMul alone. One row goes through one product of an MLP (768 to 3072)
 and through all 24 of a ViT-B, with inputs and outputs bound, in bursts of runs.
 
-Export is ``epmq export`` in a process of its own: its time, and its peak resident memory relative
-to the fp32 graph's bytes, in all and beyond what was resident after the command's imports. Sessions
-are created in processes of their own, too. Writes ``benchmarks/results/deploy.json``.
+Export is ``epmq export`` of every format: its time, and memory relative to the fp32 graph's bytes,
+the larger of two runs with the formats in opposite orders. ``memory`` is the peak of the largest
+process, the command's or one in which it runs a graph, ``memory_beyond_imports`` less what was
+resident after the imports, and ``memory_together`` the largest sum of all processes. Sessions are
+created in processes of their own, too. Writes ``benchmarks/results/deploy.json``.
 """
 
 import os
@@ -50,7 +52,7 @@ from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 RESULTS = Path(__file__).parent / "results" / "deploy.json"
 COMMAND = str(Path(__file__).with_name("command_cost.py"))
-FORMATS = ("matmulnbits", "qdq", "int8-expand")
+FORMATS = ("matmulnbits", "qdq", "int8-expand", "fp16", "fp32")
 THREADS = 2
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
 SAMPLES = 8
@@ -262,8 +264,8 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
     load = os.getloadavg()[0]
     quantize(folder)
     exported = export(folder, 0, FORMATS)
-    other = export(folder, 4, ["matmulnbits"])
-    files = dict(exported["files"])
+    other = export(folder, 4, FORMATS[::-1])
+    files = {name: file for name, file in exported["files"].items() if name != "fp16"}
     files["matmulnbits level 4"] = other["files"]["matmulnbits"]
     for name, operators in (("all", None), ("MatMul", ["MatMul"])):
         files[f"onnxruntime int8, {name}"] = folder / f"onnxruntime_{name}.onnx"
@@ -275,8 +277,10 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
         "load": {"start": load},
         "export": {
             "seconds": exported["seconds"],
-            "memory": exported["bytes"] / fp32,
-            "memory_beyond_imports": (exported["bytes"] - exported["imports"]) / fp32,
+            "memory": max(run["bytes"] for run in (exported, other)) / fp32,
+            "memory_beyond_imports": max(run["bytes"] - run["imports"] for run in (exported, other))
+            / fp32,
+            "memory_together": max(run["together"] for run in (exported, other)) / fp32,
         },
         "int8_layers": exported["int8_layers"],
         "size": {name: file.stat().st_size / fp32 for name, file in files.items()},
@@ -289,7 +293,7 @@ def measure(folder: Path, runs: int) -> dict[str, Any]:
     sessions = {name: session(file) for name, file in files.items()}
     for batch in (1, 8):
         feed = {"pixel_values": next(iter(images("timed", batch, batch)))[0].numpy()}
-        found = latencies(sessions, feed, max(runs // batch, 10))
+        found = latencies(sessions, feed, max(runs // batch, 20))
         report["latency"][f"batch {batch}"] = {
             name: value / found["fp32"] for name, value in found.items()
         }

@@ -221,14 +221,12 @@ def verify_graph(graph: WrittenGraph) -> ExportedGraph:
     """
     nodes = 0
     if graph.linear or graph.rows:
-        verify_codes(graph.path, {**graph.linear, **graph.rows})
-        verify_int8_rows(graph.path, graph.rows)
-        release_memory()
         with large_blocks_returned():
-            nodes = verify_runs_low_bit(
-                graph.path, graph.linear, graph.accuracy_level, graph.integer
-            )
-        release_memory()
+            verify_codes(graph.path, {**graph.linear, **graph.rows})
+            release_memory()
+            verify_int8_rows(graph.path, graph.rows)
+            release_memory()
+        nodes = verify_runs_low_bit(graph.path, graph.linear, graph.accuracy_level, graph.integer)
     return ExportedGraph(
         graph.format, graph.part, graph.path, graph.bytes, graph.opset, graph.layers, nodes
     )

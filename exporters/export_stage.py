@@ -2,21 +2,32 @@
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epmq_deploy.checkpoints import copy_settings
+from epmq_deploy.checkpoints import Checkpoint, copy_settings
 from epmq_deploy.experts import check_unchanged, open_sources
 from epmq_deploy.exporters.browser_demo import check_demo, check_demo_model, write_demo
-from epmq_deploy.exporters.export import ExportedGraph, by_kind, verify_graph, write_graphs
+from epmq_deploy.exporters.export import (
+    ExportedGraph,
+    WrittenGraph,
+    by_kind,
+    verify_graph,
+    write_graphs,
+)
 from epmq_deploy.exporters.formats import all_formats
 from epmq_deploy.exporters.formats.format import ExportContext
 from epmq_deploy.exporters.layer_grid import LayerGrid
-from epmq_deploy.exporters.memory import large_blocks_returned, release_memory
+from epmq_deploy.exporters.memory import (
+    large_blocks_returned,
+    map_weights,
+    release_memory,
+    weights_released,
+)
 from epmq_deploy.exporters.parity import (
     Outputs,
     Parity,
@@ -25,6 +36,7 @@ from epmq_deploy.exporters.parity import (
     torch_outputs,
 )
 from epmq_deploy.exporters.parts import Part, parts_of
+from epmq_deploy.exporters.quantized_backbone import quantized_layers
 from epmq_deploy.exporters.session import session_config
 from epmq_deploy.exporters.target_check import check_target
 from epmq_deploy.exporters.targets import (
@@ -33,10 +45,9 @@ from epmq_deploy.exporters.targets import (
     chosen_two_bit_containers,
     target_of,
 )
-from epmq_deploy.models import family_of
+from epmq_deploy.models import TaskHead, family_of
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact, load_inputs
-from epmq_deploy.quantization.model import apply_quantized
 from epmq_deploy.quantization.quantize import MERGED_FOLDER
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 from epmq_deploy.recipe import ExportOptions, Recipe
@@ -53,6 +64,25 @@ from epmq_deploy.tasks.heads import class_names, heads_sha256, leaves_head_to_ex
 
 # Where transformers.js and optimum look for graphs.
 GRAPHS_FOLDER = "onnx"
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is left of the model once its graphs are written.
+
+    Attributes:
+        graphs: by part.
+        outputs: what torch computes for each part: merged and quantized.
+        samples: what it computes that from.
+        heads: by task.
+        codes: sha256 by layer.
+    """
+
+    graphs: Sequence[Sequence[WrittenGraph]]
+    outputs: Sequence[tuple[Outputs, Outputs]]
+    samples: Sequence[ParityInputs]
+    heads: Mapping[str, TaskHead]
+    codes: Mapping[str, str]
 
 
 def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
@@ -88,62 +118,27 @@ def export(
     made = open_output(quantized, "quantize")
     mark, inputs = export_fingerprint(recipe, made.fingerprint)
     merged = quantized / MERGED_FOLDER
-    layers, replaced = load_artifact(quantized)
     family = family_of(merged)
     check_demo(options, family)
     if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
         check_unchanged(open_sources(recipe), made)
-    with large_blocks_returned():
-        backbone = family.load(merged)
-    groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
-    inside = {name for group in groups for name in group.layers}
-    grids = {
-        name: LayerGrid.of(layer, outer=name not in inside)
-        for name, layer in by_kind(backbone, layers)[0].items()
-    }
-    check_target(options, grids, made.recipe.quantize)
-    parts, heads = parts_of(
-        recipe.tasks, family, backbone, merged, device=device, progress=progress
-    )
-    check_demo_model(options, family, merged, heads)
-    chosen = chosen_formats(options)
-    context = ExportContext(options, load_inputs(quantized), groups)
-    classes = {name: class_names(recipe.tasks[name], head) for name, head in heads.items()}
     with atomic_folder(output) as folder:
         place = folder / GRAPHS_FOLDER
         place.mkdir()
-        written = [
-            write_graphs(
-                part.model,
-                part.example,
-                part.layers_of(layers),
-                replaced,
-                chosen,
-                place,
-                opset=options.opset,
-                accuracy_level=options.accuracy_level,
-                two_bit_containers=chosen_two_bit_containers(options),
-                context=context,
-            )
-            for part in parts
-        ]
-        outputs = _torch_outputs(parts, layers, replaced)
-        samples = [part.samples for part in parts]
-        codes = {name: layers[name].codes_sha256() for name in sorted(layers)}
-        # Sessions need the memory that the model takes, and the codes once they are verified.
-        del backbone, parts
+        written = _write(recipe, made, quantized, place, device=device, progress=progress)
+        # Sessions need the memory that the model took.
         release_memory()
-        graphs = [[verify_graph(graph) for graph in of_part] for of_part in written]
-        del written, layers
-        release_memory()
-        parities = _parities(graphs, outputs, samples, options)
+        graphs = [[verify_graph(graph) for graph in of_part] for of_part in written.graphs]
+        parities = _parities(graphs, written, options)
+        heads = written.heads
+        classes = {name: class_names(recipe.tasks[name], head) for name, head in heads.items()}
         copy_settings(merged, folder)
         if heads:
             save_heads(folder, heads)
         # The evaluation's page shows how each layer fared.
         shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
         if options.demo:
-            shown = next(graph for graph in graphs[0] if graph.format == chosen[0])
+            shown = next(graph for graph in graphs[0] if graph.format == chosen_formats(options)[0])
             write_demo(folder, family, classes, shown.path, options)
         details = {
             "target": options.target and asdict(target_of(options.target)),
@@ -153,12 +148,60 @@ def export(
                 for of_part in graphs
                 for graph in of_part
             ],
-            "parity_inputs": samples[0].kind,
-            "tasks_without_parity": dict(samples[0].missing),
-            "codes": codes,
+            "parity_inputs": written.samples[0].kind,
+            "tasks_without_parity": dict(written.samples[0].missing),
+            "codes": written.codes,
         }
         inputs |= model_inputs(made)
         return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))
+
+
+def _write(
+    recipe: Recipe,
+    made: Manifest,
+    quantized: Path,
+    place: Path,
+    *,
+    device: torch.device | None,
+    progress: Progress,
+) -> _Written:
+    """Write all graphs into a folder; the model is in memory no longer than this takes."""
+    options, merged = recipe.export, quantized / MERGED_FOLDER
+    family = family_of(merged)
+    layers, replaced = load_artifact(quantized)
+    with large_blocks_returned():
+        backbone = family.load(merged)
+        map_weights(backbone, Checkpoint.open(merged, family.canonical_key, family.tied).tensors)
+    groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
+    inside = {name for group in groups for name in group.layers}
+    grids = {
+        name: LayerGrid.of(layer, outer=name not in inside)
+        for name, layer in by_kind(backbone, layers)[0].items()
+    }
+    check_target(options, grids, made.recipe.quantize)
+    with weights_released(backbone):
+        parts, heads = parts_of(
+            recipe.tasks, family, backbone, merged, device=device, progress=progress
+        )
+    check_demo_model(options, family, merged, heads)
+    graphs = [
+        write_graphs(
+            part.model,
+            part.example,
+            part.layers_of(layers),
+            replaced,
+            chosen_formats(options),
+            place,
+            opset=options.opset,
+            accuracy_level=options.accuracy_level,
+            two_bit_containers=chosen_two_bit_containers(options),
+            context=ExportContext(options, load_inputs(quantized), groups),
+        )
+        for part in parts
+    ]
+    codes = {name: layers[name].codes_sha256() for name in sorted(layers)}
+    outputs = _torch_outputs(parts, layers, replaced)
+    return _Written(graphs, outputs, [part.samples for part in parts], heads, codes)
 
 
 def _described(
@@ -183,24 +226,23 @@ def _torch_outputs(
     layers: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
 ) -> list[tuple[Outputs, Outputs]]:
-    """What torch computes for each part: merged and quantized, which the backbone becomes."""
-    merged = [torch_outputs(part.model, part.samples.batches) for part in parts]
-    release_memory()
-    with large_blocks_returned():
-        # All parts share it.
-        apply_quantized(parts[0].model.backbone, layers, replaced)
-    quantized = [torch_outputs(part.model, part.samples.batches) for part in parts]
-    return list(zip(merged, quantized, strict=True))
+    """What torch computes for each part: merged and quantized."""
+
+    def outputs() -> list[Outputs]:
+        return [torch_outputs(part.model, part.samples.batches) for part in parts]
+
+    merged = outputs()
+    # All parts share it.
+    with quantized_layers(parts[0].model.backbone, layers, replaced):
+        return list(zip(merged, outputs(), strict=True))
 
 
 def _parities(
-    graphs: Sequence[Sequence[ExportedGraph]],
-    outputs: Sequence[tuple[Outputs, Outputs]],
-    samples: Sequence[ParityInputs],
-    options: ExportOptions,
+    graphs: Sequence[Sequence[ExportedGraph]], written: _Written, options: ExportOptions
 ) -> dict[Path, Parity]:
     """Compare every graph with torch, by file."""
     low_bit = {fmt.name for fmt in all_formats() if fmt.low_bit}
+    parts = zip(graphs, written.outputs, written.samples, strict=True)
     return {
         graph.path: measure_parity(
             graph,
@@ -208,6 +250,6 @@ def _parities(
             inputs.batches,
             options.accuracy_level,
         )
-        for of_part, (merged, quantized), inputs in zip(graphs, outputs, samples, strict=True)
+        for of_part, (merged, quantized), inputs in parts
         for graph in of_part
     }

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import onnx
 import onnx_ir as ir
 
+from epmq_deploy.mapped import release_mapped
+
 # protobuf refuses messages of 2 GiB; the rest is room for everything but tensors.
 PROTOBUF_LIMIT = 2**31 - 2**24
 
@@ -68,6 +70,22 @@ def outline(model: ir.Model) -> onnx.ModelProto:
             value.const_value = tensor
 
 
+def weightless(model: ir.Model) -> onnx.ModelProto:
+    """A model as protobuf, in which large tensors are inputs of their type and shape."""
+    proto = outline(model)
+    kept = []
+    for tensor in proto.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            proto.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            )
+        else:
+            kept.append(tensor)
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    return proto
+
+
 class _Entry(NamedTuple):
     """One initializer's message: what precedes its values, the tensor with them, and the rest."""
 
@@ -122,6 +140,7 @@ def _write_values(tensor: ir.TensorProtocol, file: BufferedWriter) -> None:
     file.flush()
     start = file.tell()
     tensor.tofile(file)  # type: ignore[attr-defined]  # all have it, the protocol lacks it
+    release_mapped()
     file.seek(0, SEEK_END)
     if file.tell() - start != tensor.nbytes:
         written = file.tell() - start

@@ -59,28 +59,6 @@ class Emitter:
         """An initializer that is named already."""
         return add_initializer(self.graph, tensor)
 
-    def node(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value],
-        suffix: str,
-        attributes: Mapping[str, object] | None = None,
-        *,
-        outputs: Sequence[str] = (),
-        name: str | None = None,
-    ) -> ir.Node:
-        """A node with outputs ``<layer>.<suffix>`` (or several, by ``outputs``)."""
-        names = [f"{self.name}.{output}" for output in outputs or (suffix,)]
-        made = ir.node(
-            op_type,
-            inputs,
-            attributes or {},
-            name=name or f"{self.name}.{suffix}",
-            outputs=[ir.Value(name=output) for output in names],
-        )
-        self.nodes.append(made)
-        return made
-
     def value(
         self,
         op_type: str,
@@ -90,8 +68,24 @@ class Emitter:
         *,
         name: str | None = None,
     ) -> ir.Value:
-        """The only output of a new node."""
-        return self.node(op_type, inputs, suffix, attributes, name=name).outputs[0]
+        """The only output, ``<layer>.<suffix>``, of a new node."""
+        return self.values(op_type, inputs, [suffix], attributes, name=name)[0]
+
+    def values(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        suffixes: Sequence[str],
+        attributes: Mapping[str, object] | None = None,
+        *,
+        name: str | None = None,
+    ) -> Sequence[ir.Value]:
+        """All outputs of a new node, which is called like the first unless it has a name."""
+        outputs = [ir.Value(name=f"{self.name}.{suffix}") for suffix in suffixes]
+        name = name or outputs[0].name
+        made = ir.node(op_type, inputs, attributes or {}, name=name, outputs=outputs)
+        self.nodes.append(made)
+        return outputs
 
 
 @dataclass(frozen=True)
@@ -114,9 +108,9 @@ class QuantizedInput:
 def quantize_input(emit: Emitter, x: ir.Value, span: tuple[float, float] | None) -> QuantizedInput:
     """Quantize activations per tensor, in the range given or in that of each run."""
     if span is None:
-        names = ("input", "input_scale", "input_zero_point")
-        made = emit.node("DynamicQuantizeLinear", [x], "quantize", outputs=names)
-        values, scale_value, zero_value = made.outputs
+        suffixes = ("input", "input_scale", "input_zero_point")
+        made = emit.values("DynamicQuantizeLinear", [x], suffixes, name=f"{emit.name}.quantize")
+        values, scale_value, zero_value = made
         return QuantizedInput(values, scale_value, zero_value, fixed=False)
     scale, zero_point = activation_grid(span)
     grid = (

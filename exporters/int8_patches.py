@@ -4,6 +4,7 @@ onnxruntime would dequantize such a kernel on every run and convolve in float32.
 one scale per output channel are an int8 weight as they are.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,9 +50,8 @@ def expand_patches(graph: ir.Graph) -> None:
             _lower(graph, node, patches)
 
 
-def read_patches(graph: ir.Graph) -> dict[str, QuantizedLinear]:
-    """Such layers by dotted name, 8 bits with one group per row."""
-    layers = {}
+def read_patches(graph: ir.Graph) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Such layers with their dotted names, 8 bits with one group per row."""
     for node in graph:
         transpose = weight_source(node)
         if transpose is None or transpose.op_type != "Transpose":
@@ -59,8 +59,7 @@ def read_patches(graph: ir.Graph) -> dict[str, QuantizedLinear]:
         codes = transpose.inputs[0].producer().inputs[0].const_value  # type: ignore[union-attr]
         scales = graph.initializers[f"{node.name}.scales"].const_value
         assert codes is not None and scales is not None, "written by `expand_patches`"
-        layers[str(node.name)] = row_layer(codes, scales, None)
-    return layers
+        yield str(node.name), row_layer(codes, scales, None)
 
 
 def _patches(conv: ir.Node) -> _Patches | None:

@@ -15,6 +15,8 @@ Naming is that of `epmq_deploy.exporters.graph`: initializers ``<layer>.codes`` 
 ``<layer>.scales``, and the layer's name on the Conv or Mul.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -58,19 +60,17 @@ def lower_rows(graph: ir.Graph) -> None:
             _name_convolution(new[-1], name)
 
 
-def read_rows(graph: ir.Graph) -> dict[str, QuantizedLinear]:
-    """The stored convolutions and tables by dotted name, 8 bits with one group per row.
+def read_rows(graph: ir.Graph) -> Iterator[tuple[str, QuantizedLinear]]:
+    """The stored convolutions and tables with their dotted names, 8 bits with one group per row.
 
     Only what this module writes is found: INT8 codes and float32 scales that are initializers.
     """
-    layers = {}
     for node in graph:
         if node.op_type == "DequantizeLinear" and (held := _operands(node)) is not None:
             name = str(node.name).removesuffix(_DEQUANTIZE_SUFFIX)
-            layers[name] = row_layer(*held, constant(node, 2))
+            yield name, row_layer(*held, constant(node, 2))
         elif node.op_type == "Mul" and (held := _tables(node)) is not None:
-            layers[str(node.name)] = row_layer(*held, None)
-    return layers
+            yield str(node.name), row_layer(*held, None)
 
 
 def row_layer(

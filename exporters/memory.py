@@ -1,10 +1,16 @@
-"""Memory that nothing refers to any more goes back to the system."""
+"""Memory goes back to the system: what nothing refers to any more, and what is in files as well."""
 
 import contextlib
 import ctypes
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import nn
+
+from epmq_deploy.mapped import MappedFile, release_mapped
+from epmq_deploy.tensors import StoredTensor, TensorInfo
 
 # Of glibc's mallopt; from this size on, blocks are mapped one by one and unmapped when freed.
 _M_MMAP_THRESHOLD = -3
@@ -14,7 +20,8 @@ _LARGEST_THRESHOLD = 2**25
 
 
 def release_memory() -> None:
-    """Collect cycles, which onnx-ir's graphs are, and return freed pages."""
+    """Collect cycles, which onnx-ir's graphs are, and return freed and mapped pages."""
+    release_mapped()
     gc.collect()
     _call_glibc("malloc_trim", 0)
 
@@ -45,6 +52,38 @@ def large_blocks_returned() -> Iterator[None]:
         yield
     finally:
         _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+
+
+def map_weights(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
+    """Have large parameters stay in their files (`epmq_deploy.mapped`).
+
+    Args:
+        model: holds the tensors' values already.
+        tensors: by parameter name; those in another dtype than the model's are left in memory.
+    """
+    files: dict[Path, MappedFile] = {}
+    for name, parameter in model.named_parameters():
+        info = tensors.get(name)
+        if not isinstance(info, StoredTensor) or info.dtype != parameter.dtype:
+            continue
+        if parameter.nbytes >= _LARGE_BLOCK:
+            files[info.file] = files.get(info.file) or MappedFile(info.file)
+            parameter.data = files[info.file].tensor(info)
+
+
+@contextlib.contextmanager
+def weights_released(model: nn.Module) -> Iterator[None]:
+    """Have each module forget its mapped weights when it has run."""
+    handles = [
+        module.register_forward_hook(lambda *_: release_mapped())
+        for module in model.modules()
+        if any(True for _ in module.parameters(recurse=False))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _call_glibc(function: str, *arguments: int) -> None:

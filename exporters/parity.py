@@ -14,12 +14,8 @@ from epmq_deploy.errors import EpmqError, NumericsError
 from epmq_deploy.exporters.export import ExportedGraph
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.formats.format import INT8_TOLERANCE
-from epmq_deploy.exporters.memory import (
-    large_blocks_returned,
-    living_objects_set_aside,
-    release_memory,
-)
-from epmq_deploy.exporters.session import INT8_LEVEL, cpu_session
+from epmq_deploy.exporters.memory import living_objects_set_aside, weights_released
+from epmq_deploy.exporters.session import INT8_LEVEL, run_graph
 from epmq_deploy.models import Deployable, ModelFamily
 from epmq_deploy.recipe import Task
 from epmq_deploy.tasks.data import TextSamples, batches, load_samples
@@ -109,7 +105,7 @@ def parity_inputs(
 def torch_outputs(model: Deployable, inputs: Batches) -> Outputs:
     """What the model gives per batch, as ``output_names``."""
     model.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), weights_released(model):
         return [model(*batch) for batch in inputs]
 
 
@@ -128,17 +124,9 @@ def measure_parity(
     Raises:
         NumericsError: the graph is further from torch than its format's tolerance.
     """
-    with large_blocks_returned():
-        session = cpu_session(graph.path, accuracy_level)
-    names = [item.name for item in session.get_inputs()]
-    outputs = [item.name for item in session.get_outputs()]
-    actual = [
-        session.run(None, {name: value.numpy() for name, value in zip(names, batch, strict=True)})
-        for batch in inputs
-    ]
-    del session
-    release_memory()
-    ours = [_rows(parts) for parts in zip(*actual, strict=True)]
+    actual = run_graph(graph.path, accuracy_level, inputs)
+    outputs = list(actual[0])
+    ours = [_rows([found[name] for found in actual]) for name in outputs]
     theirs = [_rows([part.numpy() for part in parts]) for parts in zip(*expected, strict=True)]
     (fmt,) = formats_of([graph.format])
     integer = fmt.low_bit and accuracy_level == INT8_LEVEL

@@ -1,5 +1,6 @@
 """Read the quantized layers back from an exported file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx_ir as ir
@@ -23,9 +24,15 @@ def read_codes(path: Path) -> dict[str, QuantizedLinear]:
     Raises:
         MismatchError: the file does not say that one of our formats wrote it.
     """
+    return dict(stored_layers(path))
+
+
+def stored_layers(path: Path) -> Iterator[tuple[str, QuantizedLinear]]:
+    """As `read_codes`, one layer in memory at a time."""
     model = ir.load(path)
     name = model.metadata_props.get(FORMAT_KEY)
     if name is None:
         raise MismatchError(str(path), [f"no {FORMAT_KEY} in its metadata: not exported by epmq"])
     (fmt,) = formats_of([name])
-    return fmt.read(model) | read_rows(model.graph)
+    yield from fmt.read(model)
+    yield from read_rows(model.graph)

@@ -8,26 +8,23 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import torch
 
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.exporters.files import outline
+from epmq_deploy.exporters.files import weightless
 from epmq_deploy.exporters.graph import DOMAIN, OP_TYPE
 from epmq_deploy.exporters.int8_matmul import INT8_SUFFIX
-from epmq_deploy.exporters.read_codes import read_codes
-from epmq_deploy.exporters.session import session_config
+from epmq_deploy.exporters.read_codes import stored_layers
+from epmq_deploy.exporters.session import write_optimized
+from epmq_deploy.mapped import release_mapped
 from epmq_deploy.quantization.grid import expand_groups
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
-_ERRORS_ONLY = 3
 _INTEGER_PRODUCTS = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 
 
 def verify_valid(model: ir.Model, file: str) -> None:
     """Check a graph by ``onnx.checker``, shapes included, before it is written.
-
-    Large tensors take part as inputs of their type and shape: the checker would copy them twice.
 
     Args:
         model: the graph.
@@ -36,19 +33,9 @@ def verify_valid(model: ir.Model, file: str) -> None:
     Raises:
         NumericsError: the graph is not valid ONNX.
     """
-    proto = outline(model)
-    kept = []
-    for tensor in proto.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            proto.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-            )
-        else:
-            kept.append(tensor)
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
     try:
-        onnx.checker.check_model(proto, full_check=True)
+        # The checker would copy large tensors twice.
+        onnx.checker.check_model(weightless(model), full_check=True)
     # Its exceptions share no narrower base class with those of shape inference.
     except Exception as error:
         raise NumericsError(f"{file} is no usable ONNX model: {error}") from error
@@ -61,12 +48,15 @@ def verify_codes(path: Path, layers: Mapping[str, QuantizedLinear]) -> None:
         NumericsError: a layer is missing, unexpected, or differs in codes, scales or zero points;
             names every one.
     """
-    stored = read_codes(path)
-    problems = [f"{name}: not in the file" for name in layers.keys() - stored.keys()]
-    problems += [f"{name}: was never quantized" for name in stored.keys() - layers.keys()]
-    for name in layers.keys() & stored.keys():
-        parts = _differences(stored[name], layers[name])
-        problems += [f"{name}: {part} differ" for part in parts]
+    problems, stored = [], set()
+    for name, layer in stored_layers(path):
+        stored.add(name)
+        if name not in layers:
+            problems.append(f"{name}: was never quantized")
+        else:
+            problems += [f"{name}: {part} differ" for part in _differences(layer, layers[name])]
+        release_mapped()
+    problems += [f"{name}: not in the file" for name in layers.keys() - stored]
     if problems:
         raise NumericsError(
             f"{path.name} does not hold what was quantized: {'; '.join(sorted(problems))}"
@@ -188,24 +178,7 @@ def optimized_graph(path: Path, accuracy_level: int) -> onnx.GraphProto:
     """
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        options.optimized_model_filepath = str(optimized)
-        options.intra_op_num_threads = 1
-        entries = session_config(accuracy_level) | {
-            # Beyond 2 GiB onnxruntime could not write the graph in one file.
-            "session.optimized_model_external_initializers_file_name": "optimized.data",
-            "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-            # Weights laid out for the kernels would be a second copy, and nothing is run here.
-            "session.disable_prepacking": "1",
-        }
-        for key, value in entries.items():
-            options.add_session_config_entry(key, value)
-        try:
-            onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        # onnxruntime's exceptions share no narrower base class.
-        except Exception as error:
-            raise NumericsError(f"{path.name} is no usable ONNX model: {error}") from error
+        write_optimized(path, accuracy_level, optimized)
         return onnx.load(str(optimized), load_external_data=False).graph
 
 

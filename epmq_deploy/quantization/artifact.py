@@ -10,10 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from epmq_deploy.mapped import MappedFile
 from epmq_deploy.quantization.layer import LayerReport
 from epmq_deploy.quantization.layer_inputs import LayerInputs
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.tensors import tensors_of_file
 
 CODES_FILE = "quantized.safetensors"
 REPLACED_FILE = "replaced.safetensors"
@@ -71,19 +73,20 @@ def load_reports(folder: Path) -> list[LayerReport]:
 
 
 def load_artifact(folder: Path) -> tuple[dict[str, QuantizedLinear], Mapping[str, Tensor]]:
-    """Layers by name, and replaced parameters by name."""
+    """Layers by name, mapped from their file, and replaced parameters by name."""
     with safe_open(folder / CODES_FILE, framework="pt") as handle:
-        layers = {
-            name: QuantizedLinear(
-                handle.get_tensor(f"{name}.codes"),
-                handle.get_tensor(f"{name}.scales"),
-                handle.get_tensor(f"{name}.zero_points"),
-                bits,
-                group_size,
-                symmetric,
-            )
-            for name, (bits, group_size, symmetric) in json.loads(
-                handle.metadata()["layers"]
-            ).items()
-        }
+        grids = json.loads(handle.metadata()["layers"])
+    mapped = MappedFile(folder / CODES_FILE)
+    tensors = {info.key: mapped.tensor(info) for info in tensors_of_file(folder / CODES_FILE)}
+    layers = {
+        name: QuantizedLinear(
+            tensors[f"{name}.codes"],
+            tensors[f"{name}.scales"],
+            tensors[f"{name}.zero_points"],
+            bits,
+            group_size,
+            symmetric,
+        )
+        for name, (bits, group_size, symmetric) in grids.items()
+    }
     return layers, load_file(folder / REPLACED_FILE)

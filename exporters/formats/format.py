@@ -1,7 +1,7 @@
 """What an export format has to provide."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -77,8 +77,8 @@ class GraphFormat(ABC):
         """
 
     @abstractmethod
-    def read(self, model: ir.Model) -> dict[str, QuantizedLinear]:
-        """The linear layers by dotted name, with container width and block size as their own.
+    def read(self, model: ir.Model) -> Iterator[tuple[str, QuantizedLinear]]:
+        """The linear layers with dotted names, of the container's width and the block size.
 
         Convolutions and embeddings are stored alike in all formats
         (`epmq_deploy.exporters.int8_rows`).
@@ -95,6 +95,6 @@ class FloatFormat(GraphFormat):
         """Nothing: it holds no layers."""
         return []
 
-    def read(self, model: ir.Model) -> dict[str, QuantizedLinear]:
+    def read(self, model: ir.Model) -> Iterator[tuple[str, QuantizedLinear]]:
         """See base: none."""
-        return {}
+        return iter(())

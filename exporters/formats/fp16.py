@@ -4,10 +4,14 @@ Converted by ``onnxruntime.transformers.float16``, which leaves operators that h
 in float32.
 """
 
+import numpy as np
 import onnx_ir as ir
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from epmq_deploy.exporters.files import weightless
 from epmq_deploy.exporters.formats.format import FloatFormat
+
+_LARGEST = np.finfo(np.float16).max
 
 
 class Fp16Format(FloatFormat):
@@ -21,13 +25,37 @@ class Fp16Format(FloatFormat):
 
     def lower(self, model: ir.Model) -> None:
         """See base."""
-        # Shapes are in the graph; inferring them again would serialize it, up to 2 GiB only.
+        outer = [str(value.name) for value in (*model.graph.inputs, *model.graph.outputs)]
+        # Large tensors are converted when they are written. Shapes are in the graph; inferring them
+        # again would serialize it.
         converted = convert_float_to_float16(
-            ir.to_proto(model), keep_io_types=True, disable_shape_infer=True
+            weightless(model), keep_io_types=outer, disable_shape_infer=True
         )
-        model.graph = ir.from_proto(converted).graph
+        graph = ir.from_proto(converted).graph
+        for value in [value for value in graph.inputs if value.name not in outer]:
+            tensor = model.graph.initializers[str(value.name)].const_value
+            assert tensor is not None, "it was an initializer"
+            graph.inputs.remove(value)
+            value.const_value = tensor if value.dtype == tensor.dtype else _halved(tensor)
+            graph.register_initializer(value)
         # Casts of inputs are appended behind the nodes that use them.
-        model.graph.sort()
+        graph.sort()
+        model.graph = graph
+
+
+def _halved(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    """In float16, computed when it is asked for; what is too large becomes the largest there is."""
+
+    def values() -> ir.TensorProtocol:
+        clipped = np.clip(tensor.numpy(), -_LARGEST, _LARGEST)
+        return ir.Tensor(clipped.astype(np.float16), name=tensor.name)
+
+    return ir.LazyTensor(
+        values,
+        ir.DataType.FLOAT16,
+        tensor.shape,  # type: ignore[arg-type]
+        name=tensor.name,
+    )
 
 
 FORMAT = Fp16Format()

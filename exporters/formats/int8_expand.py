@@ -10,7 +10,7 @@ solver's; rounding to int8, one scale per output channel, happens in the fold. T
 every intermediate until its end: 3 bytes a weight here, 25 with float32 operators.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -108,16 +108,15 @@ class Int8ExpandFormat(GraphFormat):
         RemoveUnusedNodesPass()(model)
         RemoveUnusedOpsetsPass()(model)
 
-    def read(self, model: ir.Model) -> dict[str, QuantizedLinear]:
+    def read(self, model: ir.Model) -> Iterator[tuple[str, QuantizedLinear]]:
         """See base."""
-        layers = {
-            str(node.name): unpack_linear(read_packed(node)) for node in low_bit_nodes(model.graph)
-        }
+        for node in low_bit_nodes(model.graph):
+            yield str(node.name), unpack_linear(read_packed(node))
         for node in model.graph:
             source = _expansion(node)
             if source is not None:
-                layers[str(node.name)] = _read_expansion(*source)
-        return layers | read_patches(model.graph)
+                yield str(node.name), _read_expansion(*source)
+        yield from read_patches(model.graph)
 
 
 def _lower_node(

@@ -1,6 +1,6 @@
 """``com.microsoft::MatMulNBits``: onnxruntime's own low-bit operator."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -26,10 +26,10 @@ class MatMulNBitsFormat(GraphFormat):
     def lower(self, model: ir.Model) -> None:
         """See base: nothing to do."""
 
-    def read(self, model: ir.Model) -> dict[str, QuantizedLinear]:
+    def read(self, model: ir.Model) -> Iterator[tuple[str, QuantizedLinear]]:
         """See base."""
-        nodes = low_bit_nodes(model.graph)
-        return {str(node.name): unpack_linear(read_packed(node)) for node in nodes}
+        for node in low_bit_nodes(model.graph):
+            yield str(node.name), unpack_linear(read_packed(node))
 
 
 FORMAT = MatMulNBitsFormat()

@@ -5,7 +5,7 @@ The shape that onnxruntime fuses back to MatMulNBits at its extended level (meas
 plain MatMul, initializers of its own for every layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -38,15 +38,13 @@ class QdqFormat(GraphFormat):
             _lower_node(model.graph, node)
         RemoveUnusedOpsetsPass()(model)
 
-    def read(self, model: ir.Model) -> dict[str, QuantizedLinear]:
+    def read(self, model: ir.Model) -> Iterator[tuple[str, QuantizedLinear]]:
         """See base."""
-        layers = {}
         for node in model.graph:
             weight = node.inputs[1] if node.op_type == "MatMul" else None
             dequantize = weight.producer() if weight is not None else None
             if dequantize is not None and dequantize.op_type == "DequantizeLinear":
-                layers[str(node.name)] = _read_node(dequantize)
-        return layers
+                yield str(node.name), _read_node(dequantize)
 
 
 def _lower_node(graph: ir.Graph, node: ir.Node) -> None:
