@@ -114,7 +114,12 @@ class ExportOptions(Options):
         json_schema_extra={"flag": "--format"},
         description="formats to write; when absent the target's, else matmulnbits and qdq",
     )
-    opset: int = Field(21, ge=21, description="ONNX opset (21 is the first with 4-bit types)")
+    opset: int | None = Field(
+        None,
+        ge=21,
+        description="ONNX opset; when absent 21, the first with 4-bit types, and 23, the first "
+        "with Attention, for int8-expand",
+    )
     accuracy_level: int = Field(
         0, ge=0, le=4, description="arithmetic of MatMulNBits: 0 float32, 4 int8 (faster)"
     )

@@ -19,7 +19,7 @@ _OPSETS = range(18, 26)
 def check_options(
     formats: Sequence[GraphFormat],
     layers: Mapping[str, QuantizedLinear],
-    opset: int,
+    opset: int | None,
     accuracy_level: int,
 ) -> None:
     """Check what the user chose.
@@ -31,9 +31,9 @@ def check_options(
     problems = [
         f"format {fmt.name} needs opset {fmt.min_opset} or newer, not {opset}"
         for fmt in formats
-        if opset < fmt.min_opset
+        if opset is not None and opset < fmt.min_opset
     ]
-    if opset not in _OPSETS:
+    if opset is not None and opset not in _OPSETS:
         problems.append(f"opset is {_OPSETS[0]} to {_OPSETS[-1]}, not {opset}")
     if accuracy_level not in _ACCURACY_LEVELS:
         problems.append(f"accuracy level is 0 to 4, not {accuracy_level}")

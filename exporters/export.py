@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from onnxscript.version_converter import convert_version
 from torch import Tensor, nn
 
 from epmq_deploy.exporters.check import check_inputs, check_options
 from epmq_deploy.exporters.files import PROTOBUF_LIMIT, write_model
-from epmq_deploy.exporters.formats import GraphFormat, formats_of
+from epmq_deploy.exporters.formats import GraphFormat, all_formats, formats_of
 from epmq_deploy.exporters.formats.format import ExportContext
 from epmq_deploy.exporters.int8_matmul import integer_layers
 from epmq_deploy.exporters.memory import (
@@ -95,7 +96,7 @@ def write_graphs(
     formats: Sequence[str],
     output: Path,
     *,
-    opset: int = 21,
+    opset: int | None = None,
     accuracy_level: int = 0,
     two_bit_containers: bool | None = None,
     file_limit: int = PROTOBUF_LIMIT,
@@ -117,7 +118,7 @@ def write_graphs(
         formats: names from `epmq_deploy.exporters.formats.format_names`; ``fp32`` is written
             in any case.
         output: an existing folder.
-        opset: version of the default operator set.
+        opset: version of the default operator set; each format's usual one when absent.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 in int8.
         two_bit_containers: whether formats that can store 2-bit codes in 2 bits, not 4; when absent
             at accuracy level 4 (see `epmq_deploy.exporters.two_bits`).
@@ -149,7 +150,8 @@ def write_graphs(
         file_limit=file_limit,
     )
 
-    graph = trace(export_copy(model), example_inputs, opset)
+    traced = min(fmt.usual_opset for fmt in all_formats()) if opset is None else opset
+    graph = trace(export_copy(model), example_inputs, traced)
     floats = [fmt for fmt in chosen if not fmt.low_bit and fmt.name != FP32_FORMAT]
     written = [write(graph.clone(), fmt, {}, {}) for fmt in (*formats_of([FP32_FORMAT]), *floats)]
     del graph
@@ -157,7 +159,7 @@ def write_graphs(
     if not quantized:
         return tuple(written)
     twin = swapped_copy(model, packed, rows, replaced, accuracy_level)
-    graph = trace(twin, example_inputs, opset)
+    graph = trace(twin, example_inputs, traced)
     del twin, packed
     for fmt in quantized:
         # A copy shares the tensors, so that each format lowers the same codes.
@@ -193,12 +195,14 @@ def _write(
     *,
     part: str,
     output: Path,
-    opset: int,
+    opset: int | None,
     accuracy_level: int,
     file_limit: int,
 ) -> WrittenGraph:
     """Lower a graph, check it and write it."""
+    version = fmt.usual_opset if opset is None else opset
     with large_blocks_returned():
+        convert_version(graph, version)
         fmt.lower(graph)
     graph.metadata_props[FORMAT_KEY] = fmt.name
     path = output / f"{part}{fmt.suffix}.onnx"
@@ -206,7 +210,7 @@ def _write(
     size = write_model(graph, path, limit=file_limit)
     integer = integer_layers(graph.graph)
     return WrittenGraph(
-        fmt.name, part, path, size, opset, fmt.details(), linear, rows, integer, accuracy_level
+        fmt.name, part, path, size, version, fmt.details(), linear, rows, integer, accuracy_level
     )
 
 

@@ -118,3 +118,16 @@ def read_packed(node: ir.Node) -> PackedLinear:
         block_size=node.attributes.get_int("block_size"),
         in_features=node.attributes.get_int("K"),
     )
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes a value, if it is of one of these types; of any when none is given."""
+    node = None if value is None else value.producer()
+    return node if node is None or not op_types or node.op_type in op_types else None
+
+
+def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The node of that type that is all that reads a value; None where anything else does."""
+    readers = [use.node for use in value.uses()]
+    alone = len(readers) == 1 and not value.is_graph_output()
+    return readers[0] if alone and readers[0].op_type == op_type else None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from epmq_deploy.exporters.graph import only_reader
 from epmq_deploy.exporters.int8_matmul import (
     INT8_SUFFIX,
     Emitter,
@@ -130,17 +131,11 @@ def _lower(graph: ir.Graph, conv: ir.Node, layer: _Patches) -> None:
 
 def _tokens(conv: ir.Node, channels: int) -> ir.Value | None:
     """``[B, patches, N]``, where that is all that is made of the convolution's output."""
-    reshape = _only_reader(conv.outputs[0], "Reshape")
+    reshape = only_reader(conv.outputs[0], "Reshape")
     flat = None if reshape is None else reshape.outputs[0]
     if flat is None or flat.shape is None or len(flat.shape) != 3 or flat.shape[1] != channels:
         return None
-    transpose = _only_reader(flat, "Transpose")
+    transpose = only_reader(flat, "Transpose")
     if transpose is None or tuple(transpose.attributes.get_ints("perm", ())) != (0, 2, 1):
         return None
     return None if transpose.outputs[0].is_graph_output() else transpose.outputs[0]
-
-
-def _only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    readers = [use.node for use in value.uses()]
-    alone = len(readers) == 1 and not value.is_graph_output()
-    return readers[0] if alone and readers[0].op_type == op_type else None

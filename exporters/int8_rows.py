@@ -21,7 +21,13 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from epmq_deploy.exporters.graph import LAYER_KEY, add_initializer, constant, refuse_repeated
+from epmq_deploy.exporters.graph import (
+    LAYER_KEY,
+    add_initializer,
+    constant,
+    producer,
+    refuse_repeated,
+)
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 # Placeholders that torch's exporter cannot fold: with constant ids it would turn a standard Gather
@@ -151,9 +157,9 @@ def _operands(dequantize: ir.Node) -> tuple[ir.TensorProtocol, ir.TensorProtocol
 
 def _tables(multiply: ir.Node) -> tuple[ir.TensorProtocol, ir.TensorProtocol] | None:
     """Codes and scales whose looked-up rows a Mul multiplies; None for any other Mul."""
-    cast = _producer(multiply.inputs[0], "Cast")
-    codes = None if cast is None else _producer(cast.inputs[0], "Gather")
-    scales = _producer(multiply.inputs[1], "Gather")
+    cast = producer(multiply.inputs[0], "Cast")
+    codes = None if cast is None else producer(cast.inputs[0], "Gather")
+    scales = producer(multiply.inputs[1], "Gather")
     if codes is None or scales is None or codes.inputs[1] is not scales.inputs[1]:
         return None
     if any(gather.attributes.get_int("axis", 0) != 0 for gather in (codes, scales)):
@@ -172,8 +178,3 @@ def _tensors(
     if floats is None or floats.dtype != ir.DataType.FLOAT:
         return None
     return integers, floats
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type == op_type else None

@@ -41,6 +41,7 @@ class GraphFormat(ABC):
         suffix: the file is ``model<suffix>.onnx``; transformers.js and optimum look for these.
         summary: one line for listings.
         min_opset: lowest version of the default operator set it can be written in.
+        usual_opset: the version it is written in unless the user asks for another.
         low_bit: whether it holds the quantized layers; otherwise it is the merged model in float.
         stores_two_bits: whether it may hold codes in 2-bit containers.
         tolerance: largest distance from torch, relative to the norm of an output
@@ -51,6 +52,8 @@ class GraphFormat(ABC):
     suffix: ClassVar[str]
     summary: ClassVar[str]
     min_opset: ClassVar[int]
+    # The first with 4-bit types.
+    usual_opset: ClassVar[int] = 21
     low_bit: ClassVar[bool] = True
     stores_two_bits: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-3

@@ -8,6 +8,9 @@ one int8 initializer when it creates the session, and runs what follows
 (`epmq_deploy.exporters.int8_matmul`) as integer GEMM. Codes, scales and zero points are the
 solver's; rounding to int8, one scale per output channel, happens in the fold. The folding keeps
 every intermediate until its end: 3 bytes a weight here, 25 with float32 operators.
+
+With the products this fast, attention counts: it becomes one operator
+(`epmq_deploy.exporters.attention`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,8 +21,9 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
+from epmq_deploy.exporters.attention import ATTENTION_OPSET, fuse_attention
 from epmq_deploy.exporters.formats.format import INT8_TOLERANCE, ExportContext, GraphFormat
-from epmq_deploy.exporters.graph import constant, low_bit_nodes, read_packed
+from epmq_deploy.exporters.graph import constant, low_bit_nodes, producer, read_packed
 from epmq_deploy.exporters.int8_matmul import (
     INT8_SUFFIX,
     Emitter,
@@ -53,6 +57,7 @@ class Int8ExpandFormat(GraphFormat):
     suffix = "_quantized"
     summary = "4 bits on disk, int8 at run time, standard ONNX: onnxruntime on x86 and ARM"
     min_opset = 21
+    usual_opset = ATTENTION_OPSET
     tolerance = INT8_TOLERANCE
 
     def __init__(
@@ -105,6 +110,8 @@ class Int8ExpandFormat(GraphFormat):
         for node, plan in chosen.items():
             _lower_node(model.graph, node, plan, quantized)
         expand_patches(model.graph)
+        if model.graph.opset_imports[""] >= ATTENTION_OPSET:
+            fuse_attention(model.graph)
         RemoveUnusedNodesPass()(model)
         RemoveUnusedOpsetsPass()(model)
 
@@ -194,8 +201,8 @@ def _expansion(node: ir.Node) -> tuple[ir.Node, int | None] | None:
     columns = None
     if made is not None and made.op_type == "Slice":
         columns = int(constant(made, 2)[0])  # type: ignore[index]
-        made = _producer(made.inputs[0])
-    product = None if made is None else _producer(made.inputs[0])
+        made = producer(made.inputs[0])
+    product = None if made is None else producer(made.inputs[0])
     return (
         (product, columns) if product is not None and product.op_type == "QLinearMatMul" else None
     )
@@ -203,7 +210,7 @@ def _expansion(node: ir.Node) -> tuple[ir.Node, int | None] | None:
 
 def _read_expansion(product: ir.Node, columns: int | None) -> QuantizedLinear:
     codes = _stored(product.inputs[3])
-    ratios = _producer(product.inputs[4])
+    ratios = producer(product.inputs[4])
     scales = None if ratios is None else constant(ratios, 0)
     if scales is None:
         raise ValueError(f"node {product.name}: scales are missing")
@@ -220,15 +227,11 @@ def _read_expansion(product: ir.Node, columns: int | None) -> QuantizedLinear:
 
 def _stored(value: ir.Value | None) -> ir.TensorProtocol:
     """A tensor of the file, as it is or before it is cast."""
-    cast = _producer(value)
+    cast = producer(value)
     held = value if cast is None else cast.inputs[0]
     if held is None or held.const_value is None:
         raise ValueError("codes are no tensor of the file")
     return held.const_value
-
-
-def _producer(value: ir.Value | None) -> ir.Node | None:
-    return None if value is None else value.producer()
 
 
 FORMAT = Int8ExpandFormat()
