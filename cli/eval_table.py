@@ -52,7 +52,8 @@ class _Models:
             yield table
         yield Text(
             f"graphs on {self.report.provider}; experts in torch, each on its own task\n"
-            "+ and -: significantly better or worse than fp32 merged",
+            "+ and -: significantly better or worse than fp32 merged"
+            + "".join(f"\n{said}" for said in self.report.other_metrics),
             style="dim italic",
         )
 

@@ -2,7 +2,7 @@
 
 from string import Formatter
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from epmq_deploy.options import Options
 
@@ -17,6 +17,12 @@ class Prompt(Options):
     )
     answers: tuple[str, ...] | None = Field(
         None, min_length=2, description="what it is to write, in label order; labels when absent"
+    )
+    decimals: int | None = Field(
+        None,
+        ge=0,
+        description="the answers are numbers, written with so many decimals; scored by Spearman's "
+        "rank correlation, not by being exact",
     )
     max_tokens: int = Field(
         32,
@@ -38,6 +44,12 @@ class Prompt(Options):
         if answers is not None and len(set(answers)) < len(answers):
             raise ValueError("answers must differ")
         return answers
+
+    @model_validator(mode="after")
+    def _listed_or_numbers(self) -> "Prompt":
+        if self.answers is not None and self.decimals is not None:
+            raise ValueError("answers are listed (answers) or numbers (decimals), not both")
+        return self
 
 
 def template_columns(template: str) -> tuple[str, ...]:

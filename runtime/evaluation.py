@@ -14,11 +14,11 @@ from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import REPORT_FILE, load_reports
 from epmq_deploy.recipe import EvalOptions, Recipe
 from epmq_deploy.runtime.bench import Bench
+from epmq_deploy.runtime.comparison import average_interval, compare
 from epmq_deploy.runtime.evaluation_data import evaluation_samples
 from epmq_deploy.runtime.report import EXPERTS, REFERENCE, EvalReport, Gates, Row
 from epmq_deploy.runtime.scoring import ClassScorer, Predictions, Scorer
 from epmq_deploy.runtime.sessions import by_format
-from epmq_deploy.runtime.significance import average_interval, compare, wilson
 from epmq_deploy.runtime.text_scoring import TextScorer
 from epmq_deploy.stage import Manifest, fingerprint, open_output
 from epmq_deploy.tasks.data import data_sha256
@@ -94,6 +94,7 @@ def evaluate(
         margin=options.margin,
         fingerprint=eval_fingerprint(recipe, made.fingerprint),
         diagnoses=bench.diagnoses() if options.diagnose else {},
+        metrics={task: found.score(REFERENCE).metric for task, found in predictions.items()},
         layers=tuple(load_reports(exported)) if (exported / REPORT_FILE).is_file() else (),
     )
 
@@ -107,15 +108,15 @@ def row_of(name: str, predictions: Mapping[str, Predictions], margin: float, **c
         margin: points that may be lost and still count as no worse.
         costs: the row's other attributes.
     """
-    correct = {task: found.correct(name) for task, found in predictions.items()}
-    accuracy = {task: 100.0 * float(hits.mean()) for task, hits in correct.items()}
-    intervals = {task: wilson(int(hits.sum()), len(hits)) for task, hits in correct.items()}
+    scores = {task: found.score(name) for task, found in predictions.items()}
+    accuracy = {task: score.percent for task, score in scores.items()}
+    intervals = {task: score.interval for task, score in scores.items()}
     if name not in (EXPERTS, REFERENCE):
-        reference = {task: found.correct(REFERENCE) for task, found in predictions.items()}
+        reference = {task: found.score(REFERENCE) for task, found in predictions.items()}
         same = {task: found.same(name, REFERENCE) for task, found in predictions.items()}
-        against, average = compare(correct, reference, same, margin)
+        against, average = compare(scores, reference, same, margin)
         costs |= {"against": against, "against_average": average}
-    return Row(name, accuracy, intervals, average_interval(correct), **costs)
+    return Row(name, accuracy, intervals, average_interval(scores), **costs)
 
 
 def _scorer(

@@ -61,8 +61,9 @@ def notes(report: EvalReport) -> list[str]:
     lines = [
         f"- Graphs on {report.provider}, threads: {', '.join(threads)}; experts in torch, each on "
         "its own task. \\+ and \\-: significantly better or worse than fp32 merged on that task "
-        "(exact McNemar test, Holm-adjusted, 5%)."
+        "(exact McNemar test, where scored by accuracy, otherwise bootstrap; Holm-adjusted, 5%)."
     ]
+    lines += [f"- {_escaped(said)}." for said in report.other_metrics]
     lines += [f"- {name}: average accuracy {said}." for name, said in verdicts(report).items()]
     lines += [f"- Gate missed: {text}." for text in misses(report)]
     return [*lines, f"- **{advice(report)}.**"]

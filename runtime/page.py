@@ -62,6 +62,8 @@ def _summary(report: EvalReport) -> Iterator[Markup]:
         "ruled out. Experts run in torch, each on its own task.",
         class_="note",
     )
+    for said in report.other_metrics:
+        yield element("p", f"{said}.", class_="note")
 
 
 def _legend(report: EvalReport) -> Markup:

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from epmq_deploy.quantization.layer import LayerReport
+from epmq_deploy.runtime.comparison import Difference
 from epmq_deploy.runtime.diagnosis import Diagnosis
 from epmq_deploy.runtime.footprint import Footprint
 from epmq_deploy.runtime.latency import Timing
-from epmq_deploy.runtime.significance import Difference, Interval
+from epmq_deploy.runtime.significance import Interval
 
 EXPERTS = "experts"
 REFERENCE = "fp32"
@@ -21,7 +22,7 @@ class Row:
 
     Attributes:
         name: a format's name, or ``experts``.
-        accuracy: percent by task.
+        accuracy: percent by task, or what its metric gives in place of accuracy.
         intervals: of these, 95%.
         average_interval: of their average over tasks.
         against: differences from fp32 merged by task; empty for experts and fp32 merged itself.
@@ -89,6 +90,7 @@ class EvalReport:
         fingerprint: of exported model, data and options.
         diagnoses: by format, where asked for.
         layers: how each layer fared in quantization, where the export holds its report.
+        metrics: by task, what stands in for accuracy; empty texts where nothing does.
     """
 
     rows: tuple[Row, ...]
@@ -99,6 +101,12 @@ class EvalReport:
     fingerprint: str
     diagnoses: Mapping[str, Diagnosis]
     layers: tuple[LayerReport, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def other_metrics(self) -> tuple[str, ...]:
+        """A sentence for each task that is not scored by accuracy."""
+        return tuple(f"{task}: {metric}" for task, metric in self.metrics.items() if metric)
 
     def row(self, name: str) -> Row:
         """The row of a format or of the experts."""

@@ -15,6 +15,7 @@ from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.writer import SpecialTokens
 from epmq_deploy.runtime.latency import Runs
 from epmq_deploy.runtime.report import EXPERTS
+from epmq_deploy.runtime.scores import Accuracy, Score
 from epmq_deploy.runtime.sessions import Graph
 from epmq_deploy.runtime.significance import Booleans
 from epmq_deploy.tasks.accuracy import embeddings
@@ -37,9 +38,9 @@ class Predictions:
     truth: Predicted
     predicted: Mapping[str, Predicted]
 
-    def correct(self, model: str) -> Booleans:
-        """Which samples a model predicts correctly, ``[n]``."""
-        return np.asarray(self.predicted[model] == self.truth, dtype=np.bool_)
+    def score(self, model: str) -> Score:
+        """How well a model does."""
+        return Accuracy(np.asarray(self.predicted[model] == self.truth, dtype=np.bool_))
 
     def same(self, model: str, other: str) -> Booleans:
         """For which samples two models predict the same, ``[n]``."""

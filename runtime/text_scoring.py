@@ -1,5 +1,9 @@
-"""Scoring models that write texts: an answer is right when it is the wanted one, word by word."""
+"""Scoring models that write texts.
 
+An answer is right when it is the wanted one, word by word; numbers are scored by their order.
+"""
+
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +16,20 @@ from torch import Tensor
 from epmq_deploy.experts import ExpertBackbone
 from epmq_deploy.models.writer import SpecialTokens, WriterFamily
 from epmq_deploy.runtime.generation import TextWriter, text_writer
+from epmq_deploy.runtime.rank_correlation import RankCorrelation
 from epmq_deploy.runtime.report import EXPERTS
-from epmq_deploy.runtime.scoring import Predictions, Scorer, raw_samples
+from epmq_deploy.runtime.scoring import Predicted, Predictions, Scorer, raw_samples
 from epmq_deploy.runtime.sessions import Graph, by_format
-from epmq_deploy.tasks.data import Samples
+from epmq_deploy.runtime.significance import Floats
+from epmq_deploy.tasks.data import Samples, TextSamples
+
+
+class NumberPredictions(Predictions):
+    """Numbers, as texts."""
+
+    def score(self, model: str) -> RankCorrelation:
+        """See base."""
+        return RankCorrelation(_numbers(self.predicted[model]), _numbers(self.truth))
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,9 @@ class TextScorer(Scorer[TextWriter, WriterFamily]):
             if expert is not None:
                 written[EXPERTS] += self.family.write(expert, self.folder, texts, self.max_tokens)
         found = {name: np.array(list(map(normalised, texts))) for name, texts in written.items()}
-        return Predictions(np.array(list(map(normalised, truth))), found)
+        assert isinstance(samples, TextSamples), "of a family that writes texts"
+        kind = Predictions if samples.wording.decimals is None else NumberPredictions
+        return kind(np.array(list(map(normalised, truth))), found)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """See base; with the number of tokens to write, that of the longest wanted answer.
@@ -83,6 +99,19 @@ class TextScorer(Scorer[TextWriter, WriterFamily]):
 def normalised(text: str) -> str:
     """An answer without what does not count: case, and how words are spaced."""
     return " ".join(text.split()).casefold()
+
+
+def _numbers(texts: Predicted) -> Floats:
+    """Numbers that texts are, minus infinity where they are none."""
+    return np.array([_number(text) for text in texts.tolist()])
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        return -math.inf
+    return number if math.isfinite(number) else -math.inf
 
 
 def open_writer(

@@ -1,5 +1,6 @@
 """Tasks in words: from rows of data to what a model reads and what it is to write."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +16,17 @@ class Wording:
 
     Attributes:
         template: with ``{column}`` where a column's text goes.
-        label_column: holds integers where there are ``answers``, else the answers themselves; None
-            where the data have no labels.
+        label_column: holds integers where there are ``answers``, numbers where there are
+            ``decimals``, else the answers themselves; None where the data have no labels.
         answers: in label order.
+        decimals: that answers, being numbers, are written with.
         max_tokens: longest answer an expert writes where there are no labels.
     """
 
     template: str
     label_column: str | None
     answers: tuple[str, ...] | None
+    decimals: int | None
     max_tokens: int
 
     @classmethod
@@ -64,18 +67,19 @@ class Wording:
                 f"{where} has no column {', '.join(map(repr, missing))}; it has "
                 f"{', '.join(columns)}"
             )
-        return cls(template, label_column, prompt.answers, prompt.max_tokens)
+        return cls(template, label_column, prompt.answers, prompt.decimals, prompt.max_tokens)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that must hold texts."""
         read = template_columns(self.template)
-        if self.answers is not None or self.label_column is None:
+        listed = self.answers is not None or self.decimals is not None
+        if listed or self.label_column is None:
             return read
         return (*read, self.label_column)
 
     def check_labels(self, labels: Sequence[Any], where: str) -> None:
-        """Make sure that every label has an answer.
+        """Make sure that every label has an answer, where it is not one itself.
 
         Args:
             labels: of all rows.
@@ -84,9 +88,14 @@ class Wording:
         Raises:
             RecipeError: names the first row whose label has none.
         """
-        if self.answers is None:
-            return
         for row, label in enumerate(labels):
+            if self.decimals is not None and not _is_number(label):
+                raise RecipeError(
+                    f"{where}: row {row}: column {self.label_column!r} holds {label!r}, but with "
+                    "prompt.decimals labels must be numbers"
+                )
+            if self.answers is None:
+                continue
             whole = isinstance(label, int) and not isinstance(label, bool)
             if not whole or not 0 <= label < len(self.answers):
                 raise RecipeError(
@@ -103,5 +112,11 @@ class Wording:
         """What is to be written, by the row's label."""
         assert self.label_column is not None, "only asked where there are labels"
         label = row[self.label_column]
+        if self.decimals is not None:
+            return f"{label:.{self.decimals}f}"
         answer: str = label if self.answers is None else self.answers[label]
         return answer
+
+
+def _is_number(label: Any) -> bool:
+    return isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label)

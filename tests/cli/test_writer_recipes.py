@@ -13,7 +13,7 @@ from epmq_deploy.prompt import template_columns
 from epmq_deploy.recipe import load_recipe
 
 FILE = Path(__file__).parents[2] / "recipes" / "flan-t5-base-glue-task-arithmetic.yaml"
-# The columns of GLUE's tasks, and how many classes they have.
+# The columns of GLUE's tasks, and how many classes they have; None where labels are numbers.
 COLUMNS = {
     "cola": ({"sentence"}, 2),
     "mnli": ({"premise", "hypothesis"}, 3),
@@ -22,6 +22,7 @@ COLUMNS = {
     "qqp": ({"question1", "question2"}, 2),
     "rte": ({"sentence1", "sentence2"}, 2),
     "sst2": ({"sentence"}, 2),
+    "stsb": ({"sentence1", "sentence2"}, None),
 }
 
 
@@ -34,10 +35,10 @@ def test_the_recipe_names_hub_ids_columns_and_answers() -> None:
         assert task.expert == f"tanganke/flan-t5-base_glue-{name}"
         assert task.prompt is not None
         assert task.prompt.template is not None
-        assert task.prompt.answers is not None
         assert set(template_columns(task.prompt.template)) == columns
         assert "\n" not in task.prompt.template
-        assert len(task.prompt.answers) == classes
+        assert (task.prompt.answers and len(task.prompt.answers)) == classes
+        assert task.prompt.decimals == (1 if classes is None else None)
         assert task.calibration is not None
         assert task.evaluation is not None
         assert task.calibration.subset == task.evaluation.subset == name
@@ -45,18 +46,18 @@ def test_the_recipe_names_hub_ids_columns_and_answers() -> None:
 
 def test_the_recipe_runs_on_local_folders_of_the_same_layout(tmp_path: Path) -> None:
     content = yaml.safe_load(FILE.read_text())
-    content["tasks"] = {name: content["tasks"][name] for name in ("mnli", "sst2")}
+    content["tasks"] = {name: content["tasks"][name] for name in ("mnli", "stsb")}
     settings = {"num_layers": 1, "num_decoder_layers": 1}
     models = build_tiny_writers(tmp_path, WRITERS["flan-t5"], **settings)
     content["base"]["path"] = str(models.base)
     rng = np.random.default_rng(0)
-    for name, expert in (("mnli", "first"), ("sst2", "second")):
+    for name, expert in (("mnli", "first"), ("stsb", "second")):
         columns, classes = COLUMNS[name]
         task = content["tasks"][name] | {"expert": str(models.expert(expert))}
-        for key, count in (("calibration", 8), ("evaluation", classes)):
+        for key, count in (("calibration", 8), ("evaluation", 3)):
             rows = [
                 {column: " ".join(rng.choice(WORDS, size=4)) for column in sorted(columns)}
-                | {"label": index % classes}
+                | {"label": 1.25 * index if classes is None else index % classes}
                 for index in range(count)
             ]
             file = tmp_path / f"{name}-{key}.jsonl"
@@ -69,5 +70,7 @@ def test_the_recipe_runs_on_local_folders_of_the_same_layout(tmp_path: Path) -> 
     flags = [part for option in quick for part in ("--set", option)]
     assert run("run", recipe, "-o", tmp_path / "out", "--quiet", *flags) == 0
     report = json.loads((tmp_path / "out" / "exported" / "eval.json").read_text())
-    assert report["samples"] == {"mnli": 3, "sst2": 2}
+    assert report["samples"] == {"mnli": 3, "stsb": 3}
+    assert not report["metrics"]["mnli"]
+    assert report["metrics"]["stsb"].startswith("Spearman")
     assert {row["name"] for row in report["rows"]} == {"experts", "fp32", "matmulnbits", "qdq"}

@@ -6,8 +6,10 @@ from tiny_writers import TOKENS
 
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models.writer import TextPair
+from epmq_deploy.prompt import Prompt
 from epmq_deploy.quantization.quantize import calibration_samples
 from epmq_deploy.recipe import Recipe, parse_recipe
+from epmq_deploy.tasks.wording import Wording
 
 
 @two_streams
@@ -44,6 +46,11 @@ def with_prompt(recipe: Recipe, prompt: dict[str, object] | None, **data: object
     [
         ({"template": "{text} {nothing}"}, {}, r"has no column 'nothing'"),
         ({"answers": ["yes", "no"]}, {}, r"row \d+: column 'label' holds 2, .* for 0 to 1"),
+        (
+            {"decimals": 1},
+            {"label_column": "text"},
+            r"row 0: .* labels must be numbers",
+        ),
         (None, {}, r"column 'label' holds .*, expected texts"),
         (None, {"label_column": "answer"}, "has no column 'answer'"),
     ],
@@ -64,4 +71,24 @@ def test_templates_name_columns_and_nothing_else(template: str) -> None:
     models = {"base": {"path": "b"}, "tasks": {"a": {"expert": "e"}}}
     models["tasks"]["a"]["prompt"] = {"template": template}
     with pytest.raises(RecipeError, match=r"tasks\.a\.prompt\.template"):
+        parse_recipe(models, "test")
+
+
+def test_numbers_are_written_with_so_many_decimals() -> None:
+    prompt = Prompt(template="{text}", decimals=1)
+    wording = Wording.of(prompt, "text", "label", ("text", "label"), "data")
+    # As a column of 32-bit floats holds 3.8.
+    assert wording.answer({"text": "red", "label": 3.799999952316284}) == "3.8"
+    assert wording.answer({"text": "red", "label": 5}) == "5.0"
+    assert wording.columns == ("text",)
+    wording.check_labels([0, 2.5], "data")
+    for wrong in (True, None, "2.5", float("nan")):
+        with pytest.raises(RecipeError, match=r"data: row 1: .* labels must be numbers"):
+            wording.check_labels([0, wrong], "data")
+
+
+def test_answers_are_listed_or_numbers() -> None:
+    models = {"base": {"path": "b"}, "tasks": {"a": {"expert": "e"}}}
+    models["tasks"]["a"]["prompt"] = {"answers": ["no", "yes"], "decimals": 1}
+    with pytest.raises(RecipeError, match=r"listed .* or numbers .*, not both"):
         parse_recipe(models, "test")

@@ -13,6 +13,7 @@ from epmq_deploy.runtime.eval_json import read_report, report_dict
 from epmq_deploy.runtime.evaluation import row_of
 from epmq_deploy.runtime.gates import check_gates, misses, recommend
 from epmq_deploy.runtime.markdown import markdown_table
+from epmq_deploy.runtime.page import html_page
 from epmq_deploy.runtime.report import Gates, Row
 from epmq_deploy.runtime.scoring import Predictions
 from epmq_deploy.runtime.significance import Interval
@@ -43,6 +44,14 @@ def test_predictions_may_be_texts() -> None:
     row = row_of("low", {"a": Predictions(truth, predicted)}, 1.0)
     assert row.accuracy["a"] == pytest.approx(100 / 3)
     assert row.against["a"].agreement == pytest.approx(200 / 3)
+
+
+def test_other_metrics_than_accuracy_are_named() -> None:
+    report = replace(REPORT, metrics={"cars": "", "traffic_signs": "Another one"})
+    assert "- traffic\\_signs: Another one.\n" in markdown_table(report)
+    assert "traffic_signs: Another one." in html_page(report)
+    assert "cars: " not in markdown_table(report)
+    assert json.loads(json.dumps(report_dict(report)))["metrics"] == report.metrics
 
 
 def test_all_missed_gates_come_in_one_message() -> None:
