@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from epmq_deploy.card import write_card
+from epmq_deploy.card import Evaluation, write_card
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
@@ -84,6 +84,7 @@ def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None
     An export's own report is shown in its model card, too.
     """
     from epmq_deploy.cli.eval_table import eval_table
+    from epmq_deploy.models import family_of
     from epmq_deploy.runtime.eval_json import report_dict
     from epmq_deploy.runtime.gates import check_gates
     from epmq_deploy.runtime.markdown import markdown_table
@@ -96,7 +97,13 @@ def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None
     atomic_text(markdown, table)
     atomic_text(page, html_page(report))
     if file.name == EVAL_FILE and (file.parent / MANIFEST).is_file():
-        write_card(file.parent, read_manifest(file.parent, "export"), table)
+        told = Evaluation(
+            table,
+            family_of(file.parent).task_type,
+            {row.name: row.accuracy for row in report.rows if row.files},
+            report.metrics,
+        )
+        write_card(file.parent, read_manifest(file.parent, "export"), told)
     terminal.result(content, eval_table(report))
     check_gates(report)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
 from epmq_deploy.checkpoints import looks_like_hub_id, model_config
 from epmq_deploy.errors import RecipeError
@@ -32,8 +33,25 @@ _KINDS = {
 }
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a card tells of an evaluation.
+
+    Attributes:
+        text: Markdown to show.
+        kind: of the tasks, as the hub names them (``image-classification``).
+        scores: percent by graph's name and task.
+        metrics: by task, what stands in for accuracy, where anything does.
+    """
+
+    text: str
+    kind: str
+    scores: Mapping[str, Mapping[str, float]]
+    metrics: Mapping[str, str]
+
+
 def model_card(
-    manifest: Manifest, license_name: str | None = None, evaluation: str | None = None
+    manifest: Manifest, license_name: str | None = None, evaluation: Evaluation | None = None
 ) -> str:
     """The card of a stage's folder.
 
@@ -42,7 +60,7 @@ def model_card(
     Args:
         manifest: of the folder.
         license_name: the base's license, as the hub spells it, where it is known.
-        evaluation: Markdown to show under "Evaluation".
+        evaluation: of the folder's graphs.
 
     Returns:
         YAML metadata between lines of dashes, then Markdown; the same for the same arguments.
@@ -56,19 +74,21 @@ def model_card(
         f"## How it was made\n\nMerged by {_method(recipe)}.\n\n{_options(manifest)}",
     ]
     if evaluation:
-        parts.append(f"## Evaluation\n\n{evaluation.strip()}")
+        parts.append(f"## Evaluation\n\n{evaluation.text.strip()}")
     elif manifest.stage == "export":
         parts.append("## Evaluation\n\nNot evaluated yet; `epmq eval` fills this in.")
-    return f"---\n{_metadata(manifest, license_name)}---\n\n" + "\n\n".join(parts) + "\n"
+    return (
+        f"---\n{_metadata(manifest, license_name, evaluation)}---\n\n" + "\n\n".join(parts) + "\n"
+    )
 
 
-def write_card(folder: Path, manifest: Manifest, evaluation: str | None = None) -> None:
+def write_card(folder: Path, manifest: Manifest, evaluation: Evaluation | None = None) -> None:
     """Write a stage's ``README.md``, or write it anew with an evaluation.
 
     Args:
         folder: of the stage.
         manifest: of the folder.
-        evaluation: Markdown to show under "Evaluation".
+        evaluation: of its graphs.
     """
     text = model_card(manifest, license_of(manifest.recipe.base.path), evaluation)
     (folder / CARD).write_text(text, encoding="utf-8")
@@ -99,7 +119,7 @@ def license_of(path_or_id: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _metadata(manifest: Manifest, license_name: str | None) -> str:
+def _metadata(manifest: Manifest, license_name: str | None, evaluation: Evaluation | None) -> str:
     recipe, stage = manifest.recipe, manifest.stage
     models = [recipe.base.path, *(task.expert for task in recipe.tasks.values())]
     linked = list(dict.fromkeys(path for path in models if looks_like_hub_id(path)))
@@ -124,7 +144,30 @@ def _metadata(manifest: Manifest, license_name: str | None) -> str:
         tags=tags,
         **({"base_model_relation": _RELATIONS[stage]} if linked else {}),
     )
+    if evaluation is not None:
+        data.model_name = f"{_shown(recipe.base.path)}, {len(recipe.tasks)} experts merged"
+        data.eval_results = _results(recipe, evaluation)
     return f"{data.to_yaml()}\n"
+
+
+def _results(recipe: Recipe, evaluation: Evaluation) -> list[EvalResult]:
+    """Every graph's score on every task, as the hub lists them."""
+    results = []
+    for graph, scores in evaluation.scores.items():
+        for task, score in scores.items():
+            source = recipe.tasks[task].evaluation
+            results.append(
+                EvalResult(
+                    task_type=evaluation.kind,
+                    dataset_type=task if source is None else _shown(source.path),
+                    dataset_name=task,
+                    dataset_split=None if source is None else source.split,
+                    metric_type="spearmanr" if evaluation.metrics.get(task) else "accuracy",
+                    metric_name=graph,
+                    metric_value=round(score, 2),
+                )
+            )
+    return results
 
 
 def _tasks_table(recipe: Recipe) -> str:
@@ -152,6 +195,10 @@ def _method(recipe: Recipe) -> str:
 def _options(manifest: Manifest) -> str:
     content: dict[str, Mapping[str, Any]] = manifest.recipe.model_dump(mode="json")
     chosen = {section: dict(content[section]) for section in _SECTIONS[manifest.stage]}
+    merged = manifest.details if manifest.stage == "merge" else manifest.details.get("merge", {})
+    if "scaling" in merged:
+        # What a search found stands in for what it began with.
+        chosen["merge"]["scaling"] = merged["scaling"]
     return f"```yaml\n{yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)}```"
 
 

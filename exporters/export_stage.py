@@ -141,6 +141,7 @@ def export(
             shown = next(graph for graph in graphs[0] if graph.format == chosen_formats(options)[0])
             write_demo(folder, family, classes, shown.path, options)
         details = {
+            "merge": made.details.get("merge", {}),
             "target": options.target and asdict(target_of(options.target)),
             "classes": classes,
             "graphs": [

@@ -50,18 +50,6 @@ def average_interval(scores: Mapping[str, Score]) -> Interval:
     return percentiles(_mean_over([score.draws(rng) for score in scores.values()]))
 
 
-def difference_interval(scores: Mapping[str, Score], reference: Mapping[str, Score]) -> Interval:
-    """Interval of the points gained on average over tasks: paired bootstrap, stratified by task.
-
-    Args:
-        scores: by task.
-        reference: of the same samples.
-    """
-    rng = np.random.default_rng(_SEED)
-    gains = [score.gains(reference[task], rng) for task, score in scores.items()]
-    return percentiles(_mean_over(gains))
-
-
 def compare(
     scores: Mapping[str, Score],
     reference: Mapping[str, Score],
@@ -70,22 +58,26 @@ def compare(
 ) -> tuple[dict[str, Difference], Difference]:
     """A graph against the reference, by task and on average over tasks.
 
+    Intervals are those of a paired bootstrap, stratified by task.
+
     Args:
         scores: of the graph, by task.
         reference: likewise.
         same: which samples both give the same prediction.
         margin: points that may be lost and still count as no worse.
     """
-    p_values = holm([score.p_value(reference[task]) for task, score in scores.items()])
+    rng = np.random.default_rng(_SEED)
+    gains = {task: score.gains(reference[task], rng) for task, score in scores.items()}
+    p_values = holm([score.p_value(reference[task], gains[task]) for task, score in scores.items()])
     tasks = {}
     for (task, score), p_value in zip(scores.items(), p_values, strict=True):
         points = score.percent - reference[task].percent
-        interval = difference_interval({task: score}, reference)
+        interval = percentiles(gains[task])
         sign = 0 if p_value >= 1 - CONFIDENCE else math.copysign(1, points)
         verdict = _verdict(sign, interval, margin)
         agreement = 100 * float(same[task].mean())
         tasks[task] = Difference(points, interval, p_value, agreement, verdict)
-    interval = difference_interval(scores, reference)
+    interval = percentiles(_mean_over(list(gains.values())))
     sign = float(interval.low > 0) - float(interval.high < 0)
     average = Difference(
         points=_mean(item.points for item in tasks.values()),

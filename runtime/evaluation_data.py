@@ -40,7 +40,8 @@ def evaluation_samples(
             if not family.writes_texts:
                 next(batches(samples[name], family, folder, 1))
                 names = task.head.classes if task.head is not None else None
-                problems += _label_problems(samples[name], count, names)
+                samples[name].labels(count)
+                problems += _order_problems(samples[name], names)
         except EpmqError as error:
             problems.append(str(error))
     if problems:
@@ -71,13 +72,9 @@ def _classes(
     return None if task.head.classes is None else len(task.head.classes)
 
 
-def _label_problems(samples: Samples, count: int | None, names: Sequence[str] | None) -> list[str]:
-    """Labels beyond the head, or class names in another order than the data's."""
+def _order_problems(samples: Samples, names: Sequence[str] | None) -> list[str]:
+    """Class names in another order than the data's."""
     where = f"task {samples.task!r}: {samples.source.path}"
-    labels = samples.labels()
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (count is not None and high >= count):
-        return [f"{where} has labels {low} to {high}, but its head has {count} classes"]
     stored = samples.class_names
     if names is None or stored is None:
         return []

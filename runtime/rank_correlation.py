@@ -15,8 +15,8 @@ from epmq_deploy.runtime.significance import (
 )
 
 _SEED = 0
-# Resamples at a time, to bound memory.
-_BLOCK = 500
+# Values resampled at a time, which bounds memory.
+_BLOCK = 2**20
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class RankCorrelation(Score):
         """See base."""
         assert isinstance(reference, RankCorrelation), "scores of one task are of one kind"
         ours, theirs = self.predicted, reference.predicted
-        ours = np.append(ours, [ours.max(), np.median(ours)])
-        theirs = np.append(theirs, [np.median(theirs), theirs.max()])
-        truth = np.append(self.truth, [self.truth.max()] * 2)
+        ours = np.append(ours, [np.inf, np.median(ours)])
+        theirs = np.append(theirs, [np.median(theirs), np.inf])
+        truth = np.append(self.truth, [np.inf, np.inf])
         return np.concatenate(
             [
                 correlations(counts, ours, truth) - correlations(counts, theirs, truth)
@@ -69,9 +69,9 @@ class RankCorrelation(Score):
             ]
         )
 
-    def p_value(self, reference: Score) -> float:
+    def p_value(self, reference: Score, gains: Floats) -> float:
         """See base; of the bootstrap."""
-        return bootstrap_p_value(self.gains(reference, np.random.default_rng(_SEED)))
+        return bootstrap_p_value(gains)
 
 
 def correlations(counts: Floats, first: Floats, second: Floats) -> Floats:
@@ -112,8 +112,9 @@ def _resampled(count: int, halves: int, rng: np.random.Generator) -> Iterator[Fl
 
     Block by block ``[R, count + halves]``.
     """
-    for start in range(0, RESAMPLES, _BLOCK):
-        rows = min(_BLOCK, RESAMPLES - start)
+    block = max(1, _BLOCK // count)
+    for start in range(0, RESAMPLES, block):
+        rows = min(block, RESAMPLES - start)
         drawn = rng.integers(0, 2 * count + halves, (rows, count))
         chosen = np.where(drawn < 2 * count, drawn // 2, drawn - count)
         places = chosen + (count + halves) * np.arange(rows)[:, None]

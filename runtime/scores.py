@@ -44,8 +44,8 @@ class Score(ABC):
         """What ``RESAMPLES`` bootstrap samples gain on a score of the same kind and samples."""
 
     @abstractmethod
-    def p_value(self, reference: "Score") -> float:
-        """Two-sided, that both models are equally good."""
+    def p_value(self, reference: "Score", gains: Floats) -> float:
+        """Two-sided, that both models are equally good; ``gains`` as `gains` drew them."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Accuracy(Score):
         outcomes = rng.multinomial(count, shares, RESAMPLES)
         return np.asarray((outcomes[:, 0] - outcomes[:, 1]) / count)
 
-    def p_value(self, reference: Score) -> float:
-        """See base; exact."""
+    def p_value(self, reference: Score, gains: Floats) -> float:
+        """See base; exact, from the counts alone."""
         return mcnemar(*self._discordant(reference))
 
     def _discordant(self, reference: Score) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from epmq_deploy.merging.method import (
     ScaledOptions,
 )
 from epmq_deploy.merging.methods import MERGE_METHODS
+from epmq_deploy.merging.objectives import check_objective
 from epmq_deploy.merging.preflight import ExpertCheck, warn_about_what_is_not_merged
 from epmq_deploy.merging.recipe_data import RecipeData, load_data
 from epmq_deploy.merging.search import search_scaling
@@ -158,7 +159,7 @@ def _data(recipe: Recipe, sources: Sources, device: torch.device, progress: Prog
         assert isinstance(options, ScaledOptions), "no others ask for data"
         count, option, seed = options.search_samples, "merge.search_samples", 0
         purpose = "merge.search"
-    return load_data(
+    data = load_data(
         recipe,
         sources,
         samples=count,
@@ -169,6 +170,9 @@ def _data(recipe: Recipe, sources: Sources, device: torch.device, progress: Prog
         device=device,
         progress=progress,
     )
+    if _is_searched(options):
+        check_objective(data, options)
+    return data
 
 
 def _check_patterns(options: MergeOptions, names: tuple[str, ...]) -> None:
@@ -186,9 +190,7 @@ def _search_details(found: Tuned) -> dict[str, Any]:
     """What a search reports, as plain data."""
     return {
         "scaling": found.value,
-        "search": [
-            {"scaling": scaling, "divergence": value} for scaling, value in found.curve.items()
-        ],
+        "search": [{"scaling": scaling, "loss": value} for scaling, value in found.curve.items()],
         "search_standard_error": found.standard_error,
     }
 

@@ -82,17 +82,26 @@ class MergeOptions(Options):
         return type(self).model_validate(self.model_dump() | own | {"layers": {}})
 
 
+SearchObjective = Literal["experts", "labels", "entropy"]
+
+
 class ScaledOptions(MergeOptions):
     """Options of methods whose result is linear in their ``scaling``."""
 
     search: bool = Field(
         False,
-        description="tune scaling on calibration samples, so that the merged model predicts what "
-        "the experts predict; needs no labels",
+        description="tune scaling on calibration samples, by search_objective",
+    )
+    search_objective: SearchObjective = Field(
+        "experts",
+        description="what the merged model is to predict closely: what the experts predict, the "
+        "data's labels (cross-entropy), or anything at all (least entropy); only labels need any",
     )
     search_samples: int = Field(64, ge=2, description="samples per task that scaling is tuned on")
 
-    whole_model: ClassVar[frozenset[str]] = frozenset({"search", "search_samples"})
+    whole_model: ClassVar[frozenset[str]] = frozenset(
+        {"search", "search_objective", "search_samples"}
+    )
 
     @model_validator(mode="after")
     def _search_starts_above_zero(self) -> Self:

@@ -1,9 +1,8 @@
 """Tuning a merge method's scaling on calibration samples.
 
 How far to go along the merged task vector depends on the experts, and nothing in the weights says
-so. What counts here is how closely the merged model predicts, on each task's samples and through
-its head, what that task's expert predicts. Labels are not needed and merging uses no samples, so
-none of them is fitted.
+so. What counts here is how the merged model predicts, on each task's samples and through its head
+(`epmq_deploy.merging.objectives`). Merging uses no samples, so none of them is fitted.
 """
 
 import logging
@@ -14,8 +13,9 @@ from torch import Tensor
 
 from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
 from epmq_deploy.merging.method import Context, MergeMethod, ScaledOptions
+from epmq_deploy.merging.objectives import losses
 from epmq_deploy.merging.recipe_data import RecipeData
-from epmq_deploy.tasks.agreement import Judge, Scores, Tuned, mean_divergence, tune
+from epmq_deploy.tasks.agreement import Scores, Tuned, mean_divergence, tune
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def search_scaling(
     vectors: CheckpointTaskVectors,
     statistics: Any,
 ) -> Tuned:
-    """Find the scaling whose merge predicts most closely what the experts predict.
+    """Find the scaling whose merge predicts best, by the objective of the options.
 
     The method's result is linear in its scaling, so it is merged once; two models and the merged
     task vector are in memory.
@@ -42,9 +42,7 @@ def search_scaling(
         statistics: what the method's global pass found.
     """
     sources = data.sources
-    judge = Judge.of_experts(
-        data.family, sources.base.folder, data.samples, data.heads, data.expert, data.heads
-    )
+    judge = losses(data, options)
     names = data.progress.track(list(vectors.names), "merging to search")
     fixed, direction = _line(method, vectors, options, statistics, names)
     model = data.backbone()
@@ -57,8 +55,13 @@ def search_scaling(
         for name in direction.keys() & parameters.keys():
             sources.base.load_into(name, parameters[name])
             parameters[name].add_(direction[name], alpha=scaling)
-        found = judge.scores(model)
-        log.info("scaling %.4g: divergence from the experts %.4f", scaling, mean_divergence(found))
+        found = judge(model)
+        log.info(
+            "scaling %.4g: loss by %s %.4f",
+            scaling,
+            options.search_objective,
+            mean_divergence(found),
+        )
         return found
 
     return tune(score, options.scaling_value(), factor=_FACTOR, steps=_STEPS, finer=True)

@@ -87,6 +87,11 @@ class ModelFamily(ABC):
     merges_text_tower: bool = False
     """Whether heads from class names differ between the merged model and its experts."""
 
+    @property
+    def task_type(self) -> str:
+        """What the Hugging Face hub calls tasks of this kind."""
+        return "text-generation" if self.writes_texts else f"{self.modality}-classification"
+
     def merging(self, part: str | None) -> "ModelFamily":
         """The family that merges one part of the model, or its usual part when ``part`` is None.
 

@@ -40,6 +40,12 @@ class Predictions:
         return Predictions(self.logits[first:last], self.counts[start:stop])
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of predictions ``[m]``, in nats, from logits ``[m, C]``."""
+    scores = logits.log_softmax(dim=1)
+    return -(scores.exp() * scores).sum(dim=1)
+
+
 def predictions(
     family: ModelFamily, head: TaskHead | None, features: Tensor, inputs: tuple[Tensor, ...]
 ) -> Predictions:

@@ -146,7 +146,7 @@ def quantize(
         shutil.copytree(merged, folder / MERGED_FOLDER, copy_function=_link_or_copy)
         save_artifact(folder, quantized)
         inputs |= model_inputs(made)
-        details = _summary(quantized) | plans
+        details = {"merge": made.details} | _summary(quantized) | plans
         manifest = write_manifest(
             folder, Manifest("quantize", mark, recipe, inputs, details=details)
         )

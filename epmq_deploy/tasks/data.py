@@ -76,11 +76,14 @@ class Samples:
         feature = self.rows.features.get(self.source.label_column)
         return list(feature.names) if hasattr(feature, "names") else None
 
-    def labels(self) -> Tensor:
+    def labels(self, classes: int | None = None) -> Tensor:
         """int64 ``[n]``; booleans are the classes 0 and 1.
 
+        Args:
+            classes: how many the head has; None where that is not known.
+
         Raises:
-            RecipeError: no such column, or values that are no integers.
+            RecipeError: no such column, or values that are no integers or no class of the head.
         """
         where, column = f"task {self.task!r}: {self.source.path}", self.source.label_column
         if column is None:
@@ -96,6 +99,11 @@ class Samples:
                     f"{where}: column {column!r} must hold integers (the class's place in "
                     f"head.classes), row {row} holds {value!r}"
                 )
+        low, high = min(values), max(values)
+        if low < 0 or (classes is not None and high >= classes):
+            raise RecipeError(
+                f"{where} has labels {low:d} to {high:d}, but its head has {classes} classes"
+            )
         return torch.tensor(values, dtype=torch.int64)
 
 

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 from tiny_zoo import TASKS, TinyZoo
 
-from epmq_deploy.card import CARD, license_of, model_card, write_card
+from epmq_deploy.card import CARD, Evaluation, license_of, model_card, write_card
 from epmq_deploy.merging.merge import merge
 from epmq_deploy.recipe import load_recipe, parse_recipe
 from epmq_deploy.stage import Manifest, is_done, open_output
@@ -27,6 +27,8 @@ RECIPE = {
     "merge": {"method": "ties", "density": 0.1},
     "quantize": {"method": "gptq", "bits": 3},
 }
+
+TABLE = "| task | top-1 |\n|---|--:|\n| sun | 75.0 |\n"
 
 
 def metadata(card: str) -> dict[str, Any]:
@@ -81,12 +83,42 @@ def test_a_card_tells_methods_options_and_evaluation() -> None:
     assert options["quantize"]["bits"] == 3
     assert "Not evaluated" not in card
     assert "Not evaluated yet" in card_of("export")
-    evaluated = card_of("export", evaluation="| task | top-1 |\n|---|--:|\n| sun | 75.0 |\n")
+    told = Evaluation(TABLE, "image-classification", {"qdq": {"sun": 75.004, "cars": 50.0}}, {})
+    evaluated = card_of("export", evaluation=told)
     assert "Not evaluated" not in evaluated
-    assert evaluated.endswith("## Evaluation\n\n| task | top-1 |\n|---|--:|\n| sun | 75.0 |\n")
-    assert metadata(evaluated) == metadata(card_of("export"))
+    assert evaluated.endswith(f"## Evaluation\n\n{TABLE}")
     # Nothing but the arguments decides the text.
     assert card == card_of("quantize")
+
+
+def test_metadata_hold_every_score_as_the_hub_reads_it() -> None:
+    scores = {"fp32": {"sun": 60.0, "cars": 50.0}, "qdq": {"sun": 75.004, "cars": 40.0}}
+    told = Evaluation(TABLE, "image-classification", scores, {"sun": "", "cars": "Spearman's"})
+    data = ModelCard(card_of("export", evaluation=told)).data
+    found = {
+        (item.metric_name, item.dataset_name): (
+            item.dataset_type,
+            item.metric_type,
+            item.metric_value,
+        )
+        for item in data.eval_results
+    }
+    assert found == {
+        ("fp32", "sun"): ("someone/sun", "accuracy", 60.0),
+        ("fp32", "cars"): ("cars", "spearmanr", 50.0),
+        ("qdq", "sun"): ("someone/sun", "accuracy", 75.0),
+        ("qdq", "cars"): ("cars", "spearmanr", 40.0),
+    }
+    assert "model-index" not in metadata(card_of("export"))
+
+
+def test_a_searched_scaling_stands_in_for_what_it_began_with() -> None:
+    recipe = parse_recipe(RECIPE | {"merge": {"method": "ties", "search": True}}, "test")
+    found = {"scaling": 0.25}
+    for stage, details in (("merge", found), ("quantize", {"merge": found})):
+        card = model_card(Manifest(stage, "mark", recipe, {}, details=details))
+        options = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+        assert options["merge"]["scaling"] == 0.25
 
 
 @pytest.mark.parametrize("source", ["card", "config", "neither", "broken"])
@@ -113,6 +145,7 @@ def test_a_stage_writes_its_card_and_an_evaluation_does_not_undo_it(
     assert "merge" in card.data.tags
     assert all(f"| {task} |" in card.text for task in TASKS)
     assert CARD not in manifest.outputs
-    write_card(folder, open_output(folder, "merge"), "All is well.")
+    told = Evaluation("All is well.", "image-classification", {}, {})
+    write_card(folder, open_output(folder, "merge"), told)
     assert (folder / CARD).read_text().endswith("## Evaluation\n\nAll is well.\n")
     assert is_done(folder, "merge", manifest.fingerprint)

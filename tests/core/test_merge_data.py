@@ -15,10 +15,10 @@ from torch.func import functional_call, jacrev
 from epmq_deploy.errors import MismatchError, NumericsError
 from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.merging.merge import merge
-from epmq_deploy.merging.methods.adamerging import entropy
 from epmq_deploy.merging.methods.fisher import fisher_mean
 from epmq_deploy.merging.regression import regression_mean, shrink_off_diagonal
 from epmq_deploy.models import TaskHead, family_of
+from epmq_deploy.models.predictions import entropy
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.tasks.data import batches, load_samples
 from epmq_deploy.tasks.heads import build_heads

@@ -17,8 +17,8 @@ from epmq_deploy.tasks.data import load_samples
 from epmq_deploy.tasks.heads import build_heads
 
 
-def measured(recipe: Recipe, folder: Path, samples: int) -> float:
-    """Mean divergence of the model in ``folder`` from the experts, computed the plain way."""
+def measured(recipe: Recipe, folder: Path, samples: int, objective: str = "experts") -> float:
+    """Mean loss of the model in ``folder``, computed the plain way."""
     family = family_of(folder)
     model = family.load(folder)
     base = Path(recipe.base.path)
@@ -29,8 +29,15 @@ def measured(recipe: Recipe, folder: Path, samples: int) -> float:
         assert task.calibration is not None
         chosen = load_samples(name, task.calibration, family, limit=samples)
         found = predictions_of(model, family, folder, chosen, heads[name])
-        wanted = predictions_of(experts.become(name), family, base, chosen, heads[name])
-        total += float(divergence(found.logits, wanted.logits).mean())
+        chances = found.logits.softmax(dim=1)
+        if objective == "labels":
+            rows = torch.arange(len(chosen))
+            total -= float(chances[rows, chosen.labels()].log().mean())
+        elif objective == "entropy":
+            total -= float((chances * chances.log()).sum(dim=1).mean())
+        else:
+            wanted = predictions_of(experts.become(name), family, base, chosen, heads[name])
+            total += float(divergence(found.logits, wanted.logits).mean())
     return total / len(recipe.tasks)
 
 
@@ -41,7 +48,7 @@ def test_reports_the_divergence_of_the_models_it_would_merge(
     flags = {"method": method, "search": True, "search_samples": 8, "layers": ["*.bias:scaling=0"]}
     searched = override(load_recipe(tiny.recipe), "merge", flags)
     manifest = merge(searched, tmp_path / "searched")
-    curve = {item["scaling"]: item["divergence"] for item in manifest.details["search"]}
+    curve = {item["scaling"]: item["loss"] for item in manifest.details["search"]}
     assert len(curve) >= 5
     assert list(curve) == sorted(curve)
     found = manifest.details["scaling"]
@@ -65,6 +72,33 @@ def test_every_missing_part_is_named_and_nothing_is_written(tiny: TinyZoo, tmp_p
         "task 'red' has no calibration data, which merge.search needs",
         "task 'blue' has no head, which merge.search needs",
     )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("objective", ["labels", "entropy"])
+def test_other_objectives_judge_the_model_they_would_merge(
+    tiny: TinyZoo, tmp_path: Path, objective: str
+) -> None:
+    flags = {"search": True, "search_samples": 8, "search_objective": objective}
+    searched = override(load_recipe(tiny.recipe), "merge", flags)
+    manifest = merge(searched, tmp_path / "searched")
+    curve = {item["scaling"]: item["loss"] for item in manifest.details["search"]}
+    found = manifest.details["scaling"]
+    loss = measured(searched, tmp_path / "searched", 8, objective)
+    assert loss == pytest.approx(curve[found], rel=1e-3)
+
+
+def test_labels_to_search_by_must_be_there(tiny: TinyZoo, tmp_path: Path) -> None:
+    flags = {"search": True, "search_objective": "labels"}
+    recipe = override(load_recipe(tiny.recipe), "merge", flags)
+    tasks = {
+        name: task.model_copy(
+            update={"calibration": task.calibration.model_copy(update={"label_column": column})}
+        )
+        for (name, task), column in zip(recipe.tasks.items(), ("no", "label", "nor"), strict=True)
+    }
+    with pytest.raises(MismatchError, match=r"no column 'no'.*\n?.*no column 'nor'"):
+        merge(recipe.model_copy(update={"tasks": tasks}), tmp_path / "merged")
     assert not list(tmp_path.iterdir())
 
 

@@ -55,7 +55,7 @@ def test_the_anchor_is_searched_on_samples_held_back(
 def test_the_scaling_is_searched(merged_writer: MergedWriter, tmp_path: Path) -> None:
     recipe = override(merged_writer.recipe, "merge", {"search": True, "search_samples": 8})
     manifest = merge(recipe, tmp_path / "merged")
-    curve = {item["scaling"]: item["divergence"] for item in manifest.details["search"]}
+    curve = {item["scaling"]: item["loss"] for item in manifest.details["search"]}
     found = manifest.details["scaling"]
     assert len(curve) >= 5
     assert curve[found] <= curve[0.3]

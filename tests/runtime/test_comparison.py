@@ -9,7 +9,6 @@ from epmq_deploy.runtime.comparison import (
     Difference,
     average_interval,
     compare,
-    difference_interval,
 )
 from epmq_deploy.runtime.scores import Accuracy
 from epmq_deploy.runtime.significance import Booleans, mcnemar
@@ -32,7 +31,7 @@ def compared(
     return compare(accuracies(ours), accuracies(theirs), same, margin=1.0)
 
 
-def test_difference_interval_equals_resampling_of_pairs() -> None:
+def test_the_interval_of_the_average_equals_resampling_of_pairs() -> None:
     rng = np.random.default_rng(1)
     first = {"a": rng.random(60) < 0.8, "b": rng.random(40) < 0.6}
     second = {"a": rng.random(60) < 0.7, "b": rng.random(40) < 0.6}
@@ -44,7 +43,7 @@ def test_difference_interval_equals_resampling_of_pairs() -> None:
             parts.append(hits[drawn].mean() - second[task][drawn].mean())
         means.append(100 * np.mean(parts))
     low, high = np.percentile(means, [2.5, 97.5])
-    found = difference_interval(accuracies(first), accuracies(second))
+    found = compared(first, second)[1].interval
     assert (found.low, found.high) == (pytest.approx(low, abs=0.6), pytest.approx(high, abs=0.6))
 
 

@@ -27,6 +27,11 @@ def noisy(count: int, noise: float, seed: int) -> RankCorrelation:
     return RankCorrelation((truth + wrong).round(1), truth)
 
 
+def constant(count: int) -> RankCorrelation:
+    """The same answer to all."""
+    return RankCorrelation(np.ones(count), np.arange(count, dtype=float))
+
+
 @pytest.mark.parametrize(
     ("predicted", "percent"),
     [
@@ -85,6 +90,7 @@ def test_intervals_are_those_of_resampling() -> None:
         (noisy(1500, 0.5, 1), noisy(1500, 0.5, 1), "no worse"),
         # Few answers that are all the same leave doubt.
         (noisy(5, 0.5, 1), noisy(5, 0.5, 1), "undecided"),
+        (constant(5), constant(5), "undecided"),
     ],
 )
 def test_verdicts(ours: RankCorrelation, theirs: RankCorrelation, verdict: str) -> None:

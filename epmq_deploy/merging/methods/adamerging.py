@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.merging.method import Context, DataOptions, MergeMethod, TaskVectors
+from epmq_deploy.models.predictions import entropy
 
 
 class AdaMergingOptions(DataOptions):
@@ -31,12 +32,6 @@ class AdaMergingOptions(DataOptions):
         "learning_rate",
         "batch_size",
     }
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of predictions ``[m]``, in nats, from logits ``[m, C]``."""
-    scores = logits.log_softmax(dim=1)
-    return -(scores.exp() * scores).sum(dim=1)
 
 
 def combine(base: Tensor, task_vectors: Tensor, coefficients: Tensor) -> Tensor:
