@@ -117,8 +117,8 @@ class ExportOptions(Options):
     opset: int | None = Field(
         None,
         ge=21,
-        description="ONNX opset; when absent 21, the first with 4-bit types, and 23, the first "
-        "with Attention, for int8-expand",
+        description="ONNX opset; when absent 21, the first with 4-bit types, or 23, the first "
+        "with Attention, where int8-expand uses that",
     )
     accuracy_level: int = Field(
         0, ge=0, le=4, description="arithmetic of MatMulNBits: 0 float32, 4 int8 (faster)"

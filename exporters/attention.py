@@ -8,6 +8,7 @@ becomes ``Attention`` of the three ``x`` (ONNX operator set 23), whose kernel fo
 the parts (onnxruntime 1.31, ``benchmarks/deploy.py``); onnxruntime does not fuse them by itself.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,16 +24,45 @@ _KEYS_LAST = (0, 2, 3, 1)
 
 
 @dataclass(frozen=True)
+class _Attention:
+    """One that can be replaced.
+
+    Attributes:
+        inputs: queries, keys, values ``[B, S, H * D]`` and, where there is one, the mask.
+        heads: ``H``.
+        scale: of the scores, positive.
+        output: the Reshape that ends it.
+    """
+
+    inputs: tuple[ir.Value, ...]
+    heads: int
+    scale: float
+    output: ir.Node
+
+
+@dataclass(frozen=True)
 class _Heads:
     """One of queries, keys and values.
 
     Attributes:
         flat: ``[B, S, H * D]``.
         count: ``H``.
+        batch: ``B``.
     """
 
     flat: ir.Value
     count: int
+    batch: int | ir.SymbolicDim
+
+    @property
+    def shared(self) -> tuple[int, int | ir.SymbolicDim]:
+        """What is the same for queries, keys and values."""
+        return self.count, self.batch
+
+
+def has_attention(graph: ir.Graph) -> bool:
+    """Whether there is any attention of that form."""
+    return any(_all(graph))
 
 
 def fuse_attention(graph: ir.Graph) -> int:
@@ -41,38 +71,44 @@ def fuse_attention(graph: ir.Graph) -> int:
     Returns:
         How many were replaced.
     """
-    fused = 0
-    for node in list(graph):
-        if node.op_type == "Softmax":
-            fused += _fuse(graph, node)
-    return fused
+    found = list(_all(graph))
+    for attention in found:
+        old = attention.output.outputs[0]
+        counts = {"q_num_heads": attention.heads, "kv_num_heads": attention.heads}
+        node = ir.node("Attention", attention.inputs, {**counts, "scale": attention.scale})
+        node.outputs[0].shape, node.outputs[0].type = old.shape, old.type
+        ir.convenience.replace_nodes_and_values(
+            graph, attention.output, [attention.output], [node], [old], node.outputs
+        )
+    return len(found)
 
 
-def _fuse(graph: ir.Graph, softmax: ir.Node) -> bool:
+def _all(graph: ir.Graph) -> Iterator[_Attention]:
+    found = (_around(node) for node in graph if node.op_type == "Softmax")
+    return (attention for attention in found if attention is not None)
+
+
+def _around(softmax: ir.Node) -> _Attention | None:
     scores = softmax.inputs[0]
     if scores is None or softmax.attributes.get_int("axis", -1) not in (-1, 3):
-        return False
+        return None
     scores, mask = _masked(scores)
     scores, scale = _scaled(scores)
     product = producer(scores, "MatMul")
     last = only_reader(softmax.outputs[0], "MatMul")
-    if product is None or last is None or last.inputs[0] is not softmax.outputs[0]:
-        return False
+    if product is None or last is None or last.inputs[0] is not softmax.outputs[0] or scale <= 0:
+        return None
     queries = _heads(product.inputs[0], _HEADS_FIRST)
     keys = _heads(product.inputs[1], _KEYS_LAST)
     values = _heads(last.inputs[1], _HEADS_FIRST)
     output = _flattened(last.outputs[0])
     if queries is None or keys is None or values is None or output is None:
-        return False
-    if not queries.count == keys.count == values.count:
-        return False
-    counts = {"q_num_heads": queries.count, "kv_num_heads": keys.count}
-    inputs = [queries.flat, keys.flat, values.flat, *([] if mask is None else [mask])]
-    node = ir.node("Attention", inputs, {**counts, "scale": scale}, name=softmax.name)
-    made, old = node.outputs[0], output.outputs[0]
-    made.shape, made.type = old.shape, old.type
-    ir.convenience.replace_nodes_and_values(graph, output, [output], [node], [old], [made])
-    return True
+        return None
+    # Parts repeat what has a batch or head of 1; the operator does not.
+    if not queries.shared == keys.shared == values.shared:
+        return None
+    inputs = (queries.flat, keys.flat, values.flat, *([] if mask is None else [mask]))
+    return _Attention(inputs, queries.count, scale, output)
 
 
 def _masked(scores: ir.Value) -> tuple[ir.Value, ir.Value | None]:
@@ -85,7 +121,7 @@ def _masked(scores: ir.Value) -> tuple[ir.Value, ir.Value | None]:
             continue
         # onnxruntime's kernel repeats masks along the first two axes alone.
         shape = mask.shape
-        if shape is not None and len(shape) == 4 and tuple(shape[2:]) == tuple(scores.shape[2:]):
+        if _known(shape) == 4 and shape[2:] == scores.shape[2:]:  # type: ignore[index]
             return value, mask
     return scores, None
 
@@ -110,7 +146,7 @@ def _heads(value: ir.Value | None, order: tuple[int, ...]) -> _Heads | None:
     if reshape is None or flat is None:
         return None
     count = _split_heads(flat.shape, reshape.outputs[0].shape)
-    return None if count is None else _Heads(flat, count)
+    return None if count is None else _Heads(flat, count, flat.shape[0])  # type: ignore[index]
 
 
 def _flattened(value: ir.Value) -> ir.Node | None:
@@ -127,9 +163,16 @@ def _flattened(value: ir.Value) -> ir.Node | None:
 
 def _split_heads(flat: ir.Shape | None, split: ir.Shape | None) -> int | None:
     """``H``, if the shapes are ``[B, S, H * D]`` and ``[B, S, H, D]``."""
-    if flat is None or split is None or len(flat) != 3 or len(split) != 4:
+    if flat is None or split is None or (_known(flat), _known(split)) != (3, 4):
         return None
     heads, size = split[2:]
     if not isinstance(heads, int) or not isinstance(size, int):
         return None
-    return heads if tuple(flat[:2]) == tuple(split[:2]) and flat[2] == heads * size else None
+    return heads if flat[:2] == split[:2] and flat[2] == heads * size else None
+
+
+def _known(shape: ir.Shape | None) -> int | None:
+    """The number of axes, if the size of each is a number or has a name: equal is equal then."""
+    if shape is None or any(getattr(size, "value", size) is None for size in shape):
+        return None
+    return len(shape)

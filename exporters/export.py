@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from epmq_deploy.exporters.check import check_inputs, check_options
 from epmq_deploy.exporters.files import PROTOBUF_LIMIT, write_model
-from epmq_deploy.exporters.formats import GraphFormat, all_formats, formats_of
-from epmq_deploy.exporters.formats.format import ExportContext
+from epmq_deploy.exporters.formats import GraphFormat, formats_of
+from epmq_deploy.exporters.formats.format import TRACED_OPSET, ExportContext
 from epmq_deploy.exporters.int8_matmul import integer_layers
 from epmq_deploy.exporters.memory import (
     large_blocks_returned,
@@ -150,7 +150,7 @@ def write_graphs(
         file_limit=file_limit,
     )
 
-    traced = min(fmt.usual_opset for fmt in all_formats()) if opset is None else opset
+    traced = opset or TRACED_OPSET
     graph = trace(export_copy(model), example_inputs, traced)
     floats = [fmt for fmt in chosen if not fmt.low_bit and fmt.name != FP32_FORMAT]
     written = [write(graph.clone(), fmt, {}, {}) for fmt in (*formats_of([FP32_FORMAT]), *floats)]
@@ -200,7 +200,7 @@ def _write(
     file_limit: int,
 ) -> WrittenGraph:
     """Lower a graph, check it and write it."""
-    version = fmt.usual_opset if opset is None else opset
+    version = opset or fmt.usual_opset(graph)
     with large_blocks_returned():
         convert_version(graph, version)
         fmt.lower(graph)

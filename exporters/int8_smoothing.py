@@ -6,10 +6,11 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from epmq_deploy.exporters.graph import add_initializer, constant
+from epmq_deploy.exporters.graph import add_initializer, constant, producer
 
-# Their last inputs are a gain and, for the first, a bias per channel.
-_NORMS = ("LayerNormalization", "RMSNormalization")
+# Which inputs hold a gain and, for the first, a bias per channel. A norm that is spelled out ends
+# with a multiplication by its gain.
+_GAINS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,), "Mul": (0, 1)}
 
 
 def divide_input(graph: ir.Graph, factors: Mapping[ir.Node, Tensor | None]) -> None:
@@ -40,21 +41,34 @@ def divide_input(graph: ir.Graph, factors: Mapping[ir.Node, Tensor | None]) -> N
 
 def _norm_for(value: ir.Value, nodes: Iterable[ir.Node]) -> ir.Node | None:
     """The norm whose output only these nodes read."""
-    norm = value.producer()
-    if norm is None or norm.op_type not in _NORMS or value.is_graph_output():
+    norm = producer(value, *_GAINS)
+    if norm is None or value.is_graph_output() or norm.attributes.get_int("axis", -1) != -1:
         return None
-    last = norm.attributes.get_int("axis", -1) == -1
-    constants = all(v is None or v.const_value is not None for v in norm.inputs[1:])
+    gains = [norm.inputs[index] for index in _gains(norm)]
+    held = [gain.const_value for gain in gains if gain is not None]
+    constants = bool(held) and all(gain is not None and len(gain.shape) == 1 for gain in held)
     readers = {use.node for use in value.uses()}
-    return norm if last and constants and readers == set(nodes) else None
+    return norm if constants and readers == set(nodes) else None
+
+
+def _gains(norm: ir.Node) -> list[int]:
+    """Inputs that take a division in: all a norm has, and the constant one of a multiplication."""
+    places = [place for place in _GAINS[norm.op_type] if place < len(norm.inputs)]
+    if norm.op_type != "Mul":
+        return places
+    return [place for place in places if _is_constant(norm.inputs[place])]
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None
 
 
 def _scale_norm(graph: ir.Graph, norm: ir.Node, reciprocals: np.ndarray) -> None:
     # New initializers: equal ones of several norms may have been merged.
-    for index, part in enumerate(("gain", "bias"), start=1):
+    for index in _gains(norm):
         array = constant(norm, index)
         if array is not None:
-            tensor = ir.Tensor(array * reciprocals, name=f"{norm.name}.smoothed_{part}")
+            tensor = ir.Tensor(array * reciprocals, name=f"{norm.name}.smoothed_{index}")
             norm.replace_input_with(index, add_initializer(graph, tensor))
 
 

@@ -33,6 +33,10 @@ class ExportContext:
 INT8_TOLERANCE = 0.3
 
 
+# The first with 4-bit types.
+TRACED_OPSET = 21
+
+
 class GraphFormat(ABC):
     """One way to write a model into an ONNX file.
 
@@ -41,7 +45,6 @@ class GraphFormat(ABC):
         suffix: the file is ``model<suffix>.onnx``; transformers.js and optimum look for these.
         summary: one line for listings.
         min_opset: lowest version of the default operator set it can be written in.
-        usual_opset: the version it is written in unless the user asks for another.
         low_bit: whether it holds the quantized layers; otherwise it is the merged model in float.
         stores_two_bits: whether it may hold codes in 2-bit containers.
         tolerance: largest distance from torch, relative to the norm of an output
@@ -52,8 +55,6 @@ class GraphFormat(ABC):
     suffix: ClassVar[str]
     summary: ClassVar[str]
     min_opset: ClassVar[int]
-    # The first with 4-bit types.
-    usual_opset: ClassVar[int] = 21
     low_bit: ClassVar[bool] = True
     stores_two_bits: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-3
@@ -71,6 +72,14 @@ class GraphFormat(ABC):
     @abstractmethod
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
         """What keeps linear layers, by dotted name, from being exported: one sentence each."""
+
+    def usual_opset(self, model: ir.Model) -> int:
+        """The version of the default operator set for a graph, unless the user asks for another.
+
+        Args:
+            model: as ``lower`` takes it, of `TRACED_OPSET`.
+        """
+        return TRACED_OPSET
 
     @abstractmethod
     def lower(self, model: ir.Model) -> None:

@@ -21,7 +21,11 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
-from epmq_deploy.exporters.attention import ATTENTION_OPSET, fuse_attention
+from epmq_deploy.exporters.attention import (
+    ATTENTION_OPSET,
+    fuse_attention,
+    has_attention,
+)
 from epmq_deploy.exporters.formats.format import INT8_TOLERANCE, ExportContext, GraphFormat
 from epmq_deploy.exporters.graph import constant, low_bit_nodes, producer, read_packed
 from epmq_deploy.exporters.int8_matmul import (
@@ -57,7 +61,6 @@ class Int8ExpandFormat(GraphFormat):
     suffix = "_quantized"
     summary = "4 bits on disk, int8 at run time, standard ONNX: onnxruntime on x86 and ARM"
     min_opset = 21
-    usual_opset = ATTENTION_OPSET
     tolerance = INT8_TOLERANCE
 
     def __init__(
@@ -89,14 +92,13 @@ class Int8ExpandFormat(GraphFormat):
         """See base."""
         return self._problems
 
-    @property
-    def integer_layers(self) -> frozenset[str]:
-        """See base."""
-        return frozenset(name for name, plan in self._plans.items() if plan.integer)
-
     def details(self) -> dict[str, dict[str, Any]]:
         """See base."""
         return {name: plan.details() for name, plan in sorted(self._plans.items())}
+
+    def usual_opset(self, model: ir.Model) -> int:
+        """See base."""
+        return ATTENTION_OPSET if has_attention(model.graph) else super().usual_opset(model)
 
     def lower(self, model: ir.Model) -> None:
         """See base."""

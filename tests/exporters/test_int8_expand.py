@@ -203,6 +203,35 @@ def test_groups_may_divide_one_value_each_in_its_own_way() -> None:
         np.testing.assert_allclose(one, rows @ weight, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("gain_first", [True, False])
+def test_a_norm_that_is_spelled_out_takes_factors_in(gain_first: bool) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal((8, 3), np.float32) for name in ("first", "second")}
+    gain = rng.random(8, np.float32) + 0.5
+    operands = ["gain", "x"] if gain_first else ["x", "gain"]
+    nodes = [helper.make_node("Mul", operands, ["normed"], name="norm")]
+    nodes += [helper.make_node("MatMul", ["normed", f"{n}.w"], [n], name=n) for n in arrays]
+    factors = torch.rand(8) + 0.5
+    tensors = [numpy_helper.from_array(gain, "gain")]
+    tensors += [
+        numpy_helper.from_array(array * factors.numpy()[:, None], f"{name}.w")
+        for name, array in arrays.items()
+    ]
+    x, *outputs = (helper.make_tensor_value_info(name, 1, None) for name in ("x", *arrays))
+    graph = helper.make_graph(nodes, "norm", [x], outputs, tensors)
+    opsets = [helper.make_opsetid("", 21)]
+    model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    layers = [node for node in model.graph if node.op_type == "MatMul"]
+    divide_input(model.graph, dict.fromkeys(layers, factors))
+    assert [node.op_type for node in model.graph] == ["Mul", "MatMul", "MatMul"]
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    rows = rng.standard_normal((4, 8), np.float32)
+    for one, array in zip(session.run(None, {"x": rows}), arrays.values(), strict=True):
+        np.testing.assert_allclose(one, rows * gain @ array, rtol=1e-4, atol=1e-5)
+
+
 def one_layer(layer: QuantizedLinear, plan: Int8Plan, rows: Tensor) -> Tensor:
     """A layer's outputs in onnxruntime, in int8."""
     from epmq_deploy.exporters.formats.int8_expand import Int8ExpandFormat
