@@ -13,6 +13,7 @@ With the products this fast, attention counts: it becomes one operator
 (`epmq_deploy.exporters.attention`).
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -47,6 +48,8 @@ from epmq_deploy.exporters.int8_smoothing import divide_input
 from epmq_deploy.exporters.integer_tensors import SIGNED, integer_tensor, read_layer
 from epmq_deploy.exporters.packed_linear import unpack_linear
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+
+log = logging.getLogger(__name__)
 
 
 class Int8ExpandFormat(GraphFormat):
@@ -86,6 +89,11 @@ class Int8ExpandFormat(GraphFormat):
             context.options.int8_activations,
             context.options.int8_error_budget,
         )
+        if layers and not context.inputs:
+            log.warning(
+                "int8-expand: quantization saw no data, so that no layer's error in int8 is known; "
+                "all run in int8, whatever --int8-error-budget says"
+            )
         return Int8ExpandFormat(plans, problems)
 
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:

@@ -323,6 +323,15 @@ def test_static_ranges(case: Any, tools: Any, tmp_path: Path) -> None:
         assert np.linalg.norm(one - other.numpy()) < 0.05 * float(other.norm())
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_errors_that_are_not_known_are_said(
+    case: Any, tools: Any, caplog: pytest.LogCaptureFixture, known: bool
+) -> None:
+    context = calibrated(case, tools) if known else ExportContext()
+    formats_of([FORMAT])[0].planned(case.linear, context)
+    assert ("no layer's error in int8 is known" in caplog.text) is not known
+
+
 def test_static_ranges_need_statistics(case: Any, tools: Any, tmp_path: Path) -> None:
     context = ExportContext(ExportOptions(int8_activations="static"))
     with pytest.raises(RecipeError, match="--int8-activations dynamic"):
