@@ -294,13 +294,6 @@ def test_tensors_clip_does_not_have_are_named(tmp_path: Path) -> None:
         Checkpoint.open(folder)
 
 
-def test_weights_must_be_safetensors(tmp_path: Path) -> None:
-    folder = write(tmp_path / "model", random_tensors())
-    (folder / "open_clip_model.safetensors").rename(folder / "open_clip_pytorch_model.bin")
-    with pytest.raises(RecipeError, match=r"no open_clip_model\.safetensors"):
-        Checkpoint.open(folder)
-
-
 def test_both_towers_of_open_clip_experts_are_merged(tmp_path: Path) -> None:
     base, expert = random_tensors(0), random_tensors(1)
     write(tmp_path / "base", base)
