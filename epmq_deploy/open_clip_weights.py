@@ -63,7 +63,6 @@ def named_folder(name: str, path: Path) -> Path:
     if (name, file) not in _folders:
         _check(name, file)
         made = TemporaryDirectory(prefix="epmq-open-clip-")
-        _folders[name, file] = made
         folder = Path(made.name)
         content = {"model_cfg": ARCHITECTURES[name]}
         (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(content))
@@ -71,6 +70,7 @@ def named_folder(name: str, path: Path) -> Path:
         for beside in (file.with_name(other) for other in _TOKENIZER):
             if beside.is_file():
                 (folder / beside.name).symlink_to(beside)
+        _folders[name, file] = made
     return Path(_folders[name, file].name)
 
 
