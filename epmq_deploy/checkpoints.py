@@ -196,7 +196,6 @@ def fetch_model(path_or_id: str) -> Path:
     Raises:
         RecipeError: none of these, or what the hub cannot deliver; names the conversion for pickled
             weights.
-        MismatchError: see ``named_folder``.
     """
     folder = Path(path_or_id)
     if folder.is_dir():

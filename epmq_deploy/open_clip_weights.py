@@ -1,12 +1,12 @@
 """Bare weights of ``open_clip``, whose architecture is known by name: ``open_clip:NAME=PATH``."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from epmq_deploy.errors import RecipeError
+from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES, clip_config, open_clip_tensors
 from epmq_deploy.open_clip_architectures import ARCHITECTURES
 from epmq_deploy.pickled import refuse_pickled, refuse_pickled_file
@@ -51,7 +51,6 @@ def named_folder(name: str, path: Path) -> Path:
 
     Raises:
         RecipeError: a name that is not known, no such weights, or weights of something else.
-        MismatchError: they hold what CLIP does not.
     """
     if name not in ARCHITECTURES:
         raise RecipeError(
@@ -104,16 +103,25 @@ def _weights(path: Path) -> Path:
 
 def _check(name: str, file: Path) -> None:
     """Make sure that a file holds the towers of an architecture."""
-    tensors = open_clip_tensors(file, lambda key: key)
+    try:
+        tensors = open_clip_tensors(file, lambda key: key)
+    except MismatchError as error:
+        raise RecipeError(
+            f"{file}: not a CLIP in the layout of open_clip: it has {error.problems[0]}"
+            f"{_more(error.problems)}"
+        ) from error
     problems = _differences(ARCHITECTURES[name], file, tensors)
     if not problems:
         return
     others = [
         other for other, model in ARCHITECTURES.items() if not _differences(model, file, tensors)
     ]
-    more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
     hint = f"its tensors are those of {' or '.join(others)}" if others else "no known name fits it"
-    raise RecipeError(f"{file}: not the weights of {name}: {problems[0]}{more}; {hint}")
+    raise RecipeError(f"{file}: not the weights of {name}: {problems[0]}{_more(problems)}; {hint}")
+
+
+def _more(problems: Sequence[str]) -> str:
+    return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
 
 
 def _differences(
