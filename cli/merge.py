@@ -28,9 +28,15 @@ def command(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model: folder or hub id.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model: folder, hub id (owner/name@revision) or open_clip:NAME=PATH."
+        ),
+    ] = None,
     expert: Annotated[
-        list[str] | None, typer.Option(help=f"An expert as name=path; {SEVERAL_HELP}.")
+        list[str] | None,
+        typer.Option(help=f"An expert as name=path, path being as of --base; {SEVERAL_HELP}."),
     ] = None,
     list_methods: Annotated[
         bool, typer.Option("--list", help="Explain all merge methods and their options, and end.")

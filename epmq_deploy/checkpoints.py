@@ -14,6 +14,7 @@ from torch import Tensor
 
 from epmq_deploy.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapted_tensors
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.hub import fetch_snapshot, hub_id
 from epmq_deploy.open_clip import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_FILES,
@@ -21,6 +22,8 @@ from epmq_deploy.open_clip import (
     open_clip_tensors,
     processor_config,
 )
+from epmq_deploy.open_clip_weights import named_folder, split_named
+from epmq_deploy.pickled import SINGLE_FILE, refuse_pickled, refuse_pickled_file
 from epmq_deploy.tensors import (
     Rename,
     TensorInfo,
@@ -29,14 +32,9 @@ from epmq_deploy.tensors import (
     write_tensors,
 )
 
-SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# The card says under which license a model is.
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
 _SETTINGS = {".json", ".txt", ".model", ".jinja"}
 _NOT_SETTINGS = {INDEX_FILE, "manifest.json", "report.json", "eval.json"}
-_FILES = (".parquet", ".json", ".jsonl", ".csv", ".safetensors", ".yaml")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -153,6 +151,7 @@ def expert_files(folder: Path) -> tuple[Path, ...]:
         return weight_files(folder)
     file = folder / ADAPTER_FILE
     if not file.is_file():
+        refuse_pickled(folder)
         raise RecipeError(f"{folder}: no {ADAPTER_FILE} beside {ADAPTER_CONFIG}")
     return (file,)
 
@@ -179,45 +178,44 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         for name in OPEN_CLIP_FILES:
             if (folder / name).is_file():
                 return (folder / name,)
+        refuse_pickled(folder)
         raise RecipeError(f"{folder}: {OPEN_CLIP_CONFIG}, but no {' or '.join(OPEN_CLIP_FILES)}")
     if is_adapter(folder):
         raise RecipeError(f"{folder}: an adapter, where a whole model is needed")
-    pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if pickled:
-        raise RecipeError(
-            f"{folder}: only pickled weights ({pickled[0]}), which are never loaded; convert them: "
-            f'python -c "from transformers import AutoModel; '
-            f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}-safetensors')\""
-        )
+    refuse_pickled(folder)
     raise RecipeError(f"{folder}: no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
 def fetch_model(path_or_id: str) -> Path:
-    """A local folder as it is, or a hub id's snapshot (safetensors and settings only).
+    """A local folder as it is, or one made of what else names a model.
+
+    Args:
+        path_or_id: a folder; a hub id, of which safetensors and settings are fetched, with
+            ``@revision`` where it is not the main branch; or ``open_clip:NAME=PATH``.
 
     Raises:
-        RecipeError: neither a folder nor an id the hub can deliver.
+        RecipeError: none of these, or what the hub cannot deliver; names the conversion for pickled
+            weights.
     """
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
-    if not looks_like_hub_id(path_or_id):
+    named = split_named(path_or_id)
+    if named is not None:
+        return named_folder(named[0], Path(named[1]))
+    if folder.is_file():
+        refuse_pickled_file(folder, "the folder")
+        raise RecipeError(f"{folder}: a file, where a model folder is needed")
+    wanted = hub_id(path_or_id)
+    if wanted is None:
         raise RecipeError(f"{path_or_id}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path_or_id, allow_patterns=_HUB_PATTERNS))
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(
-            f"{path_or_id}: no such folder, and the hub did not deliver it ({reason})"
-        ) from error
+    return fetch_snapshot(wanted)
 
 
 def looks_like_hub_id(text: str) -> bool:
-    """Whether ``text`` has the form ``owner/name`` of a hub id, and not that of a file."""
-    shaped = text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    return shaped and not text.endswith(("/", *_FILES))
+    """Whether ``text`` is the id of a repository on the hub, without a revision."""
+    found = hub_id(text)
+    return found is not None and found.revision is None
 
 
 def model_config(folder: Path) -> dict[str, Any] | None:

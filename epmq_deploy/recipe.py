@@ -14,11 +14,12 @@ from pydantic import (
 from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.calibration.targets.epmq import EpmqOptions
-from epmq_deploy.checkpoints import looks_like_hub_id
 from epmq_deploy.errors import RecipeError, listed
+from epmq_deploy.hub import hub_id
 from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
+from epmq_deploy.open_clip_weights import PREFIX, split_named
 from epmq_deploy.options import SEVERAL, Options, shared_fields, union_by_method
 from epmq_deploy.prompt import Prompt
 
@@ -40,7 +41,10 @@ else:
 class Base(Options):
     """The model all experts were fine-tuned from."""
 
-    path: str = Field(description="folder or hub id of the base model")
+    path: str = Field(
+        description="folder or hub id of the base model; hub ids may have a revision, "
+        "owner/name@revision, and weights of open_clip are open_clip:NAME=PATH"
+    )
     part: Literal["image", "text", "both"] | None = Field(
         None,
         description="of CLIP: the tower that is merged, image (default), text or both; heads from "
@@ -93,7 +97,7 @@ class Head(Options):
 class Task(Options):
     """One expert and what it was made for."""
 
-    expert: str = Field(description="folder or hub id of the expert")
+    expert: str = Field(description="folder or hub id of the expert, as base.path")
     calibration: DataSource | None = Field(None, description="samples for quantization")
     evaluation: DataSource | None = Field(None, description="labelled samples for evaluation")
     head: Head | None = Field(None, description="the task's classifier")
@@ -248,9 +252,12 @@ def absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         return str((folder / Path(path).expanduser()).resolve())
 
     def located(path: str) -> str:
+        named = split_named(path)
+        if named is not None:
+            return f"{PREFIX}{named[0]}={local(named[1])}"
         # ``data/cars`` has the form of a hub id too; a folder of that first name decides.
         beside = (folder / path).exists() or (folder / Path(path).parts[0]).is_dir()
-        return path if looks_like_hub_id(path) and not beside else local(path)
+        return path if hub_id(path) and not beside else local(path)
 
     def source(data: DataSource | None) -> DataSource | None:
         return data and data.model_copy(update={"path": located(data.path)})

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.open_clip_weights import given_folder
 
 
 def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpose: str) -> Any:
@@ -25,7 +26,8 @@ def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpos
     parts = all((folder / name).is_file() for name in files)
     if not (whole or parts):
         raise RecipeError(
-            f"{folder}: {purpose} the base's tokenizer: tokenizer.json, or {' and '.join(files)}"
+            f"{given_folder(folder)}: {purpose} the base's tokenizer: tokenizer.json, or "
+            f"{' and '.join(files)}"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_deploy.checkpoints import looks_like_hub_id
 from epmq_deploy.errors import EpmqError, NumericsError, RecipeError
+from epmq_deploy.hub import hub_id
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.writer import TextPair
 from epmq_deploy.prompt import Prompt
@@ -285,9 +285,7 @@ def missing_data(tasks: Mapping[str, Task]) -> list[str]:
         f"task {name!r}: {source.path}: no such file or folder"
         for name, task in tasks.items()
         for source in (task.calibration, task.evaluation)
-        if source is not None
-        and not Path(source.path).exists()
-        and not looks_like_hub_id(source.path)
+        if source is not None and not Path(source.path).exists() and hub_id(source.path) is None
     ]
 
 
@@ -344,7 +342,8 @@ def _load_rows(task: str, source: DataSource) -> Any:
 
     path = Path(source.path)
     where = f"task {task!r}: {source.path}"
-    if not path.exists() and not looks_like_hub_id(source.path):
+    on_hub = None if path.exists() else hub_id(source.path)
+    if not path.exists() and on_hub is None:
         raise RecipeError(f"{where}: no such file or folder")
     datasets.disable_progress_bars()
     try:
@@ -355,6 +354,10 @@ def _load_rows(task: str, source: DataSource) -> Any:
             loaded = datasets.load_dataset(builder, data_files=str(path))
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(str(path))
+        elif on_hub is not None:
+            loaded = datasets.load_dataset(
+                on_hub.repository, source.subset, revision=on_hub.revision
+            )
         else:
             loaded = datasets.load_dataset(source.path, source.subset)
     except RecipeError:

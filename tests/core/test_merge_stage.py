@@ -247,14 +247,6 @@ def test_overflow_in_the_output_dtype_is_an_error(tiny: TinyZoo, tmp_path: Path)
     assert not (tmp_path / "merged").exists()
 
 
-def test_pickled_weights_are_refused_with_the_conversion(tiny: TinyZoo, tmp_path: Path) -> None:
-    recipe_file = copied(tiny, tmp_path / "zoo")
-    expert = tmp_path / "zoo" / "experts" / "red"
-    (expert / "model.safetensors").rename(expert / "pytorch_model.bin")
-    with pytest.raises(MismatchError, match=r"pickled weights.*save_pretrained"):
-        merge(load_recipe(recipe_file), tmp_path / "merged")
-
-
 def test_unknown_model_type_is_named(tiny: TinyZoo, tmp_path: Path) -> None:
     recipe_file = copied(tiny, tmp_path / "zoo")
     config = tmp_path / "zoo" / "base" / "config.json"
