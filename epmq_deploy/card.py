@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
-from epmq_deploy.checkpoints import looks_like_hub_id, model_config
+from epmq_deploy.checkpoints import model_config
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.hub import hub_id
 from epmq_deploy.merging.methods import MERGE_METHODS
 
 if TYPE_CHECKING:
@@ -101,8 +102,9 @@ def license_of(path_or_id: str) -> str | None:
         path_or_id: folder or hub id; nothing is fetched.
     """
     file = Path(path_or_id) / CARD
-    if looks_like_hub_id(path_or_id):
-        cached = try_to_load_from_cache(path_or_id, CARD)
+    on_hub = hub_id(path_or_id)
+    if on_hub is not None:
+        cached = try_to_load_from_cache(on_hub.repository, CARD, revision=on_hub.revision)
         file = Path(cached) if isinstance(cached, str) else file
     found: Any = None
     if file.is_file():
@@ -122,15 +124,13 @@ def license_of(path_or_id: str) -> str | None:
 def _metadata(manifest: Manifest, license_name: str | None, evaluation: Evaluation | None) -> str:
     recipe, stage = manifest.recipe, manifest.stage
     models = [recipe.base.path, *(task.expert for task in recipe.tasks.values())]
-    linked = list(dict.fromkeys(path for path in models if looks_like_hub_id(path)))
-    datasets = list(
-        dict.fromkeys(
-            source.path
-            for task in recipe.tasks.values()
-            for source in (task.calibration, task.evaluation)
-            if source is not None and looks_like_hub_id(source.path)
-        )
-    )
+    sources = [
+        source.path
+        for task in recipe.tasks.values()
+        for source in (task.calibration, task.evaluation)
+        if source is not None
+    ]
+    linked, datasets = _repositories(models), _repositories(sources)
     tags = ["merge", "model-merging", recipe.merge.method]
     if stage != "merge":
         tags += ["quantized", f"{recipe.quantize.bits}-bit"]
@@ -148,6 +148,12 @@ def _metadata(manifest: Manifest, license_name: str | None, evaluation: Evaluati
         data.model_name = f"{_shown(recipe.base.path)}, {len(recipe.tasks)} experts merged"
         data.eval_results = _results(recipe, evaluation)
     return f"{data.to_yaml()}\n"
+
+
+def _repositories(paths: Iterable[str]) -> list[str]:
+    """Those on the hub, once each."""
+    found = (hub_id(path) for path in paths)
+    return list(dict.fromkeys(item.repository for item in found if item is not None))
 
 
 def _results(recipe: Recipe, evaluation: Evaluation) -> list[EvalResult]:
@@ -204,4 +210,4 @@ def _options(manifest: Manifest) -> str:
 
 def _shown(path: str) -> str:
     """A hub id as it is; a local path by its last name, which is all others can make sense of."""
-    return path if looks_like_hub_id(path) else Path(path).name
+    return path if hub_id(path) else Path(path).name

@@ -212,12 +212,6 @@ def fetch_model(path_or_id: str) -> Path:
     return fetch_snapshot(wanted)
 
 
-def looks_like_hub_id(text: str) -> bool:
-    """Whether ``text`` is the id of a repository on the hub, without a revision."""
-    found = hub_id(text)
-    return found is not None and found.revision is None
-
-
 def model_config(folder: Path) -> dict[str, Any] | None:
     """A model folder's ``config.json``, or what follows from ``open_clip``'s; None without either.
 

@@ -59,6 +59,10 @@ def test_metadata_name_what_the_hub_can_link_to() -> None:
     assert (quantized["library_name"], exported["library_name"]) == ("epmq-deploy", "onnx")
     assert exported["base_model_relation"] == "quantized"
     assert "license" not in exported
+    pinned = parse_recipe(RECIPE | {"base": {"path": "openai/clip@refs/pr/15"}}, "test")
+    card = model_card(Manifest("merge", "mark", pinned, {}))
+    assert metadata(card)["base_model"] == ["openai/clip", "someone/clip_sun"]
+    assert "2 experts of openai/clip@refs/pr/15" in card
 
 
 def test_local_models_are_not_called_by_their_whole_path() -> None:
