@@ -77,6 +77,10 @@ def check_options(recipe: Recipe) -> None:
     """
     method = MERGE_METHODS[recipe.merge.method]
     problems = method.problems(recipe.merge, tuple(recipe.tasks))
+    problems += [
+        f"merge.{name} has no effect {why}; leave it out"
+        for name, why in recipe.merge.idle().items()
+    ]
     if recipe.base.part in ("text", "both") and uses_data(recipe.merge):
         problems.append(
             f"base.part: {recipe.base.part}: merging that takes calibration data (method "
