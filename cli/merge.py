@@ -114,7 +114,7 @@ def _recipe(file: Path | None, base: str | None, experts: list[str]) -> Recipe:
             "tasks": {name: {"expert": path} for name, path in pairs.items()},
         }
         return absolute_paths(parse_recipe(content, "flags"), Path.cwd())
-    content = load_recipe(file).model_dump()
+    content = load_recipe(file).model_dump(exclude_unset=True)
     if base is not None:
         content["base"]["path"] = base
     for name, path in pairs.items():

@@ -11,7 +11,7 @@ from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, write_and_show
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
-from epmq_deploy.experts import Sources, open_sources
+from epmq_deploy.experts import Sources, open_available
 from epmq_deploy.recipe import Recipe, Task
 from epmq_deploy.stage import Manifest, is_done, refuse_existing
 
@@ -108,12 +108,10 @@ def preflight(recipe: Recipe) -> Sources:
     from epmq_deploy.tasks.data import missing_data
     from epmq_deploy.tasks.heads import build_heads
 
-    try:
-        sources = open_sources(recipe)
-    except MismatchError as error:
+    sources, unopened = open_available(recipe)
+    if sources is None:
         # Without models data cannot be checked further, but paths can.
-        problems = [*error.problems, *missing_data(recipe.tasks)]
-        raise MismatchError("the recipe's inputs", problems) from error
+        raise MismatchError("the recipe's inputs", [*unopened, *missing_data(recipe.tasks)])
     family, folder = sources.family, sources.base.folder
 
     def check_model() -> None:
@@ -130,14 +128,18 @@ def preflight(recipe: Recipe) -> Sources:
 
     checks: tuple[Callable[[], object], ...] = (
         lambda: check_options(recipe),
-        lambda: check_experts(sources, mixed_dtypes=recipe.merge.mixed_dtypes),
+        lambda: check_experts(
+            sources,
+            mixed_dtypes=recipe.merge.mixed_dtypes,
+            missing_experts=bool(unopened),
+        ),
         lambda: calibration_samples(recipe, family, folder),
         lambda: check_export(recipe.export),
         lambda: check_demo(recipe.export, family),
         lambda: evaluation_samples(recipe, family, folder),
         check_model,
     )
-    found: list[str] = []
+    found = list(unopened)
     for check in checks:
         try:
             check()

@@ -1,6 +1,7 @@
 """The errors a user can meet; each knows the exit code the command line ends with."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class EpmqError(Exception):
@@ -40,6 +41,27 @@ class GateError(EpmqError):
     """The deployed model missed a gate: accuracy, latency or size."""
 
     exit_code = 5
+
+
+@contextmanager
+def noted(errors: list[EpmqError]) -> Iterator[None]:
+    """Add an expected error to ``errors`` instead of raising it, so that others are found too."""
+    try:
+        yield
+    except EpmqError as error:
+        errors.append(error)
+
+
+def joined(subject: str, errors: Sequence[EpmqError]) -> EpmqError:
+    """One error that says what all of these say; a single one stays as it is."""
+    if len(errors) == 1:
+        return errors[0]
+    problems = [
+        text
+        for error in errors
+        for text in (error.problems if isinstance(error, MismatchError) else [str(error)])
+    ]
+    return MismatchError(subject, problems)
 
 
 def listed(subject: str, problems: Sequence[str]) -> str:

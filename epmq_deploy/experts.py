@@ -16,7 +16,7 @@ from epmq_deploy.checkpoints import (
     setting_files,
     weight_files,
 )
-from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.scan import READERS, scan
@@ -64,15 +64,36 @@ def open_sources(recipe: Recipe) -> Sources:
         MismatchError: names every model that cannot be opened.
         RecipeError: the base's model type is not supported.
     """
-    folders, problems = _folders(recipe)
-    if problems:
+    sources, problems = open_available(recipe)
+    if sources is None or problems:
         raise MismatchError("models cannot be opened", problems)
-    where = folders.pop(_BASE)
-    family = family_of(where).merging(recipe.base.part)
+    return sources
+
+
+def open_available(recipe: Recipe) -> tuple[Sources | None, list[str]]:
+    """Open base and experts as far as they can be; no tensor is read yet.
+
+    Returns:
+        The base with those experts that could be opened, None where there is nothing to compare;
+        and one sentence for every model that cannot be opened.
+
+    Raises:
+        RecipeError: the base's model type is not supported, and nothing else is wrong.
+    """
+    folders, problems = _folders(recipe)
+    where = folders.pop(_BASE, None)
+    if where is None:
+        return None, problems
+    try:
+        family = family_of(where).merging(recipe.base.part)
+    except RecipeError as error:
+        if not problems:
+            raise
+        return None, [*problems, f"{_BASE}: {error}"]
     try:
         base = Checkpoint.open(where, family.canonical_key, family.tied)
     except EpmqError as error:
-        raise MismatchError("models cannot be opened", [f"{_BASE}: {error}"]) from error
+        return None, [*problems, f"{_BASE}: {error}"]
     experts = {}
     for name, folder in folders.items():
         try:
@@ -80,9 +101,7 @@ def open_sources(recipe: Recipe) -> Sources:
             experts[name] = Checkpoint.open_expert(folder, base, rename, family.tied)
         except EpmqError as error:
             problems.append(f"expert {name!r}: {error}")
-    if problems:
-        raise MismatchError("models cannot be opened", problems)
-    return Sources(family, base, experts)
+    return (Sources(family, base, experts) if experts else None), problems
 
 
 def _folders(recipe: Recipe) -> tuple[dict[str, Path], list[str]]:
@@ -92,9 +111,10 @@ def _folders(recipe: Recipe) -> tuple[dict[str, Path], list[str]]:
     paths |= {name: task.expert for name, task in recipe.tasks.items()}
     for name, path in paths.items():
         try:
-            folders[name] = fetch_model(path)
+            folder = fetch_model(path)
             files = weight_files if name == _BASE else expert_files
-            files(folders[name])
+            files(folder)
+            folders[name] = folder
         except EpmqError as error:
             problems.append(f"{name if name == _BASE else f'expert {name!r}'}: {error}")
     return folders, problems
@@ -137,6 +157,10 @@ class ExpertBackbone:
     def tasks(self) -> Collection[str]:
         """Names of the experts."""
         return tuple(self._sources.experts)
+
+    def embedding_width(self) -> int:
+        """Width of the embedding that heads take, whichever weights are held."""
+        return self._sources.family.embedding_width(self._model, self._sources.base.folder)
 
     def base_tensor(self, name: str) -> Tensor:
         """One of the base's tensors, float32, on the device."""

@@ -296,8 +296,11 @@ def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
     given = {name: value for name, value in flags.items() if value is not None}
     if not given:
         return recipe
-    content = recipe.model_dump()
-    options = content[section]
+    # What was not given stays so: options that have no effect are refused where they were given.
+    content = recipe.model_dump(exclude_unset=True)
+    for name in ("merge", "quantize"):
+        content.setdefault(name, {})["method"] = getattr(recipe, name).method
+    options = content.get(section, {})
     if "target" in given:
         # A target brings formats of its own, unless some are given with it.
         options = options | {"formats": None}
@@ -312,7 +315,15 @@ def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
         kept = shared_fields(old, new) - {"method"}
         options = {name: value for name, value in options.items() if name in kept}
     content[section] = options | given
-    return parse_recipe(content, f"{section} options")
+    changed = parse_recipe(content, f"{section} options")
+    # What a flag puts out of use is no mistake of the recipe's.
+    idle = changed.merge.idle().keys() - recipe.merge.idle().keys() - given.keys()
+    if not idle.isdisjoint(content["merge"]):
+        content["merge"] = {
+            key: value for key, value in content["merge"].items() if key not in idle
+        }
+        changed = parse_recipe(content, f"{section} options")
+    return changed
 
 
 def _describe(error: ValidationError) -> list[str]:

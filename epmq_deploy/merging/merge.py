@@ -9,9 +9,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from epmq_deploy.checkpoints import copy_settings, save_sharded
-from epmq_deploy.errors import NumericsError, RecipeError
-from epmq_deploy.experts import Sources, open_sources
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, joined, noted
+from epmq_deploy.experts import Sources, open_available
 from epmq_deploy.merging.checkpoint_vectors import CheckpointTaskVectors
 from epmq_deploy.merging.method import (
     Context,
@@ -22,12 +21,12 @@ from epmq_deploy.merging.method import (
 )
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.objectives import check_objective
+from epmq_deploy.merging.output import write_merged
 from epmq_deploy.merging.preflight import ExpertCheck, warn_about_what_is_not_merged
 from epmq_deploy.merging.recipe_data import RecipeData, load_data
 from epmq_deploy.merging.search import search_scaling
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
-from epmq_deploy.scan import all_finite
 from epmq_deploy.stage import (
     Manifest,
     atomic_folder,
@@ -36,7 +35,7 @@ from epmq_deploy.stage import (
     write_manifest,
 )
 from epmq_deploy.tasks.agreement import Tuned
-from epmq_deploy.tasks.data import data_sha256
+from epmq_deploy.tasks.data import data_sha256, missing_data
 from epmq_deploy.tasks.heads import heads_sha256
 
 log = logging.getLogger(__name__)
@@ -79,6 +78,10 @@ def check_options(recipe: Recipe) -> None:
     """
     method = MERGE_METHODS[recipe.merge.method]
     problems = method.problems(recipe.merge, tuple(recipe.tasks))
+    problems += [
+        f"merge.{name} has no effect {why}; leave it out"
+        for name, why in recipe.merge.idle().items()
+    ]
     if recipe.base.part in ("text", "both") and uses_data(recipe.merge):
         problems.append(
             f"base.part: {recipe.base.part}: merging that takes calibration data (method "
@@ -102,22 +105,36 @@ def merge(
     What is not merged (a CLIP base's text tower, unless asked for), tensors no expert holds and
     integer tensors are copied from the base.
 
+    What can be known without reading weights is looked at first: models, their layout, data and
+    heads. Values are checked while they are merged, or in the method's pass over them before; NaN
+    in them is therefore found when all else is in order. Where something is not, all are read at
+    once, and one error names everything.
+
     Raises:
-        MismatchError: the experts do not fit the base; all problems at once.
-        RecipeError: the output exists, a folder cannot be read, or an option does not fit.
+        MismatchError: models, data or heads do not fit; all problems at once.
+        RecipeError: the output exists, or an option does not fit.
+        NumericsError: a merged value is NaN or infinite.
     """
     progress = progress or NoProgress()
     refuse_existing(output, "merge", overwrite=overwrite)
     check_options(recipe)
-    sources = open_sources(recipe)
     options: MergeOptions = recipe.merge
     method = MERGE_METHODS[options.method]
-    with ExpertCheck(sources, mixed_dtypes=options.mixed_dtypes) as check:
+    device = device or torch.device("cpu")
+    sources, errors = _opened(recipe)
+    with ExpertCheck(
+        sources, mixed_dtypes=options.mixed_dtypes, missing_experts=bool(errors)
+    ) as check:
         names = check.names
-        _check_patterns(options, names)
-        vectors = CheckpointTaskVectors(
-            sources.base, sources.experts, names, device or torch.device("cpu"), check
-        )
+        data = None
+        if names and not errors:
+            with noted(errors):
+                _check_patterns(options, names)
+        if uses_data(options):
+            with noted(errors):
+                data = _data(recipe, sources, device, progress)
+        check.begin(errors)
+        vectors = CheckpointTaskVectors(sources.base, sources.experts, names, device, check)
         details: dict[str, Any] = {
             "method": method.name,
             "experts": len(sources.experts),
@@ -125,10 +142,10 @@ def merge(
             "copied_tensors": len(sources.base.tensors) - len(names),
         }
         statistics = method.statistics(vectors, options) if method.statistics else None
-        if uses_data(options):
-            # Models run on data before anything is merged.
+        if data is not None:
+            # Experts run on data before anything is merged.
             check.finish()
-            data = _data(recipe, sources, vectors.device, progress)
+            data = data.answered()
             details |= data.details
             if method.calibrate is not None:
                 calibrated = method.calibrate(data, vectors, options)
@@ -140,13 +157,36 @@ def merge(
                 details |= _search_details(found)
         with atomic_folder(output) as folder:
             # Values are checked as they are merged; one that is wrong leaves nothing behind.
-            merged = _merged_tensors(sources, vectors, method, options, statistics)
-            _write(sources, merged, options, folder, progress)
+            tensors = _tensors(vectors, method, options, statistics)
+            write_merged(folder, sources.base, tensors, options, progress)
             check.finish()
             warn_about_what_is_not_merged(sources)
             inputs = sources.sha256()
             mark = merge_fingerprint(recipe, inputs)
             return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
+
+
+def _opened(recipe: Recipe) -> tuple[Sources, list[EpmqError]]:
+    """Base and experts as far as they can be opened, and what is wrong with the others.
+
+    Raises:
+        EpmqError: there is nothing to compare; names missing data too, where merging takes some.
+    """
+    sources, problems = open_available(recipe)
+    if sources is not None and not problems:
+        return sources, []
+    errors: list[EpmqError] = [MismatchError("models cannot be opened", problems)]
+    if sources is None:
+        # Without models data cannot be checked further, but paths can.
+        taken = {
+            name: task.model_copy(update={"evaluation": None})
+            for name, task in recipe.tasks.items()
+            if uses_data(recipe.merge)
+        }
+        if missing := missing_data(taken):
+            errors.append(MismatchError("data", missing))
+        raise joined("the recipe's inputs", errors)
+    return sources, errors
 
 
 def _data(recipe: Recipe, sources: Sources, device: torch.device, progress: Progress) -> RecipeData:
@@ -195,54 +235,20 @@ def _search_details(found: Tuned) -> dict[str, Any]:
     }
 
 
-def _merged_tensors(
-    sources: Sources,
+def _tensors(
     vectors: CheckpointTaskVectors,
     method: MergeMethod[Any],
     options: MergeOptions,
     statistics: Any,
-) -> Iterator[tuple[str, Tensor]]:
-    merged = set(vectors.names)
+) -> Iterator[tuple[str, Tensor, bool]]:
+    """All of the base's tensors, checked: name, value, and whether it was merged."""
+    base, merged = vectors.base, set(vectors.names)
     stacks = vectors.with_bases(vectors.names)
-    for name in sources.base.tensors:
+    for name in base.tensors:
         if name in merged:
             start, stack = next(stacks)
             context = Context(name, vectors.tasks, statistics)
-            yield name, method.merge_tensor(start, stack, options, context).cpu()
+            yield name, method.merge_tensor(start, stack, options, context).cpu(), True
         else:
-            yield name, sources.base.load(name)
-
-
-def _write(
-    sources: Sources,
-    merged: Iterator[tuple[str, Tensor]],
-    options: MergeOptions,
-    folder: Path,
-    progress: Progress,
-) -> None:
-    """Write settings and tensors in the dtypes asked for."""
-    base = sources.base
-    copy_settings(base.folder, folder)
-    layout = {
-        name: (_output_dtype(options, info.dtype), info.shape)
-        for name, info in base.tensors.items()
-    }
-    stored = ((name, _stored(name, value, layout[name][0])) for name, value in merged)
-    save_sharded(folder, layout, progress.track(stored, "merging", total=len(layout)))
-
-
-def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-    value = value.to(dtype)
-    if dtype.is_floating_point and not all_finite(value):
-        raise NumericsError(
-            f"merging {name} gave NaN or infinite values in {dtype}; lower merge.scaling or set "
-            "merge.dtype: float32"
-        )
-    return value
-
-
-def _output_dtype(options: MergeOptions, stored: torch.dtype) -> torch.dtype:
-    if options.dtype == "base" or not stored.is_floating_point:
-        return stored
-    dtype: torch.dtype = getattr(torch, options.dtype)
-    return dtype
+            vectors.check.tensor(base, name)
+            yield name, base.load(name), False

@@ -74,6 +74,10 @@ class MergeOptions(Options):
         own = given_for(self.layers, name)
         return self._with(own) if own else self
 
+    def idle(self) -> dict[str, str]:
+        """Options that were given but have no effect beside the others, and why not."""
+        return {}
+
     def variants(self) -> tuple[Self, ...]:
         """These options and those of every pattern in ``layers``."""
         return (self, *(self._with(given) for given in self.layers.values()))
@@ -108,6 +112,11 @@ class ScaledOptions(MergeOptions):
         if self.search and self.scaling_value() <= 0:
             raise ValueError("scaling must be positive to be searched from")
         return self
+
+    def idle(self) -> dict[str, str]:
+        """What says how to search, where nothing is searched."""
+        idle = not self.search and "search_samples" in self.model_fields_set
+        return {"search_samples": "without merge.search (--search)"} if idle else {}
 
     def _with(self, own: dict[str, Any]) -> Self:
         # Searching is for the whole model; a tensor's own scaling stays as it is.

@@ -1,14 +1,14 @@
 """Checks every expert against the base, and names all problems at once."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 import torch
 
 from epmq_deploy.checkpoints import Checkpoint, model_config
-from epmq_deploy.errors import MismatchError
+from epmq_deploy.errors import EpmqError, MismatchError, joined
 from epmq_deploy.experts import Sources
 from epmq_deploy.scan import READERS, is_finite
 from epmq_deploy.tensors import StoredTensor, TensorInfo
@@ -19,12 +19,15 @@ log = logging.getLogger(__name__)
 _BASE = "the base"
 
 
-def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str, ...]:
+def check_experts(
+    sources: Sources, *, mixed_dtypes: bool = False, missing_experts: bool = False
+) -> tuple[str, ...]:
     """Check architecture, keys, shapes, dtypes and values.
 
     Args:
         sources: base and experts.
         mixed_dtypes: accept floating-point tensors of another dtype than the base's.
+        missing_experts: see ``ExpertCheck``.
 
     Returns:
         The names of the tensors to merge; see ``ExpertCheck``.
@@ -32,7 +35,7 @@ def check_experts(sources: Sources, *, mixed_dtypes: bool = False) -> tuple[str,
     Raises:
         MismatchError: with every problem of every expert.
     """
-    with ExpertCheck(sources, mixed_dtypes=mixed_dtypes) as check:
+    with ExpertCheck(sources, mixed_dtypes=mixed_dtypes, missing_experts=missing_experts) as check:
         check.finish()
     warn_about_what_is_not_merged(sources)
     return check.names
@@ -47,28 +50,46 @@ class ExpertCheck:
     Args:
         sources: base and experts.
         mixed_dtypes: accept floating-point tensors of another dtype than the base's.
+        missing_experts: some could not be opened, so that nothing is said of all together.
 
     Attributes:
         names: the tensors to merge: those of the merged part, floating-point and held by an
             expert, in the base's order. Integer tensors (position ids and the like) are no weights.
-
-    Raises:
-        MismatchError: with every problem of every expert, where some do not need its values.
     """
 
-    def __init__(self, sources: Sources, *, mixed_dtypes: bool) -> None:
+    def __init__(
+        self, sources: Sources, *, mixed_dtypes: bool, missing_experts: bool = False
+    ) -> None:
         self._sources = sources
         self.names, self._layout = _layout_problems(sources, mixed_dtypes=mixed_dtypes)
+        if missing_experts:
+            self._layout[_BASE] = []
+        self._others: tuple[EpmqError, ...] = ()
         self._finite: dict[TensorInfo, bool] = {}
         self._ahead = ThreadPoolExecutor(1)
-        if any(self._layout.values()):
-            self.finish()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._ahead.shutdown(cancel_futures=True)
+
+    def begin(self, others: Sequence[EpmqError] = ()) -> None:
+        """Make sure that nothing is wrong that can be known without reading values.
+
+        Where something is, all values are read, so that one error names what is wrong with them
+        too.
+
+        Args:
+            others: what else is wrong with the recipe's inputs.
+
+        Raises:
+            MismatchError: with every problem of every expert, and ``others``.
+            EpmqError: the only one of ``others``, where nothing else is wrong.
+        """
+        self._others = tuple(others)
+        if others or any(self._layout.values()):
+            self.finish()
 
     def tensor(self, checkpoint: Checkpoint, name: str) -> None:
         """Check the values of one tensor.
@@ -88,6 +109,7 @@ class ExpertCheck:
 
         Raises:
             MismatchError: with every problem of every expert.
+            EpmqError: see ``begin``.
         """
         sources, problems = self._sources, list(self._layout[_BASE])
         with ThreadPoolExecutor(READERS) as threads:
@@ -97,13 +119,26 @@ class ExpertCheck:
         for task, of_values in zip(sources.experts, of_experts, strict=True):
             problems += [f"expert {task!r}: {text}" for text in self._layout[task] + of_values]
         problems += [f"base: {text}" for text in of_base]
+        errors = list(self._others)
         if problems:
-            raise MismatchError(f"the experts do not fit the base {sources.base.folder}", problems)
+            subject = f"the experts do not fit the base {sources.base.folder}"
+            errors.append(MismatchError(subject, problems))
+        if errors:
+            raise joined("the recipe's inputs", errors)
 
     def _value_problems(self, checkpoint: Checkpoint) -> list[str]:
-        held = [name for name in self.names if name in checkpoint.tensors]
+        # What is not merged is copied from the base.
+        names = checkpoint.tensors if checkpoint is self._sources.base else self.names
+        held = [name for name in names if name in checkpoint.tensors]
         bad = [name for name in held if not self._is_finite(checkpoint.tensors[name])]
-        return [f"NaN or infinite values in {_listed(bad)}"] if bad else []
+        merged = [name for name in bad if self._sources.family.is_merged(name)]
+        copied = [name for name in bad if not self._sources.family.is_merged(name)]
+        problems = [f"NaN or infinite values in {_listed(merged)}"] if merged else []
+        if copied:
+            problems.append(
+                f"NaN or infinite values in {_listed(copied)}, which merging copies as it is"
+            )
+        return problems
 
     def _is_finite(self, tensor: TensorInfo) -> bool:
         if isinstance(tensor, StoredTensor):
@@ -124,8 +159,7 @@ def _layout_problems(
         for name, info in base.tensors.items()
         if name in held and family.is_merged(name) and info.dtype.is_floating_point
     )
-    general = [] if names else ["the experts share no floating-point tensor with the base"]
-    problems = {_BASE: general + family.part_problems(held)}
+    problems = {_BASE: _common_problems(sources, names, held)}
     for task, expert in experts.items():
         problems[task] = family.config_problems(
             model_config(base.folder) or {}, model_config(expert.folder) or {}
@@ -134,6 +168,24 @@ def _layout_problems(
         if not mixed_dtypes:
             problems[task] += _dtype_problems(base, expert, names)
     return names, problems
+
+
+def _common_problems(sources: Sources, names: Sequence[str], held: Collection[str]) -> list[str]:
+    """What no expert has, given the tensors to merge and those that experts hold."""
+    family = sources.family
+    if problems := family.part_problems(held):
+        return problems
+    if not names:
+        return ["the experts share no floating-point tensor with the base"]
+    absent = [
+        name
+        for name, info in sources.base.tensors.items()
+        if name not in held
+        and family.is_merged(name)
+        and not family.is_optional(name)
+        and info.dtype.is_floating_point
+    ]
+    return [f"no expert has {_listed(absent)}, which the base has"] if absent else []
 
 
 def _tensor_problems(sources: Sources, expert: Checkpoint, names: Sequence[str]) -> list[str]:

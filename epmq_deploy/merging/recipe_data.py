@@ -1,7 +1,7 @@
 """The calibration samples, heads and experts a recipe names, loaded for merging."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,18 @@ class RecipeData:
         """A model of its own with the base's weights, float32, on the device."""
         return self.family.load(self.sources.base.folder).to(self.experts.device)
 
+    def answered(self) -> "RecipeData":
+        """The data with answers; where there are none, each task's expert writes them."""
+        if not without_answers(self.samples):
+            return self
+        folder = self.sources.base.folder
+        written = write_answers(
+            self.samples, self.family, folder, self.experts.become, self.progress
+        )
+        return replace(
+            self, samples=with_answers(self.samples, written), details=answer_details(written)
+        )
+
     def expert(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
         """An expert, but for the modules ``without``, until the next call."""
         return self.experts.become(task, without=without)
@@ -89,7 +101,9 @@ def load_data(
     device: torch.device,
     progress: Progress,
 ) -> RecipeData:
-    """Load what a merge needs beside weights.
+    """Load what a merge needs beside weights; no expert runs, nor is read.
+
+    Samples of tasks in words may lack answers; see ``RecipeData.answered``.
 
     Args:
         recipe: names the data and the heads.
@@ -118,7 +132,9 @@ def load_data(
     built: dict[str, TaskHead] = {}
     if heads and not sources.family.writes_texts:
         try:
-            built = _heads(recipe, sources, experts, device)
+            features = experts.embedding_width()
+            folder = sources.base.folder
+            built = build_heads(recipe.tasks, sources.family, folder, features, device=device)
             problems += [
                 f"task {task!r} has no head, which {purpose} needs"
                 for task in recipe.tasks
@@ -128,18 +144,4 @@ def load_data(
             problems += error.problems
     if problems:
         raise MismatchError(purpose, problems)
-    details: dict[str, Any] = {}
-    if without_answers(chosen):
-        written = write_answers(
-            chosen, sources.family, sources.base.folder, experts.become, progress
-        )
-        chosen, details = with_answers(chosen, written), answer_details(written)
-    return RecipeData(sources, chosen, built, experts, progress, details)
-
-
-def _heads(
-    recipe: Recipe, sources: Sources, experts: ExpertBackbone, device: torch.device
-) -> dict[str, TaskHead]:
-    family, folder = sources.family, sources.base.folder
-    features = family.embedding_width(experts.become(next(iter(recipe.tasks))), folder)
-    return build_heads(recipe.tasks, family, folder, features, device=device)
+    return RecipeData(sources, chosen, built, experts, progress)

@@ -3,11 +3,11 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
@@ -35,6 +35,15 @@ class ExtremesOptions(ScaledOptions):
     gamma: float = Field(
         0.993, gt=0, le=1, description="share of entries below which an entry is no outlier"
     )
+
+    @model_validator(mode="after")
+    def _leave_some_between(self) -> Self:
+        if self.gamma <= self.beta:
+            raise ValueError(
+                f"gamma {self.gamma:g} must be above beta {self.beta:g}: the share of entries "
+                "between the two is what is merged"
+            )
+        return self
 
 
 def generator_for(seed: int, *labels: str) -> torch.Generator:

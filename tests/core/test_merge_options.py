@@ -106,3 +106,76 @@ def test_another_method_keeps_only_what_means_the_same() -> None:
     changed = override(first, "merge", {"method": "iso_c"}).merge.model_dump()
     assert (changed["dtype"], changed["search"]) == ("float32", True)
     assert changed["scaling"] == MERGE_METHODS["iso_c"].options().scaling
+
+
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+def test_breadcrumbs_that_would_drop_everything_are_refused(method: str) -> None:
+    recipe(2, method=method, beta=0.5, gamma=0.51)
+    for gamma in (0.5, 0.4):
+        with pytest.raises(RecipeError, match=r"gamma .* must be above beta 0.5"):
+            recipe(2, method=method, beta=0.5, gamma=gamma)
+    with pytest.raises(RecipeError, match=r"layers\.\*: gamma 0.993 must be above beta 0.995"):
+        recipe(2, method=method, layers={"*": {"beta": 0.995}})
+
+
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        ({"search_samples": 64}, "merge.search_samples has no effect without merge.search"),
+        (
+            {"method": "wudi", "solver": "exact", "steps": 300},
+            "merge.steps has no effect with merge.solver: exact",
+        ),
+        (
+            {"method": "wudi", "solver": "exact", "learning_rate": 0.1},
+            "merge.learning_rate has no effect with merge.solver: exact",
+        ),
+        (
+            {"method": "wudi", "layers": {"*.a": {"solver": "exact", "steps": 5}}},
+            "merge.layers.*.a.steps has no effect with merge.solver: exact",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused_where_they_were_given(
+    merge: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_options(recipe(2, **merge))
+    assert str(caught.value).startswith(message)
+    flags = {key: value for key, value in merge.items() if key != "method"}
+    plain = recipe(2, method=merge.get("method", "ties"))
+    with pytest.raises(RecipeError, match="has no effect"):
+        check_options(override(plain, "merge", flags))
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        {"method": "ties"},
+        {"search": True, "search_samples": 8},
+        {"method": "wudi", "solver": "exact"},
+        {"method": "wudi", "solver": "exact", "layers": {"*.a": {"solver": "adam"}}, "steps": 5},
+        {"method": "wudi", "steps": 5, "layers": {"*.a": {"solver": "exact"}}},
+    ],
+)
+def test_defaults_and_options_of_some_tensors_are_not_refused(merge: dict[str, Any]) -> None:
+    check_options(recipe(2, **merge))
+    check_options(override(recipe(2, **merge), "merge", {"dtype": "float32"}))
+    check_options(override(recipe(2, **merge), "eval", {"threads": (1,)}))
+
+
+def test_flags_put_options_of_the_recipe_out_of_use() -> None:
+    searched = recipe(2, search=True, search_samples=8)
+    plain = override(searched, "merge", {"search": False})
+    check_options(plain)
+    assert not plain.merge.model_dump()["search"]
+    stepped = recipe(2, method="wudi", steps=5)
+    check_options(override(stepped, "merge", {"solver": "exact"}))
+    assert override(stepped, "merge", {"dtype": "float32"}).merge.model_dump()["steps"] == 5
+    with pytest.raises(RecipeError, match=r"merge\.steps has no effect"):
+        check_options(override(stepped, "merge", {"solver": "exact", "steps": 5}))
+
+
+def test_options_made_in_python_keep_their_method() -> None:
+    chosen = recipe(2).model_copy(update={"merge": MERGE_METHODS["ties"].options()})
+    assert override(chosen, "eval", {"threads": (1,)}).merge.method == "ties"

@@ -154,3 +154,23 @@ def test_wudi_exact_of_identical_experts_is_the_expert() -> None:
     vectors = identical_vectors(3)
     found = merged("wudi", vectors, solver="exact")["fc.weight"]
     assert torch.allclose(found, vectors.tensors["fc.weight"][0], atol=1e-4)
+
+
+def test_wudi_says_once_when_adam_cannot_leave_the_sum_behind(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    vectors = random_vectors(4)
+    matrices = torch.cat([v.sum(dim=0).flatten() for v in vectors.tensors.values() if v.dim() == 3])
+    size = float(matrices.square().mean().sqrt())
+    merged("wudi", vectors, steps=10, learning_rate=0.099 * size)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"steps * learning_rate = {0.99 * size:.2g}, " in record.message
+    assert f"starts from are {size:.2g} (" in record.message
+    assert "--solver exact" in record.message
+    assert f"merge.learning_rate: {3 * size / 10:.2g} (" in record.message
+    caplog.clear()
+    merged("wudi", vectors, steps=10, learning_rate=0.101 * size)
+    merged("wudi", vectors, solver="exact")
+    merged("wudi", vectors, steps=0)
+    assert not caplog.records

@@ -1,13 +1,12 @@
 """The merge stage on checkpoints in the layouts users have."""
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_folder import copied, edit
 from tiny_zoo import TASKS, TinyZoo
 from transformers import CLIPModel
 
@@ -20,19 +19,6 @@ from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.models import family_of
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.tensors import write_tensors
-
-
-def copied(tiny: TinyZoo, target: Path) -> Path:
-    """A private copy of the tiny zoo; its recipe."""
-    shutil.copytree(tiny.folder, target)
-    return target / "recipe.yaml"
-
-
-def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change the tensors of a model folder."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def expert_tensors(tiny: TinyZoo, task: str) -> dict[str, torch.Tensor]:

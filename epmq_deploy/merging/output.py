@@ -1,0 +1,92 @@
+"""What a merge writes: the base's settings and all tensors, in the dtypes asked for."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq_deploy.checkpoints import Checkpoint, copy_settings, read_json, save_sharded
+from epmq_deploy.errors import NumericsError
+from epmq_deploy.merging.method import MergeOptions
+from epmq_deploy.progress import Progress
+from epmq_deploy.scan import all_finite
+
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def write_merged(
+    folder: Path,
+    base: Checkpoint,
+    tensors: Iterator[tuple[str, Tensor, bool]],
+    options: MergeOptions,
+    progress: Progress,
+) -> None:
+    """Write a merged model as a Hugging Face folder.
+
+    Args:
+        folder: existing folder.
+        base: whose settings are taken, and which names all tensors.
+        tensors: name, value and whether it was merged, in the base's order.
+        options: say the dtype.
+        progress: shows one step per tensor.
+
+    Raises:
+        NumericsError: values are not finite, or not in the dtype asked for.
+    """
+    copy_settings(base.folder, folder)
+    if options.dtype != "base":
+        _name_dtype(folder / "config.json", options.dtype)
+    layout = {
+        name: (_output_dtype(options, info.dtype), info.shape)
+        for name, info in base.tensors.items()
+    }
+    stored = (
+        (name, _stored(name, value, layout[name][0], merged=merged))
+        for name, value, merged in tensors
+    )
+    save_sharded(folder, layout, progress.track(stored, "merging", total=len(layout)))
+
+
+def _name_dtype(file: Path, dtype: str) -> None:
+    """Let a config that names a dtype, or whose parts do, name this one: models load in it."""
+    if not file.is_file():
+        return
+    config = read_json(file)
+    if _renamed_dtype(config, dtype):
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _renamed_dtype(config: dict[str, Any], dtype: str) -> bool:
+    """Overwrite the dtypes a config names; whether there was another."""
+    changed = False
+    for key, value in config.items():
+        if isinstance(value, dict):
+            changed |= _renamed_dtype(value, dtype)
+        elif key in _DTYPE_KEYS and isinstance(value, str) and value != dtype:
+            config[key], changed = dtype, True
+    return changed
+
+
+def _stored(name: str, value: Tensor, dtype: torch.dtype, *, merged: bool) -> Tensor:
+    value = value.to(dtype)
+    if not dtype.is_floating_point or all_finite(value):
+        return value
+    if merged:
+        raise NumericsError(
+            f"merging {name} gave NaN or infinite values in {dtype}; lower merge.scaling or set "
+            "merge.dtype: float32"
+        )
+    raise NumericsError(
+        f"{name}, which is copied from the base, has values that {dtype} cannot hold; set "
+        "merge.dtype: base or float32"
+    )
+
+
+def _output_dtype(options: MergeOptions, stored: torch.dtype) -> torch.dtype:
+    if options.dtype == "base" or not stored.is_floating_point:
+        return stored
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return dtype
