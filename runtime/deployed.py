@@ -86,11 +86,15 @@ def _recommended(folder: Path, entries: Mapping[str, Any]) -> str:
     from epmq_deploy.runtime.eval_json import read_report
     from epmq_deploy.runtime.gates import NONE_RECOMMENDED, recommend
 
-    report = read_report(folder / "eval.json")
+    file = folder / "eval.json"
+    try:
+        report = read_report(file)
+    except RecipeError as error:
+        raise RecipeError(f"{error}, or choose a graph with format=...") from error
     low_bit = [name for name in entries if name not in REFERENCES]
     if report is None or not low_bit:
         return next(iter(low_bit or entries))
     advice = recommend(report)
     if advice is None:
-        raise RecipeError(f"{folder / 'eval.json'}: {NONE_RECOMMENDED}; choose one with format=...")
+        raise RecipeError(f"{file}: {NONE_RECOMMENDED}; choose one with format=...")
     return advice.format

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from eval_report import build_report, predictions
 
-from epmq_deploy.errors import GateError
+from epmq_deploy.errors import GateError, RecipeError
 from epmq_deploy.runtime.eval_json import read_report, report_dict
 from epmq_deploy.runtime.evaluation import row_of
 from epmq_deploy.runtime.gates import check_gates, misses, recommend
@@ -148,8 +148,10 @@ def test_recommends_nothing_that_misses_a_gate() -> None:
 def test_round_trip_through_json(tmp_path: Path) -> None:
     file = tmp_path / "eval.json"
     assert read_report(file) is None
-    file.write_text("{}")
-    assert read_report(file) is None
+    for damaged in ("{}", '{"rows": ['):
+        file.write_text(damaged)
+        with pytest.raises(RecipeError, match=r"eval\.json is damaged.*evaluate again"):
+            read_report(file)
     file.write_text(json.dumps(report_dict(REPORT)))
     assert read_report(file) == REPORT
     content = json.loads(file.read_text())
