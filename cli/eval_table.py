@@ -42,7 +42,7 @@ class _Models:
         each = math.ceil(len(titles) / tables)
         for first in range(0, len(titles), each):
             chosen = slice(first, first + each)
-            table = Table(title="accuracy %" if first == 0 else None)
+            table = Table(title=f"{self.report.measure} %" if first == 0 else None)
             table.add_column("task", overflow="fold")
             for title in titles[chosen]:
                 table.add_column(title, justify="right", no_wrap=True)

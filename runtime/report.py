@@ -108,6 +108,11 @@ class EvalReport:
         """A sentence for each task that is not scored by accuracy."""
         return tuple(f"{task}: {metric}" for task, metric in self.metrics.items() if metric)
 
+    @property
+    def measure(self) -> str:
+        """What percentages are, over all tasks."""
+        return "accuracy or score" if self.other_metrics else "accuracy"
+
     def row(self, name: str) -> Row:
         """The row of a format or of the experts."""
         return next(row for row in self.rows if row.name == name)
