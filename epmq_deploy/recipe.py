@@ -27,6 +27,9 @@ LABEL_COLUMN = "label"
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 
+# From the first with 4-bit types to the last one that torch's exporter converts graphs with custom
+# operators to (measured on torch 2.13).
+OPSETS = range(21, 26)
 
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], SEVERAL]
 if TYPE_CHECKING:
@@ -116,9 +119,10 @@ class ExportOptions(Options):
     )
     opset: int | None = Field(
         None,
-        ge=21,
-        description="ONNX opset; when absent 21, the first with 4-bit types, and 23, the first "
-        "with Attention, for int8-expand",
+        ge=OPSETS[0],
+        le=OPSETS[-1],
+        description="ONNX opset, 21 to 25; when absent 21, the first with 4-bit types, and 23, the "
+        "first with Attention, for int8-expand",
     )
     accuracy_level: int = Field(
         0, ge=0, le=4, description="arithmetic of MatMulNBits: 0 float32, 4 int8 (faster)"
