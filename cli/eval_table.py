@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from epmq_deploy.runtime.gates import advice, verdicts
+from epmq_deploy.runtime.gates import advice, misses, verdicts
 from epmq_deploy.runtime.markdown import cost_lines
 from epmq_deploy.runtime.report import EvalReport
 
@@ -19,7 +19,8 @@ _NARROWEST_LABELS = 16
 def eval_table(report: EvalReport) -> RenderableType:
     """A column per model: accuracies with intervals, drop and costs; below it what follows."""
     found = [f"{name}: {said}" for name, said in verdicts(report).items()]
-    lines = [*found, *_blamed(report), advice(report)]
+    missed = [f"gate missed: {text}" for text in misses(report)]
+    lines = [*found, *_blamed(report), *missed, advice(report)]
     return Group(_Models(report), *(Text(line) for line in lines))
 
 
@@ -41,7 +42,7 @@ class _Models:
         each = math.ceil(len(titles) / tables)
         for first in range(0, len(titles), each):
             chosen = slice(first, first + each)
-            table = Table(title="accuracy %" if first == 0 else None)
+            table = Table(title=f"{self.report.measure} %" if first == 0 else None)
             table.add_column("task", overflow="fold")
             for title in titles[chosen]:
                 table.add_column(title, justify="right", no_wrap=True)

@@ -39,8 +39,8 @@ def command(
 ) -> None:
     """Run every exported graph in onnxruntime on every task and compare.
 
-    Writes eval.json, eval.md and report.html. Ends with exit code 5 when a low-bit graph misses a
-    gate (--max-drop, --max-latency-ratio, --max-size).
+    Writes eval.json, eval.md and report.html. Ends with exit code 5 when no low-bit graph
+    meets all gates (--max-drop, --max-latency-ratio, --max-size).
 
     \b
     Examples:

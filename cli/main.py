@@ -1,7 +1,7 @@
 """The ``epmq`` command.
 
 Exit codes: 0 done, 1 unexpected error, 2 usage or recipe, 3 inputs do not fit together,
-4 numbers do not agree, 5 a gate missed.
+4 numbers do not agree, 5 no low-bit graph meets the gates.
 """
 
 import signal
@@ -45,7 +45,7 @@ def _root(
     """Merge fine-tuned experts, quantize the result, deploy it as ONNX and prove its accuracy.
 
     Exit codes: 0 done, 1 unexpected error, 2 usage or recipe, 3 inputs do not fit together,
-    4 numbers do not agree, 5 a gate missed.
+    4 numbers do not agree, 5 no low-bit graph meets the gates.
     """
 
 

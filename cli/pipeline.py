@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, write_and_show
@@ -14,6 +14,9 @@ from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.experts import Sources, open_available
 from epmq_deploy.recipe import Recipe, Task
 from epmq_deploy.stage import Manifest, is_done, refuse_existing
+
+if TYPE_CHECKING:
+    from epmq_deploy.runtime.report import EvalReport
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,6 @@ def run_all(
         RecipeError: an output made from other inputs is there and ``overwrite`` is off.
         GateError: see the gates of ``eval``.
     """
-    from epmq_deploy.runtime.eval_json import read_report
     from epmq_deploy.runtime.evaluation import eval_fingerprint, gates_of
 
     sources = preflight(recipe)
@@ -51,7 +53,7 @@ def run_all(
     waiting = [stage for stage in stages if not stage.is_done()]
     for stage in waiting:
         refuse_existing(stage.folder, stage.name, overwrite=overwrite)
-    report = None if waiting else read_report(file)
+    report = None if waiting else _earlier_report(file)
     if report is not None and report.fingerprint != eval_fingerprint(recipe, stages[-1].mark):
         refuse_existing_file(file, overwrite)
         report = None
@@ -69,6 +71,17 @@ def run_all(
     else:
         log.info("eval -> %s", file)
         evaluate_to(file, recipe, output / "exported", device, overwrite, terminal)
+
+
+def _earlier_report(file: Path) -> "EvalReport | None":
+    """An evaluation's report; None where there is none, or a damaged one, which is made again."""
+    from epmq_deploy.runtime.eval_json import read_report
+
+    try:
+        return read_report(file)
+    except RecipeError as error:
+        log.warning("%s", error)
+        return None
 
 
 def _stages(recipe: Recipe, output: Path, sources: Sources, common: dict[str, Any]) -> list[_Stage]:

@@ -38,7 +38,7 @@ class NumericsError(EpmqError):
 
 
 class GateError(EpmqError):
-    """The deployed model missed a gate: accuracy, latency or size."""
+    """No low-bit graph meets all gates: accuracy, latency and size."""
 
     exit_code = 5
 

@@ -9,11 +9,10 @@ from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.exporters.formats import GraphFormat
 from epmq_deploy.models.family import Deployable
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.recipe import OPSETS
 
 _BITS = (2, 3, 4, 8)
 _ACCURACY_LEVELS = range(5)
-# What torch's exporter converts graphs with custom operators to (measured on torch 2.13).
-_OPSETS = range(18, 26)
 
 
 def check_options(
@@ -33,8 +32,8 @@ def check_options(
         for fmt in formats
         if opset is not None and opset < fmt.min_opset
     ]
-    if opset is not None and opset not in _OPSETS:
-        problems.append(f"opset is {_OPSETS[0]} to {_OPSETS[-1]}, not {opset}")
+    if opset is not None and opset not in OPSETS:
+        problems.append(f"opset is {OPSETS[0]} to {OPSETS[-1]}, not {opset}")
     if accuracy_level not in _ACCURACY_LEVELS:
         problems.append(f"accuracy level is 0 to 4, not {accuracy_level}")
     for fmt in formats:

@@ -1,5 +1,6 @@
 """The export stage: the quantized artifact in, a folder of verified ONNX files out."""
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -64,6 +65,8 @@ from epmq_deploy.tasks.heads import class_names, heads_sha256, leaves_head_to_ex
 
 # Where transformers.js and optimum look for graphs.
 GRAPHS_FOLDER = "onnx"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,18 @@ def export(
             "codes": written.codes,
         }
         inputs |= model_inputs(made)
+        _explain_target(options)
         return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))
+
+
+def _explain_target(options: ExportOptions) -> None:
+    """Why a target's formats and constraints are what they are, and what is not known for sure."""
+    if options.target is None:
+        return
+    target = target_of(options.target)
+    log.info("target %s: %s", target.name, target.why)
+    if target.unverified:
+        log.info("not verified: %s", target.unverified)
 
 
 def _write(

@@ -4,15 +4,17 @@ A target's constraints hold for the linear layers of its low-bit formats. What c
 for want of the device is said in ``unverified`` rather than turned into a constraint.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.formats import GraphFormat, formats_of
 from epmq_deploy.exporters.layer_grid import LayerGrid
 from epmq_deploy.exporters.packed_linear import container_bits
 from epmq_deploy.recipe import ExportOptions
 
 DEFAULT_FORMATS = ("matmulnbits", "qdq")
+_INT8_FORMAT = "int8-expand"
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,37 @@ def chosen_two_bit_containers(options: ExportOptions) -> bool | None:
 
 
 def check_export(options: ExportOptions) -> None:
-    """Make sure that target and formats exist, before there are layers to look at.
+    """Make sure that target, formats and options go together, before there are layers to look at.
 
     Raises:
-        RecipeError: one does not, or the target has no kernel for what was asked for.
+        RecipeError: target or format does not exist, the target has no kernel for what was asked
+            for, or options have no effect on the formats; names every one.
     """
-    formats_of(chosen_formats(options))
-    chosen_two_bit_containers(options)
+    formats = formats_of(chosen_formats(options))
+    problems = _without_effect(options, formats)
+    try:
+        chosen_two_bit_containers(options)
+    except RecipeError as error:
+        problems.insert(0, str(error))
+    if problems:
+        raise RecipeError("; ".join(problems))
+
+
+def _without_effect(options: ExportOptions, formats: Sequence[GraphFormat]) -> list[str]:
+    """One clause for every option that differs from its default and that no format looks at."""
+    names = [fmt.name for fmt in formats]
+    found = []
+    if options.two_bit_containers and not any(fmt.stores_two_bits for fmt in formats):
+        found.append(
+            f"--two-bit-containers: no chosen format ({', '.join(names)}) can store 2 bits; add "
+            "matmulnbits or leave it out"
+        )
+    if _INT8_FORMAT not in names:
+        given = options.model_dump(exclude_defaults=True)
+        found += [
+            f"--{name.replace('_', '-')} is for {_INT8_FORMAT}, which is not among the formats "
+            f"({', '.join(names)}); add it or leave the option out"
+            for name in ("int8_activations", "int8_error_budget")
+            if name in given
+        ]
+    return found

@@ -42,17 +42,24 @@ def load(
         format: graphs to run, e.g. ``matmulnbits``; when absent the ones ``epmq eval``
             recommended, or the first low-bit ones where nothing was evaluated.
         provider: see `epmq_deploy.runtime.providers.provider_named`.
-        threads: intra-op threads; onnxruntime's default when absent.
-        batch_size: inputs per run.
+        threads: intra-op threads, 1 or more; onnxruntime's default when absent.
+        batch_size: inputs per run, 1 or more.
         max_tokens: longest text of a model that writes texts; that of its evaluation when absent.
         scores: of a model that writes texts: whether probabilities of a task's answers are
             computed, which takes a step for each of their tokens.
 
     Raises:
-        RecipeError: no export, no such format, an evaluation that recommends none, an option the
-            model has no use for, or the provider is not there or not really used.
+        RecipeError: no export, no such format, an evaluation that is damaged or recommends none, an
+            option the model has no use for or a count below 1, or the provider is not there or not
+            really used.
         NumericsError: onnxruntime cannot load the graph.
     """
+    counts = {"batch_size": batch_size, "threads": threads, "max_tokens": max_tokens}
+    wrong = {name: count for name, count in counts.items() if count is not None and count < 1}
+    if wrong:
+        raise RecipeError(
+            "; ".join(f"{name} is {count}; give 1 or more" for name, count in wrong.items())
+        )
     place = Path(folder)
     made = read_manifest(place, "export")
     family = family_of(place)
@@ -62,8 +69,6 @@ def load(
         raise RecipeError(f"{place} has no graph of format {format!r}; it has {', '.join(formats)}")
     if isinstance(family, WriterFamily):
         longest = made.recipe.eval.max_tokens if max_tokens is None else max_tokens
-        if longest < 1:
-            raise RecipeError(f"max_tokens is {longest}; give 1 or more")
         writer = open_writer(
             family, place, chosen, provider=provider, threads=threads, max_tokens=longest
         )
@@ -81,11 +86,15 @@ def _recommended(folder: Path, entries: Mapping[str, Any]) -> str:
     from epmq_deploy.runtime.eval_json import read_report
     from epmq_deploy.runtime.gates import NONE_RECOMMENDED, recommend
 
-    report = read_report(folder / "eval.json")
+    file = folder / "eval.json"
+    try:
+        report = read_report(file)
+    except RecipeError as error:
+        raise RecipeError(f"{error}, or choose a graph with format=...") from error
     low_bit = [name for name in entries if name not in REFERENCES]
     if report is None or not low_bit:
         return next(iter(low_bit or entries))
     advice = recommend(report)
     if advice is None:
-        raise RecipeError(f"{folder / 'eval.json'}: {NONE_RECOMMENDED}; choose one with format=...")
+        raise RecipeError(f"{file}: {NONE_RECOMMENDED}; choose one with format=...")
     return advice.format

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.runtime.deployed_model import DeployedModel, text_of
@@ -80,8 +80,9 @@ class DeployedClassifier(DeployedModel):
 
 
 def _image(item: Any) -> Image.Image:
+    """An image the way up its camera says, as evaluation reads it."""
     if isinstance(item, Image.Image):
-        return item
+        return ImageOps.exif_transpose(item)
     if isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim not in (2, 3) or item.shape[2:] not in ((), (3,)):
             raise ValueError(
@@ -92,6 +93,6 @@ def _image(item: Any) -> Image.Image:
         raise ValueError(f"expected an image, a file or an array, found {type(item).__name__}")
     try:
         with Image.open(item) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError as error:
         raise ValueError(f"{item} is no image") from error

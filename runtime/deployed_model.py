@@ -1,7 +1,7 @@
 """What every exported model in an application does: check what is asked, batch, answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,4 +99,5 @@ def text_of(item: Any) -> str:
 def _is_sequence(inputs: Any) -> bool:
     if isinstance(inputs, np.ndarray):
         return inputs.ndim == 4
-    return not isinstance(inputs, str | Path | Image.Image | Mapping)
+    single = isinstance(inputs, str | Path | Image.Image | Mapping)
+    return isinstance(inputs, Iterable) and not single

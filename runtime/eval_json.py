@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.runtime.gates import misses, recommend
 from epmq_deploy.runtime.report import EvalReport
 
@@ -24,8 +25,16 @@ def report_dict(report: EvalReport) -> dict[str, Any]:
 
 
 def read_report(file: Path) -> EvalReport | None:
-    """The report in an ``eval.json``, or None where there is none or it is damaged."""
+    """The report in an ``eval.json``, or None where there is no such file.
+
+    Raises:
+        RecipeError: it is damaged, or of another version.
+    """
     try:
         return TypeAdapter(EvalReport).validate_json(file.read_bytes())
-    except (OSError, ValidationError):
+    except FileNotFoundError:
         return None
+    except ValidationError as error:
+        raise RecipeError(
+            f"{file} is damaged or of another version; evaluate again with --overwrite"
+        ) from error

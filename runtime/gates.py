@@ -36,13 +36,14 @@ def misses(report: EvalReport) -> list[str]:
 
 
 def check_gates(report: EvalReport) -> None:
-    """Hold every low-bit graph against the gates.
+    """Make sure that at least one low-bit graph meets all gates.
 
     Raises:
-        GateError: lists every miss.
+        GateError: none does; lists every miss.
     """
-    if found := misses(report):
-        raise GateError(f"gates missed: {'; '.join(found)}")
+    found = [_misses(report, row) for row in report.candidates]
+    if found and all(found):
+        raise GateError(f"gates missed: {'; '.join(misses(report))}")
 
 
 def recommend(report: EvalReport) -> Recommendation | None:

@@ -26,8 +26,9 @@ def accuracy_table(report: EvalReport) -> Markup:
                 against = [points, found.verdict, p_value, f"{found.agreement:.1f}"]
             shown = f"{percent:.2f} [{interval.low:.1f}, {interval.high:.1f}]"
             rows.append([task or "average", row.title, shown, *against])
-    titles = ["task", "model", "accuracy, %", "points gained", "verdict", "McNemar p", "agrees, %"]
-    return _table("Accuracy of every model on every task", titles, rows)
+    measure = f"{report.measure}, %"
+    titles = ["task", "model", measure, "points gained", "verdict", "p", "agrees, %"]
+    return _table(f"{report.measure.capitalize()} of every model on every task", titles, rows)
 
 
 def cost_table(report: EvalReport) -> Markup:

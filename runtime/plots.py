@@ -56,7 +56,9 @@ def accuracy_plot(report: EvalReport) -> Markup:
 def _bar(
     label: str, percent: float, interval: Interval, y: float, scale: float, class_: str
 ) -> list[Markup]:
-    middle, low, high = y + _BAR / 2, interval.low * scale, interval.high * scale
+    # Rank correlations may be negative; bars start at 0.
+    low, high = (max(end, 0) * scale for end in (interval.low, interval.high))
+    middle = y + _BAR / 2
     shown = f"{label}: {percent:.2f}% [{interval.low:.1f}, {interval.high:.1f}]"
     bar = element(
         "rect",
@@ -64,7 +66,7 @@ def _bar(
         class_=f"bar {class_}",
         x=0,
         y=y,
-        # Zero percent is seen as well.
+        # Zero percent and less are seen as well.
         width=max(percent * scale, 1),
         height=_BAR,
     )

@@ -63,7 +63,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Gates:
-    """What every low-bit graph has to meet; None where anything goes.
+    """What a low-bit graph has to meet to be deployed; None where anything goes.
 
     Attributes:
         max_drop: points of average accuracy lost against fp32 merged (the point estimate; its
@@ -85,7 +85,7 @@ class EvalReport:
         rows: experts (where evaluated), then every graph.
         samples: evaluation samples by task.
         provider: onnxruntime's execution provider that ran the graphs.
-        gates: what low-bit graphs have to meet.
+        gates: what a low-bit graph has to meet to be deployed.
         margin: points that may be lost and still count as no worse.
         fingerprint: of exported model, data and options.
         diagnoses: by format, where asked for.
@@ -107,6 +107,11 @@ class EvalReport:
     def other_metrics(self) -> tuple[str, ...]:
         """A sentence for each task that is not scored by accuracy."""
         return tuple(f"{task}: {metric}" for task, metric in self.metrics.items() if metric)
+
+    @property
+    def measure(self) -> str:
+        """What percentages are, over all tasks."""
+        return "accuracy or score" if self.other_metrics else "accuracy"
 
     def row(self, name: str) -> Row:
         """The row of a format or of the experts."""

@@ -61,9 +61,14 @@ def test_a_target_picks_formats_and_refuses_what_it_cannot_run(
     assert "--symmetric" in advice
     assert not out.exists()
     assert run("export", quantized, "-o", out, "--target", "cuda", "-q") == 0
+    assert capsys.readouterr().err == ""
     details = json.loads((out / "manifest.json").read_text())["details"]
     assert [graph["format"] for graph in details["graphs"]] == ["fp32", "fp16", "matmulnbits"]
     assert details["target"]["name"] == "cuda"
+    assert run("export", quantized, "-o", out, "--target", "cuda", "--overwrite") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"target cuda: {details['target']['why']}" in said
+    assert f"not verified: {details['target']['unverified']}" in said
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "qnn"])

@@ -96,7 +96,9 @@ def test_a_target_is_checked_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
-def test_run_skips_what_is_done_and_redoes_what_changed(tiny: TinyZoo, tmp_path: Path) -> None:
+def test_run_skips_what_is_done_and_redoes_what_changed(
+    tiny: TinyZoo, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
 
     def stamps() -> dict[str, int]:
@@ -112,6 +114,13 @@ def test_run_skips_what_is_done_and_redoes_what_changed(tiny: TinyZoo, tmp_path:
     gate = [*settings, "--set", "eval.max_size=0.001"]
     assert run("run", tiny.recipe, "-o", out, "-q", *gate) == 5
     assert json.loads((out / "exported" / "eval.json").read_text())["misses"]
+    assert stamps() == first
+    (out / "exported" / "eval.json").write_text("{")
+    assert run("run", tiny.recipe, "-o", out, *settings) == 2
+    captured = capsys.readouterr()
+    assert "eval.json is damaged" in " ".join(captured.err.split())
+    assert run("run", tiny.recipe, "-o", out, "-q", "--overwrite", *settings) == 0
+    assert json.loads((out / "exported" / "eval.json").read_text())["recommendation"]
     assert stamps() == first
     changed = [*settings, "--set", "quantize.bits=8"]
     assert run("run", tiny.recipe, "-o", out, "-q", *changed) == 2

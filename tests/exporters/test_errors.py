@@ -38,8 +38,8 @@ def test_format_given_twice() -> None:
     ("options", "message"),
     [
         ({"opset": 20}, "qdq needs opset 21"),
-        ({"opset": 17}, "opset is 18 to"),
-        ({"opset": 99}, "opset is 18 to"),
+        ({"opset": 18}, "opset is 21 to 25, not 18"),
+        ({"opset": 26}, "opset is 21 to 25, not 26"),
         ({"accuracy_level": 5}, "accuracy level is 0 to 4"),
     ],
 )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from parsed_flags import parsed
+from pydantic import ValidationError
 from torch import nn
 
 from epmq_deploy.calibration.targets.rtn import RtnOptions
@@ -182,6 +183,32 @@ def test_two_bit_containers() -> None:
     assert chosen_two_bit_containers(ExportOptions(target="cuda")) is False
     with pytest.raises(RecipeError, match="--no-two-bit-containers"):
         check_export(ExportOptions(target="cuda", two_bit_containers=True))
+
+
+def test_options_without_effect_are_refused_all_at_once() -> None:
+    chosen = {
+        "two_bit_containers": True,
+        "int8_activations": "static",
+        "int8_error_budget": 0.1,
+    }
+    with pytest.raises(RecipeError) as caught:
+        check_export(ExportOptions(formats=("qdq", "fp16"), **chosen))
+    message = str(caught.value)
+    for name in chosen:
+        assert f"--{name.replace('_', '-')}" in message
+    assert message.count("(qdq, fp16)") == 3
+    check_export(ExportOptions(formats=("int8-expand", "matmulnbits"), **chosen))
+    check_export(ExportOptions(target="cpu", **chosen))
+    with pytest.raises(RecipeError, match=r"take no 2-bit containers.*; --int8-activations is"):
+        check_export(ExportOptions(target="cuda", **chosen))
+    # As a manifest carries options, all of them given.
+    check_export(ExportOptions(**ExportOptions(formats=("qdq",)).model_dump()))
+
+
+@pytest.mark.parametrize("opset", [20, 26])
+def test_opsets_that_cannot_be_written_are_no_options(opset: int) -> None:
+    with pytest.raises(ValidationError, match="opset"):
+        ExportOptions(opset=opset)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from datasets import Image as DatasetImage
 from eval_report import build_report
 from PIL import Image
 from tiny_text import TEXT_TASKS, TinyText
@@ -90,6 +91,20 @@ def test_images_may_be_files_arrays_or_pillow_s(images: Path, tmp_path: Path) ->
     assert model([]) == []
 
 
+def test_images_are_read_the_way_up_their_camera_says(images: Path, tmp_path: Path) -> None:
+    """As evaluation reads them: ``datasets`` turns what it decodes."""
+    model = load(images)
+    file, exif = tmp_path / "turned.png", Image.Exif()
+    exif[0x0112] = 6  # Orientation: a quarter turn.
+    Image.fromarray(PIXELS[0]).save(file, exif=exif)
+    decoded = DatasetImage().decode_example({"path": str(file), "bytes": None})
+    seen, upright = (model(item)["red"].scores for item in (np.asarray(decoded), PIXELS[0]))
+    assert not np.allclose(seen, upright, atol=1e-3)
+    with Image.open(file) as opened:
+        found = model([file, opened])
+    assert all(np.allclose(item["red"].scores, seen, atol=1e-5) for item in found)
+
+
 def test_texts_get_the_labels_of_the_graph(texts: Path) -> None:
     model = load(texts, format="qdq", batch_size=2)
     samples = ["red tree", "blue river sings", "green"]
@@ -140,6 +155,12 @@ def test_inputs_it_cannot_take_are_named(images: Path, item: object, message: st
         load(images)([PIXELS[0], item])
 
 
+def test_one_input_it_cannot_take_is_named(images: Path, texts: Path) -> None:
+    for model, item in ((load(images), 3), (load(texts), None)):
+        with pytest.raises(MismatchError, match=f"input 0: .*found {type(item).__name__}"):
+            model(item)
+
+
 def test_files_that_are_no_images_and_texts_that_are_no_texts(
     images: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -155,6 +176,13 @@ def test_unknown_formats_and_folders_are_refused(images: Path, tmp_path: Path) -
         load(images, format="gguf")
     with pytest.raises(RecipeError, match="expected the output of `epmq export`"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "threads", "max_tokens"])
+@pytest.mark.parametrize("count", [0, -2])
+def test_counts_below_1_are_refused(images: Path, name: str, count: int) -> None:
+    with pytest.raises(RecipeError, match=f"{name} is {count}; give 1 or more"):
+        load(images, **{name: count})  # type: ignore[arg-type]
 
 
 def test_options_of_writing_are_refused_where_nothing_is_written(images: Path) -> None:
@@ -180,6 +208,9 @@ def test_takes_the_graph_that_was_recommended_and_none_where_none_was(
         json.dumps(report_dict(replace(report, gates=Gates(max_size=1))))
     )
     with pytest.raises(RecipeError, match=r"eval\.json: no low-bit graph to deploy.*format="):
+        load(tmp_path)
+    (tmp_path / "eval.json").write_text('{"rows": [')
+    with pytest.raises(RecipeError, match=r"eval\.json is damaged.*--overwrite, or .*format="):
         load(tmp_path)
     assert load(tmp_path, format="qdq").tasks == load(images).tasks
 

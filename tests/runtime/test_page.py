@@ -15,6 +15,7 @@ from eval_report import KINDS, MODELS, TASKS, build_report
 from epmq_deploy.runtime.page import html_page
 from epmq_deploy.runtime.plots import color
 from epmq_deploy.runtime.report import Gates
+from epmq_deploy.runtime.significance import Interval
 
 BLOCKS = 24
 MANY_TASKS = {f"a_task_with_a_rather_long_name_{index}": 200 for index in range(12)} | TASKS
@@ -56,6 +57,35 @@ def test_the_page_says_what_to_deploy_and_what_missed_a_gate() -> None:
     missed = html_page(replace(build_report(), gates=Gates(max_size=1)))
     assert missed.count("Gate missed") == 4
     assert "no low-bit graph to deploy" in missed
+
+
+def test_scores_below_zero_stay_in_the_picture() -> None:
+    """Rank correlations may be negative; numbers say how far."""
+    report = build_report()
+    rows = [
+        replace(row, accuracy=row.accuracy | {"cars": -20.0}, intervals=row.intervals | seen)
+        for row, seen in zip(
+            report.rows,
+            ({"cars": Interval(low, high)} for low in (-60, -30) for high in (-5, 0, 40)),
+            strict=True,
+        )
+    ]
+    page = html_page(replace(report, rows=tuple(rows)))
+    (picture,) = re.findall(r'<svg id="accuracy".*?</svg>', page, re.DOTALL)
+    root = ET.fromstring(picture)
+    assert "-20.00% [-60.0, -5.0]" in picture
+    for path in (item.get("d") or "" for item in root):
+        assert all(float(x) >= 0 for x in re.findall(r"[MH](\S+?)(?=[ M])", path)), path
+    assert all(float(bar.get("width") or 0) > 0 for bar in root if bar.tag == "rect")
+
+
+def test_tables_name_what_percentages_and_tests_are() -> None:
+    report = build_report()
+    scored = html_page(replace(report, metrics={"cars": "Another one"}))
+    assert ">accuracy, %<" in html_page(report)
+    assert ">accuracy or score, %<" in scored
+    assert ">p<" in scored
+    assert "McNemar" not in scored
 
 
 @pytest.fixture(scope="module", params=[360, 1000])

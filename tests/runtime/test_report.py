@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from eval_report import build_report, predictions
+from rich.console import Console
 
-from epmq_deploy.errors import GateError
+from epmq_deploy.cli.eval_table import eval_table
+from epmq_deploy.errors import GateError, RecipeError
 from epmq_deploy.runtime.eval_json import read_report, report_dict
 from epmq_deploy.runtime.evaluation import row_of
 from epmq_deploy.runtime.gates import check_gates, misses, recommend
@@ -58,12 +60,29 @@ def test_all_missed_gates_come_in_one_message() -> None:
     check_gates(REPORT)
     check_gates(replace(REPORT, gates=Gates(max_drop=20, max_latency_ratio=0.9, max_size=61)))
     with pytest.raises(GateError) as caught:
-        check_gates(replace(REPORT, gates=Gates(19.9, 0.5, 60.5)))
+        check_gates(replace(REPORT, gates=Gates(19.9, 0.5, 58)))
     message = str(caught.value)
     assert "worse lost 20.00 points (95% interval 16.9" in message
     assert "better takes 0.90 of fp32 merged's time, allowed 0.5" in message
-    assert "faster has 61.00 MB, allowed 60.5" in message
-    assert message.count("allowed") == 3
+    assert "faster has 61.00 MB, allowed 58" in message
+    assert message.count("allowed") == 5
+
+
+def test_one_graph_that_meets_all_gates_is_enough() -> None:
+    """It is recommended, and what the others missed is said."""
+    report = replace(REPORT, gates=Gates(19.9, 0.5, 60.5))
+    check_gates(report)
+    chosen = recommend(report)
+    assert chosen is not None
+    assert chosen.format == "equal"
+    missed = ["better takes", "faster has", "worse lost"]
+    assert [text for text in misses(report) if not text.startswith(tuple(missed))] == []
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(eval_table(report))
+    for shown in (markdown_table(report), html_page(report), captured.get()):
+        for text in missed:
+            assert f"gate missed: {text}" in shown.replace("Gate", "gate")
 
 
 def test_references_are_not_held_against_gates() -> None:
@@ -148,8 +167,10 @@ def test_recommends_nothing_that_misses_a_gate() -> None:
 def test_round_trip_through_json(tmp_path: Path) -> None:
     file = tmp_path / "eval.json"
     assert read_report(file) is None
-    file.write_text("{}")
-    assert read_report(file) is None
+    for damaged in ("{}", '{"rows": ['):
+        file.write_text(damaged)
+        with pytest.raises(RecipeError, match=r"eval\.json is damaged.*evaluate again"):
+            read_report(file)
     file.write_text(json.dumps(report_dict(REPORT)))
     assert read_report(file) == REPORT
     content = json.loads(file.read_text())
