@@ -102,8 +102,8 @@ def merge(
 ) -> Manifest:
     """Merge the recipe's experts into ``output``, a loadable Hugging Face folder.
 
-    What is not merged (a CLIP base's text tower, unless asked for), tensors no expert holds and
-    integer tensors are copied from the base.
+    What is not merged (a CLIP base's text tower, unless asked for), optional tensors that no expert
+    holds and integer tensors are copied from the base.
 
     What can be known without reading weights is looked at first: models, their layout, data and
     heads. Values are checked while they are merged, or in the method's pass over them before; NaN

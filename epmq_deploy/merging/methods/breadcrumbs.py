@@ -2,8 +2,8 @@
 
 The authors tune all three options: their search for CLIP starts at 85%, 99.4% and a scaling of 0.2
 and goes from 80 to 95%, 99 to 99.9% and 0.01 to 1 (``find_best_hyperparam.py``). The default of 85%
-is theirs; 99.3% is ours, within that range, and the scaling is Task Arithmetic's. Their code masks each row of a tensor by itself, their paper each
-tensor, as here.
+is theirs; 99.3% is ours, within that range, and the scaling is Task Arithmetic's. Their code masks
+each row of a tensor by itself, their paper each tensor, as here.
 """
 
 from typing import Literal

@@ -1,7 +1,7 @@
 """PCB-Merging (Du et al., arXiv 2410.02396): parameter competition balancing.
 
-The ratio is the default in the authors' code (``pcb-merging.py``). There the scaling is searched for
-task by task between 0.8 and 1.3; the default is where that search starts.
+The ratio is the default in the authors' code (``pcb-merging.py``). There the scaling is searched
+for, task by task, between 0.8 and 1.3; the default is where that search starts.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
 """WUDI-Merging (Cheng et al., arXiv 2503.08099): least interference in the span of task vectors.
 
-Steps and learning rate are the authors', for CLIP. The bundled zoo's task vectors are larger: merged
-so it scores 25.2 % on held-back samples, with a rate of 1.4e-4 67.1 and with the exact minimum 66.8
-(``benchmarks/results/merge_accuracy.json``).
+Steps and learning rate are the authors', for CLIP. The bundled zoo's task vectors are larger: so
+merged it scores 25.2 % on held-back samples, with a rate of 1.4e-4 67.1 and with the exact minimum
+66.8 (``benchmarks/results/merge_accuracy.json``).
 """
 
 import logging
