@@ -79,15 +79,19 @@ def stand_ins(tmp_path: Path) -> Path:
     return tmp_path / "web"
 
 
+MATMULNBITS = ("--formats", "matmulnbits")
+
+
 def export(model: Path, target: str, out: Path, *flags: object) -> Path:
-    formats = ["--target", target, "--formats", "matmulnbits", "--demo"]
-    assert run("export", model, "-o", out, *formats, "-q", *flags) == 0
+    """An export with a page, of the target's formats where flags name none."""
+    assert run("export", model, "-o", out, "--target", target, "--demo", "-q", *flags) == 0
     return out
 
 
 def python_logits(folder: Path, samples: list[Any]) -> list[dict[str, list[float]]]:
-    """Of the same graph, each sample by itself."""
-    session = onnxruntime.InferenceSession(folder / "onnx" / "model_q4.onnx")
+    """Of the page's graph, each sample by itself."""
+    graph = json.loads((folder / "demo" / "settings.json").read_text())["graph"]
+    session = onnxruntime.InferenceSession(folder / "demo" / graph)
     family = family_of(folder)
     names = [item.name for item in session.get_inputs()]
     outputs = [item.name for item in session.get_outputs() if item.name.startswith("logits_")]
@@ -170,27 +174,45 @@ def test_pixels_are_pillows(tiny: TinyZoo, tmp_path: Path) -> None:
         assert difference < (1.01 if high else 0.01) * level
 
 
-@pytest.mark.parametrize("target", ["wasm", "webgpu"])
+@pytest.mark.parametrize(
+    ("target", "formats", "file", "off"),
+    [
+        # Pixels differ by a hundredth of a level, and so some activations by one in int8.
+        ("wasm", (), "model_quantized.onnx", 0.03),
+        ("wasm", MATMULNBITS, "model_q4.onnx", 1e-3),
+        ("webgpu", MATMULNBITS, "model_q4.onnx", 1e-3),
+    ],
+)
 def test_images_in_the_browser(
-    images_model: Path, libraries: Path, tmp_path: Path, target: str
+    images_model: Path,
+    libraries: Path,
+    tmp_path: Path,
+    target: str,
+    formats: tuple[str, ...],
+    file: str,
+    off: float,
 ) -> None:
     browser()
-    out = export(images_model, target, tmp_path / "out", "--demo-libraries", libraries)
+    out = export(images_model, target, tmp_path / "out", "--demo-libraries", libraries, *formats)
+    assert json.loads((out / "demo" / "settings.json").read_text())["graph"].endswith(f"/{file}")
     flags = SOFTWARE_WEBGPU if target == "webgpu" else ("--disable-gpu",)
     found = page_logits(out, tmp_path / "profile", as_javascript(pictures()), *flags)
     expected = python_logits(out, pictures())
     assert len(found) == len(expected)
     for page, python in zip(found, expected, strict=True):
         for task in TASKS:
-            assert np.allclose(page["logits"][task], python[task], atol=1e-3)
+            assert np.allclose(page["logits"][task], python[task], atol=off)
             assert page["answers"][task] == f"class {int(np.argmax(python[task]))}"
     spread = np.std([list(python.values()) for python in expected], axis=0).max()
-    assert spread > 0.05, "all pictures look the same"
+    assert spread > 0.2, "all pictures look the same"
 
 
-def test_texts_in_the_browser(texts_model: Path, libraries: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("formats", [(), MATMULNBITS])
+def test_texts_in_the_browser(
+    texts_model: Path, libraries: Path, tmp_path: Path, formats: tuple[str, ...]
+) -> None:
     browser()
-    out = export(texts_model, "wasm", tmp_path / "out", "--demo-libraries", libraries)
+    out = export(texts_model, "wasm", tmp_path / "out", "--demo-libraries", libraries, *formats)
     found = page_logits(out, tmp_path / "profile", json.dumps(TEXTS), "--disable-gpu")
     expected = python_logits(out, TEXTS)
     for page, python in zip(found, expected, strict=True):
@@ -236,7 +258,8 @@ def test_the_page_itself(images_model: Path, libraries: Path, tmp_path: Path) ->
 
 
 def test_what_is_written(images_model: Path, stand_ins: Path, tmp_path: Path) -> None:
-    out = export(images_model, "webgpu", tmp_path / "out", "--demo-libraries", stand_ins)
+    flags = ["--demo-libraries", stand_ins, *MATMULNBITS]
+    out = export(images_model, "webgpu", tmp_path / "out", *flags)
     settings = json.loads((out / "demo" / "settings.json").read_text())
     assert (out / "demo" / settings["graph"]).resolve() == out.resolve() / "onnx" / "model_q4.onnx"
     assert (out / "demo" / settings["library"]).is_file()
@@ -259,7 +282,7 @@ def test_experts_name_their_classes(stand_ins: Path, tmp_path: Path) -> None:
     names = [f"kind {index}" for index in range(count)]
     file.write_text(json.dumps(json.loads(file.read_text()) | {"id2label": dict(enumerate(names))}))
     model = quantized(models.recipe, tmp_path)
-    out = export(model, "wasm", tmp_path / "out", "--demo-libraries", stand_ins)
+    out = export(model, "wasm", tmp_path / "out", "--demo-libraries", stand_ins, *MATMULNBITS)
     settings = json.loads((out / "demo" / "settings.json").read_text())
     shown = {entry["name"]: entry["classes"] for entry in settings["tasks"]}
     assert shown[task] == names
@@ -267,7 +290,8 @@ def test_experts_name_their_classes(stand_ins: Path, tmp_path: Path) -> None:
 
 
 def test_texts_bring_their_tokenizer(texts_model: Path, stand_ins: Path, tmp_path: Path) -> None:
-    out = export(texts_model, "wasm", tmp_path / "out", "--demo-libraries", stand_ins)
+    flags = ["--demo-libraries", stand_ins, *MATMULNBITS]
+    out = export(texts_model, "wasm", tmp_path / "out", *flags)
     text = json.loads((out / "demo" / "settings.json").read_text())["text"]
     assert text["max_length"] == 16
     for part in ("library", "tokenizer", "config"):
