@@ -115,8 +115,9 @@ class ScaledOptions(MergeOptions):
 
     def idle(self) -> dict[str, str]:
         """What says how to search, where nothing is searched."""
-        idle = not self.search and "search_samples" in self.model_fields_set
-        return {"search_samples": "without merge.search (--search)"} if idle else {}
+        given = {"search_objective", "search_samples"} & self.model_fields_set
+        reason = "without merge.search (--search)"
+        return {} if self.search else dict.fromkeys(sorted(given), reason)
 
     def _with(self, own: dict[str, Any]) -> Self:
         # Searching is for the whole model; a tensor's own scaling stays as it is.
