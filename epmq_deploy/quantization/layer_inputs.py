@@ -31,7 +31,8 @@ def layer_inputs(sums: GroupSums, weight: Tensor) -> LayerInputs | None:
     """What is known of the inputs of a layer with weight ``[N, K]``; None without activations."""
     if sums.low is None or sums.high is None:
         return None
-    energy = Hessian(sums.gram, dtype=weight.dtype).quadratic(weight)
+    # Codes are on the CPU, statistics where models run.
+    energy = Hessian(sums.gram, dtype=weight.dtype).quadratic(weight.to(sums.gram.device))
     return LayerInputs(
         sums.low.cpu(),
         sums.high.cpu(),
