@@ -24,14 +24,10 @@ def check_options(
     """Check what the user chose.
 
     Raises:
-        RecipeError: an opset too old for a format or not exportable, an accuracy level there is
-            not, or layers a format cannot hold.
+        RecipeError: an opset not exportable, an accuracy level there is not, or layers a format
+            cannot hold.
     """
-    problems = [
-        f"format {fmt.name} needs opset {fmt.min_opset} or newer, not {opset}"
-        for fmt in formats
-        if opset is not None and opset < fmt.min_opset
-    ]
+    problems: list[str] = []
     if opset is not None and opset not in OPSETS:
         problems.append(f"opset is {OPSETS[0]} to {OPSETS[-1]}, not {opset}")
     if accuracy_level not in _ACCURACY_LEVELS:

@@ -44,7 +44,6 @@ class GraphFormat(ABC):
         name: what recipes call it.
         suffix: the file is ``model<suffix>.onnx``; transformers.js and optimum look for these.
         summary: one line for listings.
-        min_opset: lowest version of the default operator set it can be written in.
         low_bit: whether it holds the quantized layers; otherwise it is the merged model in float.
         stores_two_bits: whether it may hold codes in 2-bit containers.
         tolerance: largest distance from torch, relative to the norm of an output
@@ -54,7 +53,6 @@ class GraphFormat(ABC):
     name: ClassVar[str]
     suffix: ClassVar[str]
     summary: ClassVar[str]
-    min_opset: ClassVar[int]
     low_bit: ClassVar[bool] = True
     stores_two_bits: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-3
@@ -101,7 +99,6 @@ class FloatFormat(GraphFormat):
     """The merged model before quantization, for comparison; ``lower`` is given its float graph."""
 
     low_bit = False
-    min_opset = 18
 
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
         """Nothing: it holds no layers."""

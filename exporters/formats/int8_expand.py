@@ -63,7 +63,6 @@ class Int8ExpandFormat(GraphFormat):
     name = "int8-expand"
     suffix = "_quantized"
     summary = "4 bits on disk, int8 at run time, standard ONNX: onnxruntime on x86 and ARM"
-    min_opset = 21
     tolerance = INT8_TOLERANCE
 
     def __init__(

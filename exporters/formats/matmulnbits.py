@@ -16,7 +16,6 @@ class MatMulNBitsFormat(GraphFormat):
     name = "matmulnbits"
     suffix = "_q4"
     summary = "MatMulNBits nodes: onnxruntime on CPU, CUDA and in the browser (WebGPU)"
-    min_opset = 18
     stores_two_bits = True
 
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:

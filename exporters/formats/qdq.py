@@ -26,7 +26,6 @@ class QdqFormat(GraphFormat):
     name = "qdq"
     suffix = "_qdq"
     summary = "DequantizeLinear + MatMul in standard ONNX: onnxruntime, TensorRT, OpenVINO"
-    min_opset = 21
 
     def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
         """Nothing: whatever can be packed was measured to fuse."""

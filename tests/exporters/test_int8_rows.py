@@ -20,6 +20,7 @@ from epmq_deploy.models import MultiTaskModel, TaskHead
 from epmq_deploy.models.bert import FAMILY as BERT
 from epmq_deploy.models.clip import ClipFamily
 from epmq_deploy.models.family import ModelFamily
+from epmq_deploy.recipe import OPSETS
 
 CONV = "vision_model.embeddings.patch_embedding"
 TABLE = "vision_model.embeddings.position_embedding"
@@ -82,8 +83,8 @@ def test_convolution_gets_the_dequantized_weight(
     assert np.array_equal(weight, expected.numpy())
 
 
-def test_oldest_opset(outside_case: Any, tools: types.SimpleNamespace, tmp_path: Path) -> None:
-    _, graph = tools.export(outside_case, ["matmulnbits"], tmp_path, opset=18)
+def test_newest_opset(outside_case: Any, tools: types.SimpleNamespace, tmp_path: Path) -> None:
+    _, graph = tools.export(outside_case, ["matmulnbits"], tmp_path, opset=OPSETS[-1])
     expected = tools.dequantized_model(outside_case)(outside_case.images)
     for one, other in zip(tools.run(graph.path, outside_case.images), expected, strict=True):
         np.testing.assert_allclose(one, other.numpy(), rtol=0, atol=TOLERANCE)
