@@ -37,8 +37,7 @@ def test_format_given_twice() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"opset": 20}, "qdq needs opset 21"),
-        ({"opset": 18}, "opset is 21 to 25, not 18"),
+        ({"opset": 20}, "opset is 21 to 25, not 20"),
         ({"opset": 26}, "opset is 21 to 25, not 26"),
         ({"accuracy_level": 5}, "accuracy level is 0 to 4"),
     ],
