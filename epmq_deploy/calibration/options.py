@@ -85,6 +85,11 @@ class QuantizeOptions(Options):
         own = given_for(given, name)
         return self.model_copy(update=own) if own else self
 
+    def own_bits(self, name: str) -> int | None:
+        """The bits that ``layers`` gives to one layer, if it does."""
+        given = {pattern: options.given for pattern, options in self.layers.items()}
+        return given_for(given, name).get("bits")
+
     def skips(self, name: str) -> bool:
         """Whether a layer is left unquantized."""
         return any(fnmatchcase(name, pattern) for pattern in self.skip)

@@ -40,7 +40,7 @@ def quantize_model(
     batches: TaskBatches,
     experts: Experts | None = None,
     rounding: bool = True,
-    probe: Collection[int] = (),
+    probe: Mapping[str, Collection[int]] | None = None,
     finished: Finished | None = None,
     progress: Progress | None = None,
 ) -> QuantizedModel:
@@ -59,7 +59,7 @@ def quantize_model(
         experts: required by guided targets.
         rounding: quantize; otherwise layers get the target's own weights, unrounded, to tell what
             the target gives from what rounding costs.
-        probe: widths in bits at which every layer's error is measured besides.
+        probe: by layer, widths in bits at which its error is measured besides.
         finished: results of blocks done before; further ones are added to it.
         progress: shows one step per block.
 

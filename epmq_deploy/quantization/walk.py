@@ -61,7 +61,7 @@ class Walk:
         options: the method's options.
         experts: required by guided targets.
         rounding: quantize; otherwise layers get the target's weights in float32.
-        probe: widths at which each layer's error is measured besides.
+        probe: by layer, widths at which its error is measured besides.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Walk:
         experts: Experts | None,
         *,
         rounding: bool = True,
-        probe: Collection[int] = (),
+        probe: Mapping[str, Collection[int]] | None = None,
     ) -> None:
         self._model = model
         self._family = family
@@ -81,7 +81,7 @@ class Walk:
         self._options = options
         self._guides = self._pick_guides(experts)
         self._rounding = rounding
-        self._probe = probe
+        self._probe = probe or {}
         self._tasks: list[_Task] = []
         self._blocks: tuple[Block, ...] = ()
         self._batches: TaskBatches = {}
@@ -295,7 +295,7 @@ class Walk:
             layer = _linear(self._model, name)
             problem = self._target.problem(self._weights(name, layer), sums, hessian, self._options)
             options = self._options.for_layer(name)
-            for bits in self._probe:
+            for bits in self._probe.get(name, ()):
                 probed = options.model_copy(update={"bits": bits, "refine": 0})
                 report = quantize_layer(name, None, problem, sums, probed).report
                 self._result.errors.setdefault(name, {})[bits] = report.error_after

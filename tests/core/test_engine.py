@@ -330,7 +330,9 @@ def test_one_expert_without_data_is_given_back_where_its_task_vector_reaches(
 
 
 def test_errors_are_probed_at_every_width(tiny: TinyZoo, merged: Path) -> None:
-    how = {"rounding": False, "probe": (2, 3, 4, 8)}
+    family = family_of(merged)
+    names = [name for block in family.blocks(family.load(merged)) for name in block.layers]
+    how = {"rounding": False, "probe": dict.fromkeys(names, (2, 3, 4, 8))}
     _, result = run(load_recipe(tiny.recipe), merged, how, method="gptq")
     assert not result.layers
     assert len(result.errors) == 12
