@@ -17,6 +17,11 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def without_effect(section: str, idle: Mapping[str, str]) -> list[str]:
+    """One sentence for each option of a recipe's section that has none, given why not."""
+    return [f"{section}.{name} has no effect {why}; leave it out" for name, why in idle.items()]
+
+
 def shared_fields(first: type[Options], second: type[Options]) -> set[str]:
     """Options both classes inherit from a common base, so that they mean the same in both."""
     common = set(first.__mro__) & set(second.__mro__)
