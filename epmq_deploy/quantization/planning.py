@@ -42,6 +42,7 @@ class Workplace:
         experts: base and experts, where the method needs them.
         device: where to run.
         progress: shows long work.
+        scratch: folder for activations on disk; the system's temporary folder when absent.
         expert_heads: of tasks whose experts predict through other heads than the merged model.
     """
 
@@ -51,6 +52,7 @@ class Workplace:
     experts: ExpertBackbone | None
     device: torch.device
     progress: Progress | None = None
+    scratch: Path | None = None
     expert_heads: Mapping[str, TaskHead] = field(default_factory=dict)
 
     def judge(self, samples: Mapping[str, Samples], heads: Mapping[str, TaskHead]) -> Judge:
@@ -75,6 +77,7 @@ class Workplace:
             },
             experts=self.experts,
             progress=self.progress,
+            scratch=self.scratch,
             **how,
         )
         return model, result

@@ -139,8 +139,8 @@ def quantize(
         sources = open_sources(recipe)
         check_unchanged(sources, made)
         experts = ExpertBackbone(sources, device)
-    place = Workplace(family, merged, samples, experts, device, progress)
-    finished = FinishedWork(output, f"{mark} {device.type}")
+    finished = FinishedWork(output, f"{mark} {_arithmetic(recipe.quantize, device)}")
+    place = Workplace(family, merged, samples, experts, device, progress, finished.scratch)
     if finished.blocks:
         log.info("going on after %d finished blocks of an interrupted run", finished.blocks)
     try:
@@ -165,6 +165,12 @@ def quantize(
         )
     finished.remove()
     return manifest
+
+
+def _arithmetic(options: QuantizeOptions, device: torch.device) -> str:
+    """What codes depend on beside options and inputs: blocks of different kinds do not mix."""
+    products = TARGETS[options.method].products_dtype(options)
+    return f"{device.type} {products} {torch.get_num_threads()} threads"
 
 
 def _quantized(

@@ -176,6 +176,13 @@ def test_malformed_options_by_layer_are_refused(tiny: TinyZoo, entry: str) -> No
 def test_options_for_no_layer_are_refused(tiny: TinyZoo, merged: Path) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.layers: \*\.fc9 matches no layer"):
         run(load_recipe(tiny.recipe), merged, layers=["*.fc9:bits=8"])
+    outside = (
+        r"^quantize\.layers: visual_projection matches no layer in the blocks; .*8 bits.*--skip"
+    )
+    with pytest.raises(RecipeError, match=outside):
+        run(load_recipe(tiny.recipe), merged, layers=["visual_projection:bits=4"])
+    # One that matches layers of both kinds is for those in the blocks.
+    run(load_recipe(tiny.recipe), merged, method="rtn", layers=["*proj*:bits=8"])
 
 
 def test_target_bits_are_met_and_reported(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
