@@ -18,8 +18,13 @@ class Options(BaseModel):
 
 
 def without_effect(section: str, idle: Mapping[str, str]) -> list[str]:
-    """One sentence for each option of a recipe's section that has none, given why not."""
-    return [f"{section}.{name} has no effect {why}; leave it out" for name, why in idle.items()]
+    """One sentence for the options of a recipe's section that have none for the same reason."""
+    sentences = []
+    for why in dict.fromkeys(idle.values()):
+        names = [f"{section}.{name}" for name, reason in idle.items() if reason == why]
+        has, them = ("has", "it") if len(names) == 1 else ("have", "them")
+        sentences.append(f"{', '.join(names)} {has} no effect {why}; leave {them} out")
+    return sentences
 
 
 def shared_fields(first: type[Options], second: type[Options]) -> set[str]:

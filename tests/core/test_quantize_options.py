@@ -59,6 +59,12 @@ def test_without_data_options_of_data_are_refused(option: str, tmp_path: Path) -
             check_options(made)
 
 
+def test_options_of_one_reason_are_named_in_one_sentence() -> None:
+    together = r"^quantize\.samples, quantize\.bias have no effect with [^;]*; leave them out$"
+    with pytest.raises(RecipeError, match=together):
+        check_options(recipe(preset="weights", bias="joint", samples=8))
+
+
 def test_what_is_refused_without_data_has_indeed_no_effect(tiny: TinyZoo, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     plain = load_recipe(tiny.recipe)
