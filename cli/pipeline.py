@@ -113,10 +113,10 @@ def preflight(recipe: Recipe) -> Sources:
     from epmq_deploy.exporters.layer_grid import planned_grids
     from epmq_deploy.exporters.target_check import check_target
     from epmq_deploy.exporters.targets import check_export
-    from epmq_deploy.merging.merge import check_options
+    from epmq_deploy.merging import merge
     from epmq_deploy.merging.preflight import check_experts
+    from epmq_deploy.quantization import quantize
     from epmq_deploy.quantization.model import check_patterns
-    from epmq_deploy.quantization.quantize import calibration_samples, missing_heads
     from epmq_deploy.runtime.evaluation_data import evaluation_samples
     from epmq_deploy.tasks.data import missing_data
     from epmq_deploy.tasks.heads import build_heads
@@ -136,17 +136,18 @@ def preflight(recipe: Recipe) -> Sources:
         # Class names are all encoded later; one of each task shows that they can be.
         brief = {name: _brief(task) for name, task in recipe.tasks.items()}
         heads = build_heads(brief, family, folder, features)
-        if problem := missing_heads(recipe.quantize, family, recipe.tasks, heads):
+        if problem := quantize.missing_heads(recipe.quantize, family, recipe.tasks, heads):
             raise RecipeError(problem)
 
     checks: tuple[Callable[[], object], ...] = (
-        lambda: check_options(recipe),
+        lambda: merge.check_options(recipe),
+        lambda: quantize.check_options(recipe),
         lambda: check_experts(
             sources,
             mixed_dtypes=recipe.merge.mixed_dtypes,
             missing_experts=bool(unopened),
         ),
-        lambda: calibration_samples(recipe, family, folder),
+        lambda: quantize.calibration_samples(recipe, family, folder),
         lambda: check_export(recipe.export),
         lambda: check_demo(recipe.export, family),
         lambda: evaluation_samples(recipe, family, folder),

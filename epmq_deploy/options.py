@@ -17,6 +17,16 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def without_effect(section: str, idle: Mapping[str, str]) -> list[str]:
+    """One sentence for the options of a recipe's section that have none for the same reason."""
+    sentences = []
+    for why in dict.fromkeys(idle.values()):
+        names = [f"{section}.{name}" for name, reason in idle.items() if reason == why]
+        has, them = ("has", "it") if len(names) == 1 else ("have", "them")
+        sentences.append(f"{', '.join(names)} {has} no effect {why}; leave {them} out")
+    return sentences
+
+
 def shared_fields(first: type[Options], second: type[Options]) -> set[str]:
     """Options both classes inherit from a common base, so that they mean the same in both."""
     common = set(first.__mro__) & set(second.__mro__)

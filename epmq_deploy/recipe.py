@@ -32,6 +32,9 @@ TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 # operators to (measured on torch 2.13).
 OPSETS = range(21, 26)
 
+# Options of quantization that say how many bits weights have.
+_WAYS_TO_BITS = {"bits", "target_bits", "target_size"}
+
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], SEVERAL]
 if TYPE_CHECKING:
     MergeChoice = MergeOptions
@@ -237,6 +240,19 @@ def parse_recipe(content: Any, source: str) -> Recipe:
         raise RecipeError(listed(source, _describe(error))) from error
 
 
+def parse_complete(content: Any, source: str) -> Recipe:
+    """As ``parse_recipe``, of a recipe with every value written out; defaults are not given."""
+    recipe = parse_recipe(content, source)
+    return parse_recipe(_with_methods(recipe, recipe.model_dump(exclude_defaults=True)), source)
+
+
+def _with_methods(recipe: Recipe, content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as plain data that lacks some values, with its methods in any case."""
+    for name in ("merge", "quantize"):
+        content.setdefault(name, {})["method"] = getattr(recipe, name).method
+    return content
+
+
 def load_recipe(file: Path) -> Recipe:
     """Read a recipe; relative paths in it are taken from its folder.
 
@@ -306,16 +322,14 @@ def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
     if not given:
         return recipe
     # What was not given stays so: options that have no effect are refused where they were given.
-    content = recipe.model_dump(exclude_unset=True)
-    for name in ("merge", "quantize"):
-        content.setdefault(name, {})["method"] = getattr(recipe, name).method
+    content = _with_methods(recipe, recipe.model_dump(exclude_unset=True))
     options = content.get(section, {})
     if "target" in given:
         # A target brings formats of its own, unless some are given with it.
         options = options | {"formats": None}
-    if "target_bits" in given or "target_size" in given:
-        # One takes the place of the other, unless both are given.
-        options = options | {"target_bits": None, "target_size": None}
+    if not _WAYS_TO_BITS.isdisjoint(given):
+        # One takes the place of the others, unless several are given.
+        options = {key: value for key, value in options.items() if key not in _WAYS_TO_BITS}
     registries: dict[str, dict[str, Any]] = {"merge": MERGE_METHODS, "quantize": TARGETS}
     known = registries.get(section, {})
     wanted = given.get("method")
@@ -326,12 +340,12 @@ def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
     content[section] = options | given
     changed = parse_recipe(content, f"{section} options")
     # What a flag puts out of use is no mistake of the recipe's.
-    idle = changed.merge.idle().keys() - recipe.merge.idle().keys() - given.keys()
-    if not idle.isdisjoint(content["merge"]):
-        content["merge"] = {
-            key: value for key, value in content["merge"].items() if key not in idle
-        }
-        changed = parse_recipe(content, f"{section} options")
+    if known:
+        before, after = (getattr(each, section).idle().keys() for each in (recipe, changed))
+        idle = after - before - given.keys()
+        if not idle.isdisjoint(content[section]):
+            used = {key: value for key, value in content[section].items() if key not in idle}
+            changed = parse_recipe(content | {section: used}, f"{section} options")
     return changed
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from epmq_deploy import __version__
 from epmq_deploy.card import CARD, write_card
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.recipe import Recipe, parse_recipe
+from epmq_deploy.recipe import Recipe, parse_complete
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -96,7 +96,7 @@ def read_manifest(folder: Path, stage: str) -> Manifest:
         raise RecipeError(
             f"{folder} is the output of `epmq {found}`, expected that of `epmq {stage}`"
         )
-    content["recipe"] = parse_recipe(content["recipe"], str(file))
+    content["recipe"] = parse_complete(content["recipe"], str(file))
     return Manifest(**content)
 
 

@@ -25,6 +25,7 @@ from epmq_deploy.merging.output import write_merged
 from epmq_deploy.merging.preflight import ExpertCheck, warn_about_what_is_not_merged
 from epmq_deploy.merging.recipe_data import RecipeData, load_data
 from epmq_deploy.merging.search import search_scaling
+from epmq_deploy.options import without_effect
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.stage import (
@@ -78,10 +79,7 @@ def check_options(recipe: Recipe) -> None:
     """
     method = MERGE_METHODS[recipe.merge.method]
     problems = method.problems(recipe.merge, tuple(recipe.tasks))
-    problems += [
-        f"merge.{name} has no effect {why}; leave it out"
-        for name, why in recipe.merge.idle().items()
-    ]
+    problems += without_effect("merge", recipe.merge.idle())
     if recipe.base.part in ("text", "both") and uses_data(recipe.merge):
         problems.append(
             f"base.part: {recipe.base.part}: merging that takes calibration data (method "

@@ -29,7 +29,7 @@ def allocate(layers: Mapping[str, Choice], budget: float) -> dict[str, int]:
         budget: bits for all layers together.
 
     Raises:
-        ValueError: even the smallest widths exceed the budget; says by how much.
+        ValueError: even the smallest widths exceed the budget.
     """
     chosen = {
         name: min(choice.sizes, key=lambda bits: choice.sizes[bits])
@@ -37,7 +37,7 @@ def allocate(layers: Mapping[str, Choice], budget: float) -> dict[str, int]:
     }
     spent = sum(layers[name].sizes[bits] for name, bits in chosen.items())
     if spent > budget:
-        raise ValueError(f"the smallest widths alone take {spent / budget:.2f} times as much")
+        raise ValueError(f"the smallest widths take {spent:g} bits, more than {budget:g}")
     while True:
         best, gain = None, 0.0
         for name, choice in layers.items():

@@ -1,7 +1,8 @@
 """Quantizing a model block by block, in the order its layers run."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -40,9 +41,10 @@ def quantize_model(
     batches: TaskBatches,
     experts: Experts | None = None,
     rounding: bool = True,
-    probe: Collection[int] = (),
+    probe: Mapping[str, Collection[int]] | None = None,
     finished: Finished | None = None,
     progress: Progress | None = None,
+    scratch: Path | None = None,
 ) -> QuantizedModel:
     """Quantize ``model`` in place (its weights become the dequantized ones).
 
@@ -59,9 +61,10 @@ def quantize_model(
         experts: required by guided targets.
         rounding: quantize; otherwise layers get the target's own weights, unrounded, to tell what
             the target gives from what rounding costs.
-        probe: widths in bits at which every layer's error is measured besides.
+        probe: by layer, widths in bits at which its error is measured besides.
         finished: results of blocks done before; further ones are added to it.
         progress: shows one step per block.
+        scratch: folder for activations on disk; the system's temporary folder when absent.
 
     Raises:
         NumericsError: a layer could not be solved as asked; names it.
@@ -75,7 +78,9 @@ def quantize_model(
         # First, so that calibration sees what the blocks will receive.
         layers, reports = quantize_outer(model, inside, options)
         whole.extend(QuantizedModel(layers, reports=reports))
-    walk = Walk(model, family, target, options, experts, rounding=rounding, probe=probe)
+    walk = Walk(
+        model, family, target, options, experts, rounding=rounding, probe=probe, scratch=scratch
+    )
     walk.start(blocks, batches)
     for index, block in enumerate(progress.track(blocks, "quantizing")):
         result = finished.load(index) if finished else None
@@ -99,21 +104,28 @@ def check_patterns(model: nn.Module, blocks: tuple[Block, ...], options: Quantiz
     """Make sure patterns of ``skip`` name layers, and those of ``layers`` layers in blocks.
 
     Raises:
-        RecipeError: names the patterns that match nothing.
+        RecipeError: names the patterns that match nothing, or nothing that takes such options.
     """
-    layers = [name for block in blocks for name in block.layers]
+    inside = [name for block in blocks for name in block.layers]
     every = [name for name, module in model.named_modules() if is_quantizable(module)]
-    idle = [
-        f"quantize.{option}: {pattern}"
-        for option, patterns, known in (
-            ("skip", options.skip, every),
-            ("layers", options.layers, layers),
+    nowhere = {"skip": _unmatched(options.skip, every), "layers": _unmatched(options.layers, every)}
+    outside = [key for key in _unmatched(options.layers, inside) if key not in nowhere["layers"]]
+    problems = []
+    if idle := [f"quantize.{option}: {key}" for option, keys in nowhere.items() for key in keys]:
+        problems.append(f"{', '.join(idle)} matches no layer; layers are named like {inside[0]}")
+    if outside:
+        problems.append(
+            f"quantize.layers: {', '.join(outside)} matches no layer in the blocks; those outside "
+            "always take 8 bits, or are left unquantized by name with quantize.skip (--skip), all "
+            "of them with quantize.outer: false (--no-outer)"
         )
-        for pattern in patterns
-        if not any(fnmatchcase(name, pattern) for name in known)
-    ]
-    if idle:
-        raise RecipeError(f"{', '.join(idle)} matches no layer; layers are named like {layers[0]}")
+    if problems:
+        raise RecipeError("; ".join(problems))
+
+
+def _unmatched(patterns: Iterable[str], names: list[str]) -> list[str]:
+    """The patterns that match none of these names."""
+    return [key for key in patterns if not any(fnmatchcase(name, key) for name in names)]
 
 
 def apply_quantized(

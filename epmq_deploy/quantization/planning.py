@@ -17,10 +17,10 @@ from epmq_deploy.errors import RecipeError
 from epmq_deploy.experts import ExpertBackbone
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.progress import Progress
-from epmq_deploy.quantization.allocation import Choice, allocate, stored_bits
+from epmq_deploy.quantization.allocation import Choice, allocate
 from epmq_deploy.quantization.anchor_search import search_anchor
+from epmq_deploy.quantization.bit_budget import bit_budget
 from epmq_deploy.quantization.model import quantize_model
-from epmq_deploy.quantization.outer import quantize_outer
 from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.tasks.agreement import Judge, Scores, mean_divergence
 from epmq_deploy.tasks.data import Samples, batches
@@ -42,6 +42,7 @@ class Workplace:
         experts: base and experts, where the method needs them.
         device: where to run.
         progress: shows long work.
+        scratch: folder for activations on disk; the system's temporary folder when absent.
         expert_heads: of tasks whose experts predict through other heads than the merged model.
     """
 
@@ -51,6 +52,7 @@ class Workplace:
     experts: ExpertBackbone | None
     device: torch.device
     progress: Progress | None = None
+    scratch: Path | None = None
     expert_heads: Mapping[str, TaskHead] = field(default_factory=dict)
 
     def judge(self, samples: Mapping[str, Samples], heads: Mapping[str, TaskHead]) -> Judge:
@@ -75,6 +77,7 @@ class Workplace:
             },
             experts=self.experts,
             progress=self.progress,
+            scratch=self.scratch,
             **how,
         )
         return model, result
@@ -120,52 +123,29 @@ def plan_anchor(
 def plan_bits(options: QuantizeOptions, place: Workplace) -> dict[str, Any]:
     """Choose bits per layer for ``target_bits`` or ``target_size``; plain data with ``layers``.
 
+    Layers that have bits of their own keep them, and count.
+
     Raises:
-        RecipeError: the target cannot be met.
+        RecipeError: see ``bit_budget``.
     """
-    # Below 4 bits ONNX stores codes in 4-bit containers, so narrower codes save nothing there;
-    # they are only chosen where the target asks for less than 4 bits.
-    narrow = options.target_bits is not None and options.target_bits < 4
-    widths: tuple[int, ...] = (2, 3, 4, 8) if narrow else (4, 8)
-    model, result = place.calibrate(options, rounding=False, probe=widths)
-    choices = {}
-    weights = 0
-    for name, errors in result.errors.items():
-        rows, columns = model.get_parameter(f"{name}.weight").shape
-        weights += rows * columns
-        group_size = options.for_layer(name).group_size
-        sizes = {
-            bits: float(rows * columns * bits)
-            if options.target_bits is not None
-            else stored_bits(rows, columns, bits, group_size)
-            for bits in widths
-        }
-        choices[name] = Choice(errors, sizes)
-    if options.target_bits is not None:
-        budget = options.target_bits * weights
-    else:
-        assert options.target_size is not None, "called with one of the two targets"
-        outer, _ = quantize_outer(model, set(result.errors), options)
-        taken = sum(
-            stored_bits(linear.out_features, linear.in_features, linear.bits, linear.group_size)
-            for linear in outer.values()
-        )
-        budget = options.target_size * 8e6 - taken
-    try:
-        chosen = allocate(choices, budget)
-    except ValueError as error:
-        option = "target_bits" if options.target_bits is not None else "target_size"
-        raise RecipeError(f"quantize.{option} cannot be met: {error}") from error
-    return {
-        "layers": chosen,
-        "mean_bits": sum(
-            bits * model.get_parameter(f"{name}.weight").numel() for name, bits in chosen.items()
-        )
-        / weights,
-    }
+    model = place.family.load(place.folder)
+    budget = bit_budget(model, place.family.blocks(model), options)
+    _, result = place.calibrate(options, rounding=False, probe=budget.choices)
+    chosen = allocate(
+        {
+            name: Choice(result.errors.get(name, dict.fromkeys(sizes, 0.0)), sizes)
+            for name, sizes in budget.sizes.items()
+        },
+        budget.bits,
+    )
+    bits = sum(width * budget.weights[name] for name, width in chosen.items())
+    return {"layers": chosen, "mean_bits": bits / sum(budget.weights.values())}
 
 
 def with_bits(options: QuantizeOptions, bits: Mapping[str, int]) -> QuantizeOptions:
     """Options in which each layer has the bits given."""
-    chosen = {name: LayerOptions.model_validate({"bits": width}) for name, width in bits.items()}
+    chosen = {
+        name: options.layers.get(name, LayerOptions()).model_copy(update={"bits": width})
+        for name, width in bits.items()
+    }
     return options.model_copy(update={"layers": {**options.layers, **chosen}})

@@ -18,6 +18,7 @@ from epmq_deploy.calibration.targets.epmq import EpmqOptions
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.experts import ExpertBackbone, check_unchanged, open_sources
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
+from epmq_deploy.options import without_effect
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.artifact import save_artifact
 from epmq_deploy.quantization.distill import distill
@@ -61,6 +62,16 @@ def _asks_for_heads(options: QuantizeOptions) -> list[str]:
         return []
     asked = {"anchor: auto": options.anchor == "auto", "distill": options.distill > 0}
     return [f"quantize.{option}" for option, given in asked.items() if given]
+
+
+def check_options(recipe: Recipe) -> None:
+    """Make sure that every option given to quantization has an effect.
+
+    Raises:
+        RecipeError: one sentence for each that has none.
+    """
+    if problems := without_effect("quantize", recipe.quantize.idle()):
+        raise RecipeError("; ".join(problems))
 
 
 def missing_heads(
@@ -111,10 +122,12 @@ def quantize(
     goes on after the last of them and yields the same codes.
 
     Raises:
-        RecipeError: the output exists, or an input folder is not a merged model.
+        RecipeError: the output exists, an input folder is not a merged model, or options have no
+            effect.
         MismatchError: calibration data or experts are missing or do not fit; all at once.
         NumericsError: a layer could not be solved as asked.
     """
+    check_options(recipe)
     refuse_existing(output, "quantize", overwrite=overwrite, source=merged)
     made = open_output(merged, "merge")
     mark, inputs = quantize_fingerprint(recipe, made.fingerprint)
@@ -126,8 +139,8 @@ def quantize(
         sources = open_sources(recipe)
         check_unchanged(sources, made)
         experts = ExpertBackbone(sources, device)
-    place = Workplace(family, merged, samples, experts, device, progress)
-    finished = FinishedWork(output, f"{mark} {device.type}")
+    finished = FinishedWork(output, f"{mark} {_arithmetic(recipe.quantize, device)}")
+    place = Workplace(family, merged, samples, experts, device, progress, finished.scratch)
     if finished.blocks:
         log.info("going on after %d finished blocks of an interrupted run", finished.blocks)
     try:
@@ -152,6 +165,12 @@ def quantize(
         )
     finished.remove()
     return manifest
+
+
+def _arithmetic(options: QuantizeOptions, device: torch.device) -> str:
+    """What codes depend on beside options and inputs: blocks of different kinds do not mix."""
+    products = TARGETS[options.method].products_dtype(options)
+    return f"{device.type} {products} {torch.get_num_threads()} threads"
 
 
 def _quantized(

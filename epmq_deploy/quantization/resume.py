@@ -1,6 +1,7 @@
 """What an interrupted quantization has finished, kept beside the output until that is written."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from epmq_deploy.quantization.artifact import (
 from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.stage import atomic_folder, atomic_text
 
+log = logging.getLogger(__name__)
+
 _MARK = "fingerprint"
 
 
@@ -26,6 +29,9 @@ class FinishedWork:
     Args:
         output: folder the run will write in the end.
         mark: fingerprint of the run: what it finishes is of use to no other.
+
+    Attributes:
+        scratch: folder for what this run alone can use; what an earlier one left there is deleted.
     """
 
     def __init__(self, output: Path, mark: str) -> None:
@@ -33,9 +39,18 @@ class FinishedWork:
         self._folder = place.with_name(f".{place.name}.unfinished")
         file = self._folder / _MARK
         if not file.is_file() or file.read_text() != mark:
+            if self.blocks:
+                log.info(
+                    "starting anew: %d finished blocks of an interrupted run were made from other "
+                    "inputs or options, or with other threads or arithmetic",
+                    self.blocks,
+                )
             self.remove()
             self._folder.mkdir(parents=True)
             file.write_text(mark)
+        self.scratch = self._folder / "scratch"
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
 
     def load(self, index: int) -> QuantizedModel | None:
         """A block's result, or None when it is still to be done."""

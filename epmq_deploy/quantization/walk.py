@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from epmq_deploy.calibration.activations import (
 from epmq_deploy.calibration.cache import ActivationCache, Kept
 from epmq_deploy.calibration.data_free import weight_statistics
 from epmq_deploy.calibration.norms import NormSums, fit_affine, pre_affine
-from epmq_deploy.calibration.options import CalibratedOptions, QuantizeOptions
+from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.calibration.statistics import Accumulator, GroupSums, TaskStatistics
 from epmq_deploy.calibration.target import CalibrationTarget, Guide, LayerWeights
 from epmq_deploy.calibration.tokens import TokenWeights, counted
@@ -61,7 +62,8 @@ class Walk:
         options: the method's options.
         experts: required by guided targets.
         rounding: quantize; otherwise layers get the target's weights in float32.
-        probe: widths at which each layer's error is measured besides.
+        probe: by layer, widths at which its error is measured besides.
+        scratch: folder for activations on disk; the system's temporary folder when absent.
     """
 
     def __init__(
@@ -73,7 +75,8 @@ class Walk:
         experts: Experts | None,
         *,
         rounding: bool = True,
-        probe: Collection[int] = (),
+        probe: Mapping[str, Collection[int]] | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self._model = model
         self._family = family
@@ -81,7 +84,7 @@ class Walk:
         self._options = options
         self._guides = self._pick_guides(experts)
         self._rounding = rounding
-        self._probe = probe
+        self._probe = probe or {}
         self._tasks: list[_Task] = []
         self._blocks: tuple[Block, ...] = ()
         self._batches: TaskBatches = {}
@@ -92,9 +95,8 @@ class Walk:
         # The norm just re-fitted, whose output is the input of the group that comes next.
         self._refitted: nn.Module | None = None
         self._device = next(model.parameters()).device
-        calibrated = options if isinstance(options, CalibratedOptions) else None
-        self._cache = ActivationCache(calibrated.cache_bytes if calibrated else None)
-        self._cache_dtype = getattr(torch, calibrated.cache_dtype if calibrated else "float32")
+        self._cache = ActivationCache(getattr(options, "cache_bytes", None), scratch)
+        self._cache_dtype = getattr(torch, getattr(options, "cache_dtype", "float32"))
         self._products = target.products_dtype(options)
         self._others = target.unpooled_weight(options)
         self._mix = target.mix(options)
@@ -295,7 +297,7 @@ class Walk:
             layer = _linear(self._model, name)
             problem = self._target.problem(self._weights(name, layer), sums, hessian, self._options)
             options = self._options.for_layer(name)
-            for bits in self._probe:
+            for bits in self._probe.get(name, ()):
                 probed = options.model_copy(update={"bits": bits, "refine": 0})
                 report = quantize_layer(name, None, problem, sums, probed).report
                 self._result.errors.setdefault(name, {})[bits] = report.error_after
@@ -331,8 +333,7 @@ class Walk:
                     for name in names
                     if _linear(self._model, name).bias is not None
                 }
-            weight = self._target.task_weight(statistics, self._options)
-            sums.add(statistics, weight, biases)
+            sums.add(statistics, self._target.task_weight(statistics, self._options), biases)
         if 0 < sums.tokens < 2 * first.in_features:
             log.warning(
                 "%s: %d calibration tokens for %d input columns; at least %d are advisable, "

@@ -176,6 +176,13 @@ def test_malformed_options_by_layer_are_refused(tiny: TinyZoo, entry: str) -> No
 def test_options_for_no_layer_are_refused(tiny: TinyZoo, merged: Path) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.layers: \*\.fc9 matches no layer"):
         run(load_recipe(tiny.recipe), merged, layers=["*.fc9:bits=8"])
+    outside = (
+        r"^quantize\.layers: visual_projection matches no layer in the blocks; .*8 bits.*--skip"
+    )
+    with pytest.raises(RecipeError, match=outside):
+        run(load_recipe(tiny.recipe), merged, layers=["visual_projection:bits=4"])
+    # One that matches layers of both kinds is for those in the blocks.
+    run(load_recipe(tiny.recipe), merged, method="rtn", layers=["*proj*:bits=8"])
 
 
 def test_target_bits_are_met_and_reported(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
@@ -251,7 +258,7 @@ def test_anchor_auto_needs_samples_to_hold_back(
     missing = f"a head for every task .*; without: {TASKS[0]}$"
     for recipe, options, problem in (
         (plain, {"samples": 7}, few),
-        (plain, {"preset": "weights"}, few),
+        (plain, {"preset": "weights"}, r"^quantize\.anchor has no effect as auto with .*weights"),
         (plain.model_copy(update={"tasks": headless}), {}, missing),
     ):
         asked = override(recipe, "quantize", {"anchor": "auto", **options})
@@ -330,7 +337,9 @@ def test_one_expert_without_data_is_given_back_where_its_task_vector_reaches(
 
 
 def test_errors_are_probed_at_every_width(tiny: TinyZoo, merged: Path) -> None:
-    how = {"rounding": False, "probe": (2, 3, 4, 8)}
+    family = family_of(merged)
+    names = [name for block in family.blocks(family.load(merged)) for name in block.layers]
+    how = {"rounding": False, "probe": dict.fromkeys(names, (2, 3, 4, 8))}
     _, result = run(load_recipe(tiny.recipe), merged, how, method="gptq")
     assert not result.layers
     assert len(result.errors) == 12

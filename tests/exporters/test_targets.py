@@ -135,6 +135,17 @@ def test_bits_chosen_for_a_budget_are_changed_through_it(budget: dict[str, float
     assert (changed.target_bits, changed.target_size) == (4, None)
 
 
+def test_bits_a_layer_has_of_its_own_are_not_changed_through_a_budget() -> None:
+    own = {"two": {"bits": 8}}
+    options = RtnOptions.model_validate({"symmetric": True, "target_bits": 5, "layers": own})
+    layers = {"one": grid(), "two": grid(bits=8)}
+    with pytest.raises(RecipeError, match=r"two is stored in 8 bits.*with --layers two:bits=4$"):
+        check_target(ExportOptions(target="qnn"), layers, options)
+    layers["one"] = grid(bits=8)
+    with pytest.raises(RecipeError, match=r"with --target-bits 4 --layers two:bits=4$"):
+        check_target(ExportOptions(target="qnn"), layers, options)
+
+
 def test_layers_of_a_kind_are_skipped_by_one_pattern() -> None:
     layers = {
         "a.0.fc1": grid(in_features=32, block_size=32),

@@ -54,6 +54,19 @@ PRESETS = {
 }
 
 
+# How calibration data are chosen, run through the model, kept and used.
+_OF_DATA = (
+    "samples",
+    "seed",
+    "batch_size",
+    "bias",
+    "unpooled_weight",
+    "products",
+    "cache_limit",
+    "cache_dtype",
+)
+
+
 class EpmqOptions(CalibratedOptions):
     """E-PMQ."""
 
@@ -123,6 +136,17 @@ class EpmqOptions(CalibratedOptions):
                 "preset weights has no calibration data: leave out alpha, norms and distill"
             )
         return self
+
+    def idle(self) -> dict[str, str]:
+        """What only calibration data give a meaning, with preset ``weights``."""
+        found = super().idle()
+        if self.values.data_free:
+            given = [name for name in _OF_DATA if name in self.model_fields_set]
+            reason = f"with quantize.preset: {self.preset}, which uses no calibration data"
+            found |= dict.fromkeys(given, reason)
+            if self.anchor == "auto":
+                found["anchor"] = f"as auto {reason}"
+        return found
 
     @model_validator(mode="after")
     def _distillation_is_not_held(self) -> "EpmqOptions":

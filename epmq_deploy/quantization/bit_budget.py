@@ -1,0 +1,116 @@
+"""What a model's layers may take together, and what each of them takes at which width."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from epmq_deploy.calibration.options import QuantizeOptions
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.models import Block
+from epmq_deploy.quantization.allocation import stored_bits
+from epmq_deploy.quantization.outer import planned_outer
+
+_MEGABYTE = 8e6
+_WIDTHS = (4, 8)
+_NARROW_WIDTHS = (2, 3, 4, 8)
+
+Sizes = Mapping[str, Mapping[int, float]]
+
+
+@dataclass(frozen=True)
+class BitBudget:
+    """What layers in the blocks may take.
+
+    Attributes:
+        bits: of all of them.
+        sizes: bits by layer and width; of one width where a layer has bits of its own.
+        weights: number of weights by layer.
+    """
+
+    bits: float
+    sizes: Sizes
+    weights: Mapping[str, int]
+
+    @property
+    def choices(self) -> dict[str, tuple[int, ...]]:
+        """Widths of the layers that leave a choice."""
+        return {name: tuple(sizes) for name, sizes in self.sizes.items() if len(sizes) > 1}
+
+
+def bit_budget(model: nn.Module, blocks: tuple[Block, ...], options: QuantizeOptions) -> BitBudget:
+    """What ``target_bits`` or ``target_size`` allows; takes no calibration.
+
+    Args:
+        model: the merged model.
+        blocks: its blocks.
+        options: with one of the two.
+
+    Raises:
+        RecipeError: even the smallest widths take more, or no layer leaves a choice.
+    """
+    inside = [name for block in blocks for name in block.layers]
+    layers = [name for name in inside if not options.skips(name)]
+    by_size = options.target_bits is None
+    option = "quantize.target_size" if by_size else "quantize.target_bits"
+    if all(options.own_bits(name) for name in layers):
+        raise RecipeError(
+            f"{option}: there are no bits to choose, as every layer in the blocks is skipped or "
+            "has bits of its own in quantize.layers; leave it out"
+        )
+    weights = {name: model.get_parameter(f"{name}.weight").numel() for name in layers}
+    asked = options.target_size if by_size else options.target_bits
+    assert asked is not None, "called with one of the two targets"
+    unit = _MEGABYTE if by_size else float(sum(weights.values()))
+    taken = _outer_bits(model, set(inside), options) if by_size else 0.0
+    budget = asked * unit - taken
+    sizes = _sizes(model, layers, options, _WIDTHS)
+    if not by_size and _least(sizes) > budget:
+        # Below 4 bits ONNX stores codes in 4-bit containers, so narrower codes save nothing there;
+        # they are only chosen where the target asks for less than 4 bits.
+        sizes = _sizes(model, layers, options, _NARROW_WIDTHS)
+    if _least(sizes) > budget:
+        least = _rounded_up((_least(sizes) + taken) / unit)
+        raise RecipeError(
+            f"{option} cannot be met: {asked:g} asked for, {least:g} {'MB' if by_size else 'bits'} "
+            "are the least possible with the other options"
+        )
+    return BitBudget(budget, sizes, weights)
+
+
+def _sizes(
+    model: nn.Module, layers: list[str], options: QuantizeOptions, widths: tuple[int, ...]
+) -> Sizes:
+    """Bits by layer and width, with scales and zero points where the target is a size."""
+
+    def size(name: str, bits: int) -> float:
+        rows, columns = model.get_parameter(f"{name}.weight").shape
+        if options.target_bits is not None:
+            return float(rows * columns * bits)
+        return stored_bits(rows, columns, bits, options.for_layer(name).group_size)
+
+    own = {name: options.own_bits(name) for name in layers}
+    return {
+        name: {width: size(name, width) for width in ((bits,) if bits else widths)}
+        for name, bits in own.items()
+    }
+
+
+def _least(sizes: Sizes) -> float:
+    return sum(min(choice.values()) for choice in sizes.values())
+
+
+def _outer_bits(model: nn.Module, inside: set[str], options: QuantizeOptions) -> float:
+    """What quantized layers outside the blocks take."""
+    total = 0.0
+    for name, grid in planned_outer(model, inside, options).items():
+        rows, columns = model.get_parameter(f"{name}.weight").flatten(1).shape
+        total += stored_bits(rows, columns, grid.bits, grid.group_size)
+    return total
+
+
+def _rounded_up(value: float) -> float:
+    """To four digits, upwards: what is named can be asked for."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 3)
+    return math.ceil(value / step) * step
