@@ -3,9 +3,12 @@
     python benchmarks/methods.py                       # the bundled zoo, test samples
     python benchmarks/methods.py --held-back           # choose options without test samples
     python benchmarks/methods.py --set merge.method=ties --variant epmq,bits=2,anchor=0.5
+    python benchmarks/methods.py --held-back --recipe RECIPE.yaml --name text
 
 With ``--held-back`` each task's calibration samples are halved: one half calibrates, the other is
-scored. Writes ``benchmarks/results/methods.json`` and prints the table as Markdown.
+scored, and values around the default's are measured too. Adds its run to
+``benchmarks/results/methods.json``, or ``methods_held_back.json``, where those of other suites,
+merges and sample counts stay, and prints the table as Markdown.
 """
 
 import os
@@ -42,15 +45,29 @@ from epmq_deploy.tasks.heads import build_heads
 
 ZOO = Path(epmq_deploy.__file__).parent / "zoo" / "recipe.yaml"
 RESULTS = Path(__file__).parent / "results"
-VARIANTS = (
-    "rtn,bits=4",
-    "gptq,bits=4",
-    "epmq,preset=paper,bits=4",
-    "epmq,preset=features,bits=4",
-    "rtn,bits=3",
-    "gptq,bits=3",
-    "epmq,preset=paper,bits=3",
-    "epmq,preset=features,bits=3",
+METHODS = (
+    "rtn",
+    "gptq",
+    "gptaq",
+    "epmq,preset=paper",
+    "epmq,preset=features",
+    "epmq,preset=outputs",
+    "epmq,preset=weights",
+)
+VARIANTS = tuple(f"{method},bits={bits}" for bits in (4, 3) for method in METHODS)
+# What the values of preset outputs were chosen among; never measured on test samples.
+AROUND = tuple(
+    f"epmq,preset=outputs,bits=4,{other}"
+    for other in (
+        "alpha=0.5",
+        "alpha=0.75",
+        "rho=1",
+        "rho=2.2",
+        "rho=4",
+        "anchor=0.005",
+        "anchor=0.05",
+        "unpooled_weight=1",
+    )
 )
 
 
@@ -164,7 +181,7 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
     return {
         "variant": variant,
         "distilled": distilled,
-        "options": options.model_dump(),
+        "options": options.model_dump(exclude_defaults=True),
         "average": suite.average(model),
         "seconds": time.perf_counter() - started,
     }
@@ -174,14 +191,17 @@ def main() -> None:
     """Measure all variants and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, default=ZOO)
+    parser.add_argument("--name", default="zoo")
     parser.add_argument("--set", action="append", default=[], metavar="section.option=value")
     parser.add_argument("--variant", action="append", metavar="method,option=value,...")
     parser.add_argument("--held-back", action="store_true")
-    parser.add_argument("--output", type=Path, default=RESULTS / "methods.json")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the results")
     arguments = parser.parse_args()
+    held_back = arguments.held_back
+    output = arguments.results / ("methods_held_back.json" if held_back else "methods.json")
     recipe = assign(load_recipe(arguments.recipe), arguments.set)
     with tempfile.TemporaryDirectory() as work:
-        suite = load_suite(recipe, Path(work) / "merged", arguments.held_back)
+        suite = load_suite(recipe, Path(work) / "merged", held_back)
         rows = [
             {"variant": "experts", "average": suite.experts_average()},
             {"variant": "fp32 merged", "average": suite.average(suite.family.load(suite.folder))},
@@ -189,16 +209,19 @@ def main() -> None:
         print("| model | average accuracy % |\n|---|---|")
         for row in rows:
             print(f"| {row['variant']} | {row['average']:.2f} |", flush=True)
-        for variant in arguments.variant or VARIANTS:
+        for variant in arguments.variant or VARIANTS + (AROUND if held_back else ()):
             rows.append(measure(suite, variant))
             print(f"| {variant} | {rows[-1]['average']:.2f} |", flush=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "scored": "held-back calibration samples" if arguments.held_back else "test samples",
+    known = json.loads(output.read_text()) if output.is_file() else {}
+    place = f"{arguments.name}, {recipe.merge.method}, {recipe.quantize.samples} samples"
+    known[place] = {
+        "scored": "held-back calibration samples" if held_back else "test samples",
         "merge": recipe.merge.model_dump(),
+        "threads": torch.get_num_threads(),
         "rows": rows,
     }
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(known, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@
     python benchmarks/quantize.py --experts 8 --samples 32 --set products=bfloat16
 
 Time is that of ``quantize_model`` over that of the bare forward passes it needs: the merged model
-and every expert once over the same samples, measured before and after it in the same process.
+and every expert once over the same samples, measured before and after it in the same process. There
+are two yardsticks where they differ: those passes in float32, as a model is usually run, and under
+autocast to the dtype in which calibration runs the blocks (``products``).
 Peak resident memory is the process's own (``ru_maxrss``), one process per number of experts.
 Writes ``benchmarks/results/quantize.json``.
 """
@@ -93,8 +95,9 @@ def measure(folder: Path, experts: int, samples: int, options: dict[str, Any]) -
     model = family.load(folder / "base")
     sources = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
     size = getattr(chosen, "batch_size", samples)
+    products = TARGETS[chosen.method].products_dtype(chosen)
 
-    def bare() -> float:
+    def bare(dtype: torch.dtype) -> float:
         """Seconds for the merged model and every expert, without loading weights."""
         seconds = 0.0
         for task in recipe.tasks:
@@ -104,11 +107,13 @@ def measure(folder: Path, experts: int, samples: int, options: dict[str, Any]) -
             for _ in range(2):
                 with torch.inference_mode():
                     for batch in inputs:
-                        family.embed(model, *batch)
+                        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                            family.embed(model, *batch)
             seconds += time.perf_counter() - started
         return seconds
 
-    before = bare()
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, products)}
+    before = {name: bare(dtype) for name, dtype in dtypes.items()}
     started = time.perf_counter()
     result = quantize_model(
         model,
@@ -119,15 +124,16 @@ def measure(folder: Path, experts: int, samples: int, options: dict[str, Any]) -
         experts=sources,
     )
     seconds = time.perf_counter() - started
-    forward = (before + bare()) / 2
+    forward = {name: (before[name] + bare(dtype)) / 2 for name, dtype in dtypes.items()}
     solving = sum(report.seconds for report in result.reports)
     return {
         "experts": experts,
         "samples": samples,
         "options": chosen.model_dump(),
         "threads": torch.get_num_threads(),
-        "ratio": seconds / forward,
-        "solver_ratio": solving / forward,
+        "products": str(products).removeprefix("torch."),
+        "ratio": {name: seconds / passes for name, passes in forward.items()},
+        "solver_ratio": {name: solving / passes for name, passes in forward.items()},
         "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "seconds": seconds,
         "forward_seconds": forward,
@@ -159,9 +165,13 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout))
             row = rows[-1]
+            ratios = ", ".join(
+                f"{ratio:.2f} x {dtype} forward (of it solver {row['solver_ratio'][dtype]:.2f})"
+                for dtype, ratio in row["ratio"].items()
+            )
             print(
-                f"{experts} experts x {samples} samples {settings}: {row['ratio']:.2f} x forward "
-                f"(of it solver {row['solver_ratio']:.2f}), peak {row['peak_gib']:.2f} GiB",
+                f"{experts} experts x {samples} samples {settings}, {row['products']}: {ratios}, "
+                f"peak {row['peak_gib']:.2f} GiB",
                 flush=True,
             )
         arguments.output.write_text(json.dumps({"rows": rows}, indent=2) + "\n")

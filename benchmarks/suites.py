@@ -100,6 +100,8 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
     figure(f"{DEFAULT}/distill", f"epmq,distill={EPOCHS}", suite)
     if not first:
         return
+    for bits in BITS:
+        figure(f"{DEFAULT}/{bits}/unrefined", f"epmq,refine=0,bits={bits}", suite)
     figure(f"{DEFAULT}/auto", "epmq,anchor=auto", suite)
     for mean in MIXED:
         figure(f"{DEFAULT}/mixed {mean}", f"epmq,target_bits={mean}", suite)
@@ -139,6 +141,8 @@ def tables(store: Store, merges: list[str]) -> str:
         lines += [f"(products of activations in float32: {exact})"]
         lines += [f"after {EPOCHS} epochs of distillation: {shown(f'{merge}/{DEFAULT}/distill')}"]
     lines += ["", f"{first}: anchor auto {shown(f'{first}/{DEFAULT}/auto')}"]
+    for bits in BITS:
+        lines += [f"{bits} bits, no refinement: {shown(f'{first}/{DEFAULT}/{bits}/unrefined')}"]
     for mean in MIXED:
         lines += [f"{mean} bits on average: {shown(f'{first}/{DEFAULT}/mixed {mean}')}"]
     runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
