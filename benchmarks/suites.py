@@ -82,7 +82,7 @@ class Store:
 def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None:
     """All figures of one merge that are not in the store yet.
 
-    Only the first merge is measured at every width, sample count and seed.
+    Only the first merge is measured with every sample count and seed.
     """
 
     def figure(key: str, variant: str, used: Suite) -> None:
@@ -93,7 +93,7 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
         store.add(f"{name}/fp32", suite.average(suite.family.load(suite.folder)))
     for method, variant in METHODS.items():
         for bits in BITS:
-            if bits == BITS[0] or (first and method in NARROW):
+            if bits == BITS[0] or method in NARROW:
                 figure(f"{method}/{bits}", f"{variant},bits={bits}", suite)
     figure(f"{DEFAULT}/unrounded", "epmq,rounding=false", suite)
     figure(f"{DEFAULT}/float32", "epmq,products=float32", suite)
