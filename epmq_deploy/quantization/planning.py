@@ -19,7 +19,7 @@ from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.allocation import Choice, allocate
 from epmq_deploy.quantization.anchor_search import search_anchor
-from epmq_deploy.quantization.bit_budget import bit_budget
+from epmq_deploy.quantization.bit_budget import BitBudget, bit_budget
 from epmq_deploy.quantization.model import quantize_model
 from epmq_deploy.quantization.quantized_model import QuantizedModel
 from epmq_deploy.tasks.agreement import Judge, Scores, mean_divergence
@@ -54,6 +54,11 @@ class Workplace:
     progress: Progress | None = None
     scratch: Path | None = None
     expert_heads: Mapping[str, TaskHead] = field(default_factory=dict)
+
+    def bit_budget(self, options: QuantizeOptions) -> BitBudget:
+        """See there; the model is in memory no longer than this takes."""
+        model = self.family.load(self.folder)
+        return bit_budget(model, self.family.blocks(model), options)
 
     def judge(self, samples: Mapping[str, Samples], heads: Mapping[str, TaskHead]) -> Judge:
         """Judges models with these heads by the experts' predictions on these samples."""
@@ -128,8 +133,7 @@ def plan_bits(options: QuantizeOptions, place: Workplace) -> dict[str, Any]:
     Raises:
         RecipeError: see ``bit_budget``.
     """
-    model = place.family.load(place.folder)
-    budget = bit_budget(model, place.family.blocks(model), options)
+    budget = place.bit_budget(options)
     _, result = place.calibrate(options, rounding=False, probe=budget.choices)
     chosen = allocate(
         {
