@@ -9,7 +9,7 @@ from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.merging.method import ScaledOptions
 from epmq_deploy.merging.recipe_data import RecipeData
 from epmq_deploy.models.predictions import Predictions, entropy
-from epmq_deploy.tasks.agreement import Judge, Scores, predictions_of
+from epmq_deploy.tasks.agreement import Judge, Scores, scored
 
 
 def check_objective(data: RecipeData, options: ScaledOptions) -> None:
@@ -42,27 +42,16 @@ def losses(data: RecipeData, options: ScaledOptions) -> Callable[[nn.Module], Sc
             task's expert predicts; ``labels``, the cross-entropy of the data's; ``entropy``, that
             of the predictions, as AdaMerging minimises (Yang et al., arXiv 2310.02575).
     """
+    folder, heads = data.sources.base.folder, data.heads
     if options.search_objective == "experts":
-        folder = data.sources.base.folder
-        heads = data.heads
         return Judge.of_experts(data.family, folder, data.samples, heads, data.expert, heads).scores
     labels = {}
     if options.search_objective == "labels":
         labels = {task: samples.labels() for task, samples in data.samples.items()}
 
-    def judge(model: nn.Module) -> Scores:
-        found = {}
-        for task, samples in data.samples.items():
-            folder, head = data.sources.base.folder, data.heads.get(task)
-            predicted = predictions_of(model, data.family, folder, samples, head)
-            found[task] = predicted.per_sample(_loss(predicted, labels.get(task)))
-        return found
-
-    return judge
-
-
-def _loss(predicted: Predictions, labels: Tensor | None) -> Tensor:
-    """Of each prediction, ``[m]``."""
-    if labels is None:
+    def loss(task: str, predicted: Predictions) -> Tensor:
+        if task in labels:
+            return cross_entropy(predicted.logits, labels[task], reduction="none")
         return entropy(predicted.logits)
-    return cross_entropy(predicted.logits, labels, reduction="none")
+
+    return lambda model: scored(model, data.family, folder, data.samples, heads, loss)

@@ -13,7 +13,7 @@ from epmq_deploy.models.predictions import Predictions, predictions
 from epmq_deploy.tasks.accuracy import embeddings
 from epmq_deploy.tasks.data import Samples, batches
 
-# Divergences of each task's samples, ``[n]``.
+# A loss (as divergence from the expert) of each task's samples, ``[n]``.
 Scores = Mapping[str, Tensor]
 _BATCH = 64
 
@@ -65,6 +65,31 @@ def predictions_of(
     )
 
 
+def scored(
+    model: nn.Module,
+    family: ModelFamily,
+    folder: Path,
+    samples: Mapping[str, Samples],
+    heads: Mapping[str, TaskHead],
+    loss: Callable[[str, Predictions], Tensor],
+) -> Scores:
+    """Losses of a model's predictions, each sample's mean, task by task ``[n]``.
+
+    Args:
+        model: a backbone of ``family``.
+        family: embeds and preprocesses.
+        folder: a model folder with preprocessor settings.
+        samples: by task.
+        heads: by task; none where models write texts.
+        loss: of each prediction ``[m]``, given the task and its predictions.
+    """
+    found = {}
+    for task, chosen in samples.items():
+        predicted = predictions_of(model, family, folder, chosen, heads.get(task))
+        found[task] = predicted.per_sample(loss(task, predicted))
+    return found
+
+
 @dataclass(frozen=True)
 class Judge:
     """Scores models by how closely they predict what the experts predict.
@@ -111,14 +136,11 @@ class Judge:
 
     def scores(self, model: nn.Module) -> Scores:
         """Divergences from the experts, task by task ``[n]``."""
-        found = {}
-        for task, chosen in self.samples.items():
-            head = self.heads.get(task)
-            predicted = predictions_of(model, self.family, self.folder, chosen, head)
-            found[task] = predicted.per_sample(
-                divergence(predicted.logits, self.wanted[task].logits)
-            )
-        return found
+
+        def loss(task: str, predicted: Predictions) -> Tensor:
+            return divergence(predicted.logits, self.wanted[task].logits)
+
+        return scored(model, self.family, self.folder, self.samples, self.heads, loss)
 
 
 @dataclass(frozen=True)
