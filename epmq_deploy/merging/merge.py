@@ -123,36 +123,29 @@ def merge(
     with ExpertCheck(
         sources, mixed_dtypes=options.mixed_dtypes, missing_experts=bool(errors)
     ) as check:
-        names = check.names
-        data = None
-        if names and not errors:
+        if check.names and not errors:
             with noted(errors):
-                _check_patterns(options, names)
+                _check_patterns(options, check.names)
+        data = None
         if uses_data(options):
             with noted(errors):
                 data = _data(recipe, sources, device, progress)
         check.begin(errors)
-        vectors = CheckpointTaskVectors(sources.base, sources.experts, names, device, check)
+        vectors = CheckpointTaskVectors(sources.base, sources.experts, check.names, device, check)
         details: dict[str, Any] = {
             "method": method.name,
             "experts": len(sources.experts),
-            "merged_tensors": len(names),
-            "copied_tensors": len(sources.base.tensors) - len(names),
+            "merged_tensors": len(vectors.names),
+            "copied_tensors": len(sources.base.tensors) - len(vectors.names),
         }
         statistics = method.statistics(vectors, options) if method.statistics else None
         if data is not None:
             # Experts run on data before anything is merged.
             check.finish()
-            data = data.answered()
-            details |= data.details
-            if method.calibrate is not None:
-                calibrated = method.calibrate(data, vectors, options)
-                statistics = calibrated.statistics
-                details |= calibrated.details
-            if _is_searched(options):
-                found = search_scaling(data, method, options, vectors, statistics)
-                options = options.at(found.value)
-                details |= _search_details(found)
+            options, statistics, learned = _learned(
+                data.answered(), method, options, vectors, statistics
+            )
+            details |= learned
         with atomic_folder(output) as folder:
             # Values are checked as they are merged; one that is wrong leaves nothing behind.
             tensors = _tensors(vectors, method, options, statistics)
@@ -211,6 +204,26 @@ def _data(recipe: Recipe, sources: Sources, device: torch.device, progress: Prog
     if _is_searched(options):
         check_objective(data, options)
     return data
+
+
+def _learned(
+    data: RecipeData,
+    method: MergeMethod[Any],
+    options: MergeOptions,
+    vectors: CheckpointTaskVectors,
+    statistics: Any,
+) -> tuple[MergeOptions, Any, dict[str, Any]]:
+    """Options, statistics and what the manifest says, as calibration data have them."""
+    details = dict(data.details)
+    if method.calibrate is not None:
+        calibrated = method.calibrate(data, vectors, options)
+        statistics = calibrated.statistics
+        details |= calibrated.details
+    if _is_searched(options):
+        found = search_scaling(data, method, options, vectors, statistics)
+        options = options.at(found.value)
+        details |= _search_details(found)
+    return options, statistics, details
 
 
 def _check_patterns(options: MergeOptions, names: tuple[str, ...]) -> None:
