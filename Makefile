@@ -28,7 +28,7 @@ docs: $(VENV)/.installed
 # What the page of `epmq export --demo` needs, from npm, pinned.
 web:
 	mkdir -p $(WEB)
-	cp exporters/demo/package.json exporters/demo/package-lock.json $(WEB)
+	cp exporters/browser/web/package.json exporters/browser/web/package-lock.json $(WEB)
 	npm ci --ignore-scripts --prefix $(WEB)
 
 # An editable install, for working on the code.

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 # A command imports its stage when it starts.
-import epmq_deploy.exporters.export_stage  # noqa: F401
+import epmq_deploy.exporters.stage  # noqa: F401
 from epmq_deploy.cli.main import main
 
 _INTERVAL = 0.005

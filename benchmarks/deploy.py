@@ -46,8 +46,8 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil
 
 from epmq_deploy.exporters.formats import formats_of
-from epmq_deploy.exporters.graph import DOMAIN, OP_TYPE, add_initializer
-from epmq_deploy.exporters.packed_linear import pack_linear
+from epmq_deploy.exporters.graphs.layers import DOMAIN, OP_TYPE, add_initializer
+from epmq_deploy.exporters.packing.packed_linear import pack_linear
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 RESULTS = Path(__file__).parent / "results" / "deploy.json"

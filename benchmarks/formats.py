@@ -28,14 +28,14 @@ from methods import RESULTS, ZOO, Suite, load_suite
 from text_suite import CACHE
 from torch import nn
 
-from epmq_deploy.exporters.export_stage import export
+from epmq_deploy.data.accuracy import embeddings
 from epmq_deploy.exporters.formats import format_names, low_bit_format_names
+from epmq_deploy.exporters.stage import export
 from epmq_deploy.quantization.artifact import load_artifact
-from epmq_deploy.quantization.model import apply_quantized
-from epmq_deploy.quantization.quantize import quantize
+from epmq_deploy.quantization.sequential import apply_quantized
+from epmq_deploy.quantization.stage import quantize
 from epmq_deploy.recipe import Recipe, load_recipe, override
-from epmq_deploy.runtime.sessions import Graph
-from epmq_deploy.tasks.accuracy import embeddings
+from epmq_deploy.runtime.ort.sessions import Graph
 
 THREADS = 2
 SUITES = {"zoo": ZOO, "text": CACHE / "recipe.yaml"}

@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 
 from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
-from epmq_deploy.calibration.target import LayerProblem, LayerWeights
-from epmq_deploy.calibration.targets.epmq import TARGET, EpmqOptions
-from epmq_deploy.quantization.grid import Grid, fit_grid
+from epmq_deploy.quantization.base import LayerProblem, LayerWeights
 from epmq_deploy.quantization.layer import quantize_layer
-from epmq_deploy.quantization.refine import refine
-from epmq_deploy.quantization.solver import solve
+from epmq_deploy.quantization.methods.epmq import METHOD, EpmqOptions
+from epmq_deploy.quantization.solver.gptq import solve
+from epmq_deploy.quantization.solver.grid import Grid, fit_grid
+from epmq_deploy.quantization.solver.refine import refine
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 768
@@ -67,7 +67,7 @@ def group_data(
         mean = inputs.mean(dim=0).to(torch.float64)
         gram = inputs.T @ inputs / len(inputs)
         found = TaskStatistics(gram, mean, len(inputs), cross, output_mean)
-        sums.add(found, TARGET.task_weight(found, EpmqOptions()), biases)
+        sums.add(found, METHOD.task_weight(found, EpmqOptions()), biases)
     return layers, sums
 
 
@@ -102,11 +102,11 @@ def time_phases(
     found: dict[str, dict[str, float]] = {}
     for layers, sums in data:
         clock = Clock()
-        hessian = TARGET.hessian(sums, options)
+        hessian = METHOD.hessian(sums, options)
         assert hessian.plain.factor is not None
         clock.lap("factor")
         for layer in layers:
-            problem = TARGET.problem(layer, sums, hessian, options)
+            problem = METHOD.problem(layer, sums, hessian, options)
             clock.lap("target")
             grid = grid_of(problem, options)
             clock.lap("grid")
@@ -129,9 +129,9 @@ def time_block(data: list[tuple[list[LayerWeights], GroupSums]], options: EpmqOp
     """Seconds for all layers from their sums to codes, biases and reports."""
     started = time.perf_counter()
     for layers, sums in data:
-        hessian = TARGET.hessian(sums, options)
+        hessian = METHOD.hessian(sums, options)
         for layer in layers:
-            problem = TARGET.problem(layer, sums, hessian, options)
+            problem = METHOD.problem(layer, sums, hessian, options)
             quantize_layer(layer.name, layer.bias, problem, sums, options)
     return time.perf_counter() - started
 
@@ -142,9 +142,9 @@ def sweep_gains(
     """Relative objective, summed over layers, of rounding, the solver and sweeps after it."""
     totals = dict.fromkeys(["rounding", "solver", *(f"sweeps {count}" for count in SWEEPS)], 0.0)
     for layers, sums in data:
-        hessian = TARGET.hessian(sums, options)
+        hessian = METHOD.hessian(sums, options)
         for layer in layers:
-            problem = TARGET.problem(layer, sums, hessian, options)
+            problem = METHOD.problem(layer, sums, hessian, options)
             plain = options.model_copy(update={"refine": 0})
             report = quantize_layer(layer.name, layer.bias, problem, sums, plain).report
             totals["rounding"] += report.error_before

@@ -1,8 +1,8 @@
 """onnxruntime's low-bit kernels behind two choices of the export, side by side on this machine.
 
-- 2-bit codes in containers of 2 bits or of 4 (`epmq_deploy.exporters.two_bits`);
+- 2-bit codes in containers of 2 bits or of 4 (`epmq_deploy.exporters.lowering.two_bits`);
 - rows of an INT8 table: Gather, Cast, Mul, as they are exported
-  (`epmq_deploy.exporters.int8_rows`), or ``com.microsoft::GatherBlockQuantized``.
+  (`epmq_deploy.exporters.lowering.int8.rows`), or ``com.microsoft::GatherBlockQuantized``.
 
 Writes ``results/low_bit_kernels.json``: median milliseconds, variants taking turns.
 """
@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from epmq_deploy.exporters.packing import pack_codes, pack_zero_points
+from epmq_deploy.exporters.packing.bytes import pack_codes, pack_zero_points
 
 RESULTS = Path(__file__).parent / "results" / "low_bit_kernels.json"
 CONTRIB = "com.microsoft"

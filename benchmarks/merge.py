@@ -128,7 +128,7 @@ def resident(field: str) -> float:
 
 def merge_one(folder: Path, method: str) -> dict[str, Any]:
     """Merge in this process: seconds and memory."""
-    from epmq_deploy.merging.merge import merge
+    from epmq_deploy.merging.stage import merge
     from epmq_deploy.recipe import load_recipe, override
 
     recipe = override(load_recipe(folder / "recipe.yaml"), "merge", {"method": method})

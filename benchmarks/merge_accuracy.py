@@ -26,14 +26,14 @@ import yaml
 from torch import Tensor
 
 import epmq_deploy
-from epmq_deploy.merging.merge import merge
-from epmq_deploy.merging.method import DataOptions
+from epmq_deploy.data.accuracy import torch_accuracy
+from epmq_deploy.data.heads import build_heads
+from epmq_deploy.data.samples import batches, load_samples
 from epmq_deploy.merging.methods import MERGE_METHODS
+from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import ModelFamily, family_of
+from epmq_deploy.options.merging import DataOptions
 from epmq_deploy.recipe import Recipe, load_recipe, override
-from epmq_deploy.tasks.accuracy import torch_accuracy
-from epmq_deploy.tasks.data import batches, load_samples
-from epmq_deploy.tasks.heads import build_heads
 
 ZOO = Path(epmq_deploy.__file__).parent / "zoo" / "recipe.yaml"
 RESULTS = Path(__file__).parent / "results" / "merge_accuracy.json"

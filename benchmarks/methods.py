@@ -29,19 +29,19 @@ import yaml
 from torch import Tensor, nn
 
 import epmq_deploy
-from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.cli.run import assign
-from epmq_deploy.experts import ExpertBackbone, open_sources
-from epmq_deploy.merging.merge import merge
+from epmq_deploy.data.accuracy import torch_accuracy
+from epmq_deploy.data.heads import build_heads
+from epmq_deploy.data.samples import Samples, batches, load_samples
+from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
-from epmq_deploy.quantization.distill import distill
-from epmq_deploy.quantization.model import quantize_model
-from epmq_deploy.quantization.planning import Workplace, plan_anchor, plan_bits, with_bits
-from epmq_deploy.quantization.quantize import calibration_samples
+from epmq_deploy.models.experts import ExpertBackbone, open_sources
+from epmq_deploy.quantization.distillation import distill
+from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
+from epmq_deploy.quantization.planning import CalibrationContext, plan_anchor, plan_bits, with_bits
+from epmq_deploy.quantization.sequential import quantize_model
+from epmq_deploy.quantization.stage import calibration_samples
 from epmq_deploy.recipe import Recipe, load_recipe, override
-from epmq_deploy.tasks.accuracy import torch_accuracy
-from epmq_deploy.tasks.data import Samples, batches, load_samples
-from epmq_deploy.tasks.heads import build_heads
 
 ZOO = Path(epmq_deploy.__file__).parent / "zoo" / "recipe.yaml"
 RESULTS = Path(__file__).parent / "results"
@@ -153,7 +153,9 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
     recipe = override(suite.recipe, "quantize", {"method": method, **flags})
     options = recipe.quantize
     experts = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
-    place = Workplace(suite.family, suite.folder, suite.samples, experts, torch.device("cpu"))
+    place = CalibrationContext(
+        suite.family, suite.folder, suite.samples, experts, torch.device("cpu")
+    )
     if flags.get("anchor") == "auto":
         found = plan_anchor(options, place, suite.heads)["anchor"]
         options = options.model_copy(update={"anchor": found})
@@ -164,7 +166,7 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
     quantized = quantize_model(
         model,
         suite.family,
-        TARGETS[options.method],
+        QUANTIZATION_METHODS[options.method],
         options,
         batches={
             task: (lambda inputs=inputs: inputs) for task, inputs in suite.calibration.items()
@@ -174,7 +176,7 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
     )
     distilled = None
     if flags.get("distill"):
-        products = TARGETS[options.method].products_dtype(options)
+        products = QUANTIZATION_METHODS[options.method].products_dtype(options)
         _, distilled = distill(
             model, quantized, place, suite.heads, epochs=flags["distill"], products=products
         )

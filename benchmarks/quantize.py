@@ -32,10 +32,10 @@ import yaml
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
-from epmq_deploy.calibration.targets import TARGETS
-from epmq_deploy.experts import ExpertBackbone, open_sources
 from epmq_deploy.models import family_of
-from epmq_deploy.quantization.model import quantize_model
+from epmq_deploy.models.experts import ExpertBackbone, open_sources
+from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
+from epmq_deploy.quantization.sequential import quantize_model
 from epmq_deploy.recipe import Recipe, override, parse_recipe
 
 RESULTS = Path(__file__).parent / "results" / "quantize.json"
@@ -95,7 +95,7 @@ def measure(folder: Path, experts: int, samples: int, options: dict[str, Any]) -
     model = family.load(folder / "base")
     sources = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
     size = getattr(chosen, "batch_size", samples)
-    products = TARGETS[chosen.method].products_dtype(chosen)
+    products = QUANTIZATION_METHODS[chosen.method].products_dtype(chosen)
 
     def bare(dtype: torch.dtype) -> float:
         """Seconds for the merged model and every expert, without loading weights."""
@@ -118,7 +118,7 @@ def measure(folder: Path, experts: int, samples: int, options: dict[str, Any]) -
     result = quantize_model(
         model,
         family,
-        TARGETS[chosen.method],
+        QUANTIZATION_METHODS[chosen.method],
         chosen,
         batches={task: (lambda task=task: images(task, samples, size)) for task in recipe.tasks},
         experts=sources,

@@ -33,17 +33,17 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from epmq_deploy.cli.run import assign
-from epmq_deploy.experts import ExpertBackbone, open_sources
-from epmq_deploy.merging.merge import merge
+from epmq_deploy.data.samples import load_samples
+from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of
-from epmq_deploy.models.t5 import FAMILY
-from epmq_deploy.models.writer import TextPair
+from epmq_deploy.models.experts import ExpertBackbone, open_sources
+from epmq_deploy.models.text_generation.base import TextPair
+from epmq_deploy.models.text_generation.t5 import FAMILY
 from epmq_deploy.quantization.artifact import load_artifact
-from epmq_deploy.quantization.model import apply_quantized
-from epmq_deploy.quantization.quantize import quantize
+from epmq_deploy.quantization.sequential import apply_quantized
+from epmq_deploy.quantization.stage import quantize
 from epmq_deploy.recipe import Recipe, load_recipe, parse_recipe
-from epmq_deploy.runtime.text_scoring import normalised
-from epmq_deploy.tasks.data import load_samples
+from epmq_deploy.runtime.evaluation.text_scoring import normalised
 
 CACHE = TEXT_CACHE.with_name("t5_suite")
 RESULTS = Path(__file__).parent / "results" / "t5_suite.json"

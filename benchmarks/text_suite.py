@@ -34,15 +34,15 @@ from text_sources import SOURCES, base_folder, fetch
 from text_tasks import TextTask, split_task, write_splits
 from text_training import Schedule, described, probe_accuracy, train_expert
 
+from epmq_deploy.artifacts.manifest import fingerprint
 from epmq_deploy.cli.run import assign
-from epmq_deploy.experts import ExpertBackbone, open_sources
-from epmq_deploy.merging.merge import merge
+from epmq_deploy.data.accuracy import torch_accuracy
+from epmq_deploy.data.heads import build_heads
+from epmq_deploy.data.samples import batches, load_samples
+from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of
+from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.recipe import Recipe, load_recipe
-from epmq_deploy.stage import fingerprint
-from epmq_deploy.tasks.accuracy import torch_accuracy
-from epmq_deploy.tasks.data import batches, load_samples
-from epmq_deploy.tasks.heads import build_heads
 
 CACHE = Path.home() / ".cache" / "epmq-deploy" / "text_suite"
 MAX_TOKENS = 64

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from epmq_deploy.artifacts.manifest import read_manifest
 from epmq_deploy.device import DeviceName
 from epmq_deploy.recipe import Recipe, load_recipe, override
-from epmq_deploy.stage import read_manifest
 
 Output = Annotated[
     Path, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")

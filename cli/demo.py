@@ -8,8 +8,8 @@ import typer
 
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
-from epmq_deploy.cli.pipeline import run_all
 from epmq_deploy.cli.run import Assignments, assign
+from epmq_deploy.pipeline import run_all
 from epmq_deploy.recipe import load_recipe
 
 

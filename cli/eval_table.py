@@ -8,9 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from epmq_deploy.runtime.gates import advice, misses, verdicts
-from epmq_deploy.runtime.markdown import cost_lines
-from epmq_deploy.runtime.report import EvalReport
+from epmq_deploy.runtime.evaluation.gates import advice, misses, verdicts
+from epmq_deploy.runtime.report.markdown import cost_lines
+from epmq_deploy.runtime.report.model import EvalReport
 
 # Longer ones are wrapped before models go to another table.
 _NARROWEST_LABELS = 16

@@ -6,17 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from epmq_deploy.card import Evaluation, write_card
+from epmq_deploy.artifacts.card import Evaluation, write_card
+from epmq_deploy.artifacts.folders import atomic_text
+from epmq_deploy.artifacts.manifest import read_manifest
+from epmq_deploy.artifacts.names import MANIFEST
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import EvalOptions, Recipe
-from epmq_deploy.stage import MANIFEST, atomic_text, read_manifest
 
 if TYPE_CHECKING:
-    from epmq_deploy.runtime.report import EvalReport
+    from epmq_deploy.runtime.report.model import EvalReport
 
 EVAL_FILE = "eval.json"
 _FATAL = 4
@@ -64,7 +66,7 @@ def evaluate_to(
     """Evaluate, write ``file`` and what is made from it, show the table, then hold the gates."""
     import onnxruntime
 
-    from epmq_deploy.runtime.evaluation import evaluate
+    from epmq_deploy.runtime.evaluation.stage import evaluate
 
     # A provider that cannot be started is reported below, in one sentence.
     onnxruntime.set_default_logger_severity(_FATAL)
@@ -85,10 +87,10 @@ def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None
     """
     from epmq_deploy.cli.eval_table import eval_table
     from epmq_deploy.models import family_of
-    from epmq_deploy.runtime.eval_json import report_dict
-    from epmq_deploy.runtime.gates import check_gates
-    from epmq_deploy.runtime.markdown import markdown_table
-    from epmq_deploy.runtime.page import html_page
+    from epmq_deploy.runtime.evaluation.gates import check_gates
+    from epmq_deploy.runtime.report.json import report_dict
+    from epmq_deploy.runtime.report.markdown import markdown_table
+    from epmq_deploy.runtime.report.page import html_page
 
     content = report_dict(report)
     markdown, page = views_of(file)

@@ -32,7 +32,7 @@ def command(
       epmq export quantized -o exported
       epmq export quantized -o exported --formats matmulnbits --accuracy-level 4
     """
-    from epmq_deploy.exporters.export_stage import export
+    from epmq_deploy.exporters.stage import export
 
     terminal = Terminal(as_json, quiet)
     manifest = export(

@@ -13,9 +13,9 @@ from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
 from epmq_deploy.cli.tables import stage_table
 from epmq_deploy.device import pick_device
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.options import split_entries
+from epmq_deploy.options.merging import MergeOptions
 from epmq_deploy.recipe import Recipe, absolute_paths, load_recipe, override, parse_recipe
 
 
@@ -58,7 +58,7 @@ def command(
       epmq merge recipe.yaml -o merged --method iso_c --search
       epmq merge --list
     """
-    from epmq_deploy.merging.merge import merge
+    from epmq_deploy.merging.stage import merge
 
     terminal = Terminal(as_json, quiet)
     if list_methods:

@@ -5,17 +5,17 @@ from typing import Annotated, Any
 
 import typer
 
-from epmq_deploy.calibration.targets import TARGETS
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.tables import stage_table
 from epmq_deploy.device import pick_device
+from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 
 
 @with_flags(
-    (target.options for target in TARGETS.values()),
-    {name: target.summary for name, target in TARGETS.items()},
+    (target.options for target in QUANTIZATION_METHODS.values()),
+    {name: target.summary for name, target in QUANTIZATION_METHODS.items()},
 )
 def command(
     merged: Annotated[Path, typer.Argument(help="Output of `epmq merge`.")],
@@ -36,7 +36,7 @@ def command(
       epmq quantize merged -o quantized --method gptq --bits 3 --group-size 32
       epmq quantize merged -o quantized --anchor 0.2 --skip '*.layers.0.*'
     """
-    from epmq_deploy.quantization.quantize import quantize
+    from epmq_deploy.quantization.stage import quantize
 
     terminal = Terminal(as_json, quiet)
     manifest = quantize(

@@ -9,9 +9,9 @@ import yaml
 from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import SEVERAL_HELP
-from epmq_deploy.cli.pipeline import run_all
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.options import split_entries
+from epmq_deploy.pipeline import run_all
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
 Assignments = Annotated[

@@ -3,7 +3,8 @@
 from rich.markup import escape
 from rich.table import Table
 
-from epmq_deploy.stage import MANIFEST, Manifest
+from epmq_deploy.artifacts.manifest import Manifest
+from epmq_deploy.artifacts.names import MANIFEST
 
 
 def stage_table(manifest: Manifest, folder: str) -> Table:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from epmq_deploy.mapped import MappedFile, release_mapped
-from epmq_deploy.tensors import StoredTensor, TensorInfo
+from epmq_deploy.checkpoints.memory_map import MappedFile, release_mapped
+from epmq_deploy.checkpoints.tensors import StoredTensor, TensorInfo
 
 # Of glibc's mallopt; from this size on, blocks are mapped one by one and unmapped when freed.
 _M_MMAP_THRESHOLD = -3
@@ -55,7 +55,7 @@ def large_blocks_returned() -> Iterator[None]:
 
 
 def map_weights(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
-    """Have large parameters stay in their files (`epmq_deploy.mapped`).
+    """Have large parameters stay in their files (`epmq_deploy.checkpoints.memory_map`).
 
     Args:
         model: holds the tensors' values already.

@@ -1,8 +1,8 @@
 """Running exported graphs in onnxruntime: in applications (`load`), and to evaluate them."""
 
-from epmq_deploy.runtime.deployed import load
-from epmq_deploy.runtime.deployed_classifier import Prediction
-from epmq_deploy.runtime.deployed_model import DeployedModel
-from epmq_deploy.runtime.deployed_writer import Answer, DeployedWriter
+from epmq_deploy.runtime.inference.base import DeployedModel
+from epmq_deploy.runtime.inference.classifier import Prediction
+from epmq_deploy.runtime.inference.load import load
+from epmq_deploy.runtime.inference.text_generation import Answer, DeployedTextGenerator
 
-__all__ = ["Answer", "DeployedModel", "DeployedWriter", "Prediction", "load"]
+__all__ = ["Answer", "DeployedModel", "DeployedTextGenerator", "Prediction", "load"]

@@ -7,12 +7,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
-from merged_writers import MergedWriter
+from merged_text_generators import MergedTextGenerator
 from tiny_text import TinyText, build_tiny_text
-from tiny_writers import WRITERS, build_tiny_writers
+from tiny_text_generators import WRITERS, build_tiny_text_generators
 from tiny_zoo import TinyZoo, build_tiny_zoo
 
-from epmq_deploy.merging.merge import merge
+from epmq_deploy.merging.stage import merge
 from epmq_deploy.recipe import load_recipe
 
 # More threads than cores cost far more than they gain on models this small.
@@ -32,10 +32,12 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> TinyText:
 
 
 @pytest.fixture(scope="session", params=WRITERS)
-def merged_writer(
+def merged_text_generator(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> MergedWriter:
+) -> MergedTextGenerator:
     """Tiny models that write texts, of one architecture, and their merge; read-only."""
-    models = build_tiny_writers(tmp_path_factory.mktemp(request.param), WRITERS[request.param])
+    models = build_tiny_text_generators(
+        tmp_path_factory.mktemp(request.param), WRITERS[request.param]
+    )
     merge(load_recipe(models.recipe), models.folder / "merged")
-    return MergedWriter(models, models.folder / "merged")
+    return MergedTextGenerator(models, models.folder / "merged")

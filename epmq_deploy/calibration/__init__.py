@@ -1,1 +1,1 @@
-"""Calibration data, statistics and the targets a layer is quantized towards."""
+"""Running a model's blocks on calibration data, and statistics of what its layers receive."""

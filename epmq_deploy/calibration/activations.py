@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from epmq_deploy.calibration.cache import ActivationCache, Kept
-from epmq_deploy.calibration.norms import pre_affine
 from epmq_deploy.errors import NumericsError
+from epmq_deploy.quantization.norms import pre_affine
 
 # See ``Block.passes_on``.
 PassedOn = tuple[tuple[int, int], ...]

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from epmq_deploy.calibration.tokens import weigh
 from epmq_deploy.errors import NumericsError
+from epmq_deploy.models.tokens import weigh
 
 # Columns of a Gram matrix computed at a time; blocks below the diagonal are mirrored.
 _TILE = 768

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from epmq_deploy.data.agreement import Judge, Scores, scored
 from epmq_deploy.errors import EpmqError, MismatchError
-from epmq_deploy.merging.method import ScaledOptions
-from epmq_deploy.merging.recipe_data import RecipeData
+from epmq_deploy.merging.data import RecipeData
 from epmq_deploy.models.predictions import Predictions, entropy
-from epmq_deploy.tasks.agreement import Judge, Scores, scored
+from epmq_deploy.options.merging import ScaledOptions
 
 
 def check_objective(data: RecipeData, options: ScaledOptions) -> None:
@@ -20,7 +20,7 @@ def check_objective(data: RecipeData, options: ScaledOptions) -> None:
     """
     if options.search_objective != "labels":
         return
-    if data.family.writes_texts:
+    if data.family.generates_text:
         problem = "models that write texts are held against their experts or by entropy"
         raise MismatchError("merge.search_objective: labels", [problem])
     problems = []

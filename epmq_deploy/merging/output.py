@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_deploy.checkpoints import Checkpoint, copy_settings, read_json, save_sharded
+from epmq_deploy.checkpoints.checkpoint import Checkpoint, copy_settings, read_json, save_sharded
+from epmq_deploy.checkpoints.weight_scan import all_finite
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.merging.method import MergeOptions
+from epmq_deploy.options.merging import MergeOptions
 from epmq_deploy.progress import Progress
-from epmq_deploy.scan import all_finite
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 

@@ -7,11 +7,11 @@ from typing import Self
 
 import torch
 
-from epmq_deploy.checkpoints import Checkpoint, model_config
+from epmq_deploy.checkpoints.checkpoint import Checkpoint, model_config
+from epmq_deploy.checkpoints.tensors import StoredTensor, TensorInfo
+from epmq_deploy.checkpoints.weight_scan import READERS, is_finite
 from epmq_deploy.errors import EpmqError, MismatchError, joined
-from epmq_deploy.experts import Sources
-from epmq_deploy.scan import READERS, is_finite
-from epmq_deploy.tensors import StoredTensor, TensorInfo
+from epmq_deploy.models.experts import Sources
 
 log = logging.getLogger(__name__)
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from epmq_deploy.calibration.activations import BlockBatch, advance, capture_block_batch
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.calibration.statistics import Accumulator
-from epmq_deploy.calibration.tokens import TokenWeights
 from epmq_deploy.errors import NumericsError
+from epmq_deploy.merging.base import Context, TaskVectors
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
-from epmq_deploy.merging.method import Context, DataOptions, TaskVectors
 from epmq_deploy.models import Block
+from epmq_deploy.models.tokens import TokenWeights
+from epmq_deploy.options.merging import DataOptions
 
 # Added to the diagonal, relative to its mean: decides what calibration says nothing about.
 _DAMPING = 1e-6

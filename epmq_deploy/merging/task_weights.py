@@ -6,8 +6,8 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeOptions
 from epmq_deploy.options import numbers_from_text, texts_read_by
+from epmq_deploy.options.merging import MergeOptions
 
 
 class WeightedOptions(MergeOptions):

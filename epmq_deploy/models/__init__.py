@@ -1,15 +1,20 @@
 """Model families: one module each, found by its ``FAMILY``."""
 
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 
-from epmq_deploy.models.family import Block, Deployable, Group, ModelFamily, MultiTaskModel
-from epmq_deploy.models.generic import generic_family
+from epmq_deploy.models.base import Deployable, ModelFamily, MultiTaskModel
+from epmq_deploy.models.blocks import Block, Group
+from epmq_deploy.models.generic.family import generic_family
 from epmq_deploy.models.head import TaskHead
 from epmq_deploy.models.loading import read_config
+from epmq_deploy.registry import Registry
+
+MODEL_FAMILIES: Registry[ModelFamily] = Registry(
+    "model family", __name__, "FAMILY", "epmq_deploy.model_families"
+)
 
 __all__ = [
+    "MODEL_FAMILIES",
     "Block",
     "Deployable",
     "Group",
@@ -22,9 +27,8 @@ __all__ = [
 
 
 def families() -> tuple[ModelFamily, ...]:
-    """All families in this package."""
-    modules = (import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__))
-    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    """All families but the generic one."""
+    return tuple(MODEL_FAMILIES.values())
 
 
 def family_of(folder: Path) -> ModelFamily:

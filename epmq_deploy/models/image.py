@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_deploy.calibration.tokens import TokenWeights
-from epmq_deploy.checkpoints import is_open_clip, preprocessor_config
+from epmq_deploy.checkpoints.checkpoint import is_open_clip, preprocessor_config
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.classifier import ClassifierFamily
+from epmq_deploy.models.encoders.classifier import ClassifierFamily
+from epmq_deploy.models.tokens import TokenWeights
 
 
 class ImageClassifierFamily(ClassifierFamily):

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from epmq_deploy.checkpoints import Checkpoint, model_config
+from epmq_deploy.checkpoints.checkpoint import Checkpoint, model_config
+from epmq_deploy.checkpoints.tensors import Rename
 from epmq_deploy.errors import MismatchError, RecipeError
-from epmq_deploy.tensors import Rename
 
 # What config.json calls the sizes and functions that most transformers have.
 TRANSFORMER_KEYS = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_deploy.models.family import ModelFamily
+from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.head import TaskHead
 
 
@@ -57,6 +57,6 @@ def predictions(
         features: what ``family.embed`` gave, float32.
         inputs: of the model, as ``family.input_names``.
     """
-    assert family.writes_texts or head is not None, "classifiers predict through heads"
+    assert family.generates_text or head is not None, "classifiers predict through heads"
     logits = features if head is None else head(features)
     return Predictions(logits, family.predictions(*inputs))

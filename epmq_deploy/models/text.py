@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_deploy.calibration.tokens import TokenWeights
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.classifier import ClassifierFamily
+from epmq_deploy.models.encoders.classifier import ClassifierFamily
 from epmq_deploy.models.loading import read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
+from epmq_deploy.models.tokens import TokenWeights
 
 _EXAMPLE_TOKENS = 8
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from epmq_deploy.checkpoints.open_clip_weights import given_folder
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.open_clip_weights import given_folder
 
 
 def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpose: str) -> Any:

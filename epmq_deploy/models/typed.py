@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from epmq_deploy.models.family import ModelFamily
+from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.loading import config_differences
 
 

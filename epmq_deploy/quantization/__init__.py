@@ -1,1 +1,1 @@
-"""Grids, the solver and the artifact they fill."""
+"""Quantizing a merged model to integer codes."""

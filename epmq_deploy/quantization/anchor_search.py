@@ -8,7 +8,7 @@ predict on the rest. No labels are needed.
 
 from collections.abc import Callable
 
-from epmq_deploy.tasks.agreement import Scores, Tuned, tune
+from epmq_deploy.data.agreement import Scores, Tuned, tune
 
 _STEP = 4.0
 _STEPS = 3

@@ -10,12 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from epmq_deploy.mapped import MappedFile
+from epmq_deploy.checkpoints.memory_map import MappedFile
+from epmq_deploy.checkpoints.tensors import tensors_of_file
 from epmq_deploy.quantization.layer import LayerReport
 from epmq_deploy.quantization.layer_inputs import LayerInputs
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 from epmq_deploy.quantization.quantized_model import QuantizedModel
-from epmq_deploy.tensors import tensors_of_file
 
 CODES_FILE = "quantized.safetensors"
 REPLACED_FILE = "replaced.safetensors"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import Block
+from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.quantization.allocation import stored_bits
-from epmq_deploy.quantization.outer import planned_outer
+from epmq_deploy.quantization.embeddings import planned_outer
 
 _MEGABYTE = 8e6
 _WIDTHS = (4, 8)

@@ -8,20 +8,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from epmq_deploy.calibration.options import CalibratedOptions, QuantizeOptions
 from epmq_deploy.calibration.statistics import GroupSums
-from epmq_deploy.calibration.target import LayerProblem
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.quantization.grid import Grid, fit_grid
+from epmq_deploy.options.quantization import CalibratedOptions, QuantizeOptions
+from epmq_deploy.quantization.base import LayerProblem
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
-from epmq_deploy.quantization.refine import refine
-from epmq_deploy.quantization.solver import (
+from epmq_deploy.quantization.solver.gptq import (
     Solution,
     Status,
     round_to_nearest,
     rounding_error,
     solve,
 )
+from epmq_deploy.quantization.solver.grid import Grid, fit_grid
+from epmq_deploy.quantization.solver.refine import refine
 
 
 @dataclass(frozen=True)

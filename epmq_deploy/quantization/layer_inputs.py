@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_deploy.calibration.hessian import Hessian
 from epmq_deploy.calibration.statistics import GroupSums
+from epmq_deploy.quantization.solver.hessian import Hessian
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from epmq_deploy.calibration.options import LayerOptions, QuantizeOptions
-from epmq_deploy.calibration.targets import TARGETS
-from epmq_deploy.calibration.targets.epmq import EpmqOptions
+from epmq_deploy.data.agreement import Judge, Scores, mean_divergence
+from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.experts import ExpertBackbone
 from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.experts import ExpertBackbone
+from epmq_deploy.options.quantization import LayerOptions, QuantizeOptions
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.allocation import Choice, allocate
 from epmq_deploy.quantization.anchor_search import search_anchor
 from epmq_deploy.quantization.bit_budget import BitBudget, bit_budget
-from epmq_deploy.quantization.model import quantize_model
+from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
+from epmq_deploy.quantization.methods.epmq import EpmqOptions
 from epmq_deploy.quantization.quantized_model import QuantizedModel
-from epmq_deploy.tasks.agreement import Judge, Scores, mean_divergence
-from epmq_deploy.tasks.data import Samples, batches
+from epmq_deploy.quantization.sequential import quantize_model
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _HELD_BACK = 4
 
 
 @dataclass(frozen=True)
-class Workplace:
+class CalibrationContext:
     """What a calibration runs on.
 
     Attributes:
@@ -74,7 +74,7 @@ class Workplace:
         result = quantize_model(
             model,
             self.family,
-            TARGETS[options.method],
+            QUANTIZATION_METHODS[options.method],
             options,
             batches={
                 task: partial(batches, chosen, self.family, self.folder, size)
@@ -89,7 +89,7 @@ class Workplace:
 
 
 def plan_anchor(
-    options: EpmqOptions, place: Workplace, heads: Mapping[str, TaskHead]
+    options: EpmqOptions, place: CalibrationContext, heads: Mapping[str, TaskHead]
 ) -> dict[str, Any]:
     """Search the anchor's strength; plain data with ``anchor`` and how it was found.
 
@@ -125,7 +125,7 @@ def plan_anchor(
     }
 
 
-def plan_bits(options: QuantizeOptions, place: Workplace) -> dict[str, Any]:
+def plan_bits(options: QuantizeOptions, place: CalibrationContext) -> dict[str, Any]:
     """Choose bits per layer for ``target_bits`` or ``target_size``; plain data with ``layers``.
 
     Layers that have bits of their own keep them, and count.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_deploy.quantization.grid import expand_groups
+from epmq_deploy.quantization.solver.grid import expand_groups
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from epmq_deploy.artifacts.folders import atomic_folder, atomic_text
 from epmq_deploy.quantization.artifact import (
     load_artifact,
     load_inputs,
@@ -14,7 +15,6 @@ from epmq_deploy.quantization.artifact import (
     save_artifact,
 )
 from epmq_deploy.quantization.quantized_model import QuantizedModel
-from epmq_deploy.stage import atomic_folder, atomic_text
 
 log = logging.getLogger(__name__)
 

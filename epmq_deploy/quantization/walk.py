@@ -18,17 +18,17 @@ from epmq_deploy.calibration.activations import (
     record,
 )
 from epmq_deploy.calibration.cache import ActivationCache, Kept
-from epmq_deploy.calibration.data_free import weight_statistics
-from epmq_deploy.calibration.norms import NormSums, fit_affine, pre_affine
-from epmq_deploy.calibration.options import QuantizeOptions
 from epmq_deploy.calibration.statistics import Accumulator, GroupSums, TaskStatistics
-from epmq_deploy.calibration.target import CalibrationTarget, Guide, LayerWeights
-from epmq_deploy.calibration.tokens import TokenWeights, counted
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.models import Block, Group, ModelFamily
-from epmq_deploy.quantization.guides import Experts, MergedAsExpert
+from epmq_deploy.models.tokens import TokenWeights, counted
+from epmq_deploy.options.quantization import QuantizeOptions
+from epmq_deploy.quantization.base import Guide, LayerWeights, QuantizationMethod
+from epmq_deploy.quantization.data_free import weight_statistics
+from epmq_deploy.quantization.expert_source import Experts, MergedAsExpert
 from epmq_deploy.quantization.layer import LayerReport, quantize_layer, refit_bias
 from epmq_deploy.quantization.layer_inputs import layer_inputs
+from epmq_deploy.quantization.norms import NormSums, fit_affine, pre_affine
 from epmq_deploy.quantization.quantized_model import QuantizedModel
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Walk:
         self,
         model: nn.Module,
         family: ModelFamily,
-        target: CalibrationTarget[Any],
+        target: QuantizationMethod[Any],
         options: QuantizeOptions,
         experts: Experts | None,
         *,

@@ -1,19 +1,28 @@
 """Export formats: one module each, found by its ``FORMAT``."""
 
 from collections.abc import Sequence
-from importlib import import_module
-from pkgutil import iter_modules
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.exporters.formats.format import GraphFormat
+from epmq_deploy.exporters.formats.base import GraphFormat
+from epmq_deploy.registry import Registry
 
-__all__ = ["GraphFormat", "all_formats", "format_names", "formats_of", "low_bit_format_names"]
+FORMATS: Registry[GraphFormat] = Registry(
+    "export format", __name__, "FORMAT", "epmq_deploy.formats"
+)
+
+__all__ = [
+    "FORMATS",
+    "GraphFormat",
+    "all_formats",
+    "format_names",
+    "formats_of",
+    "low_bit_format_names",
+]
 
 
 def all_formats() -> tuple[GraphFormat, ...]:
-    """All formats in this package."""
-    modules = (import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__))
-    return tuple(module.FORMAT for module in modules if hasattr(module, "FORMAT"))
+    """All formats."""
+    return tuple(FORMATS.values())
 
 
 def format_names() -> tuple[str, ...]:

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
-from epmq_deploy.exporters.files import weightless
-from epmq_deploy.exporters.formats.format import FloatFormat
+from epmq_deploy.exporters.formats.base import FloatFormat
+from epmq_deploy.exporters.graphs.files import weightless
 
 _LARGEST = np.finfo(np.float16).max
 

@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from epmq_deploy.exporters.formats.format import FloatFormat
+from epmq_deploy.exporters.formats.base import FloatFormat
 
 
 class Fp32Format(FloatFormat):

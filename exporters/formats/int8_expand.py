@@ -5,12 +5,12 @@
 The product multiplies each block of codes, minus zero points, by the diagonal matrix of its
 smoothing factors (int8) and rescales by ``scales / channel scales``. onnxruntime folds all this to
 one int8 initializer when it creates the session, and runs what follows
-(`epmq_deploy.exporters.int8_matmul`) as integer GEMM. Codes, scales and zero points are the
+(`exporters.lowering.int8.matmul`) as integer GEMM. Codes, scales and zero points are the
 solver's; rounding to int8, one scale per output channel, happens in the fold. The folding keeps
 every intermediate until its end: 3 bytes a weight here, 25 with float32 operators.
 
 With the products this fast, attention counts: it becomes one operator
-(`epmq_deploy.exporters.attention`).
+(`epmq_deploy.exporters.lowering.attention`).
 """
 
 import logging
@@ -22,14 +22,10 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
-from epmq_deploy.exporters.attention import (
-    ATTENTION_OPSET,
-    fuse_attention,
-    has_attention,
-)
-from epmq_deploy.exporters.formats.format import INT8_TOLERANCE, ExportContext, GraphFormat
-from epmq_deploy.exporters.graph import constant, low_bit_nodes, producer, read_packed
-from epmq_deploy.exporters.int8_matmul import (
+from epmq_deploy.exporters.formats.base import INT8_TOLERANCE, ExportContext, GraphFormat
+from epmq_deploy.exporters.graphs.layers import constant, low_bit_nodes, producer, read_packed
+from epmq_deploy.exporters.lowering.attention import ATTENTION_OPSET, fuse_attention, has_attention
+from epmq_deploy.exporters.lowering.int8.matmul import (
     INT8_SUFFIX,
     Emitter,
     QuantizedInput,
@@ -37,16 +33,16 @@ from epmq_deploy.exporters.int8_matmul import (
     quantize_input,
     weight_source,
 )
-from epmq_deploy.exporters.int8_patches import expand_patches, read_patches
-from epmq_deploy.exporters.int8_plan import (
+from epmq_deploy.exporters.lowering.int8.patches import expand_patches, read_patches
+from epmq_deploy.exporters.lowering.int8.plan import (
     Int8Plan,
     channel_scales,
     factor_levels,
     plan_layers,
 )
-from epmq_deploy.exporters.int8_smoothing import divide_input
-from epmq_deploy.exporters.integer_tensors import SIGNED, integer_tensor, read_layer
-from epmq_deploy.exporters.packed_linear import unpack_linear
+from epmq_deploy.exporters.lowering.int8.smoothing import divide_input
+from epmq_deploy.exporters.packing.integer_tensors import SIGNED, integer_tensor, read_layer
+from epmq_deploy.exporters.packing.packed_linear import unpack_linear
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,20 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedOpsetsPass
 
-from epmq_deploy.exporters.formats.format import GraphFormat
-from epmq_deploy.exporters.graph import add_initializer, constant, low_bit_nodes, read_packed
-from epmq_deploy.exporters.integer_tensors import SIGNED, UNSIGNED, integer_tensor, read_layer
-from epmq_deploy.exporters.packed_linear import unpack_linear
+from epmq_deploy.exporters.formats.base import GraphFormat
+from epmq_deploy.exporters.graphs.layers import (
+    add_initializer,
+    constant,
+    low_bit_nodes,
+    read_packed,
+)
+from epmq_deploy.exporters.packing.integer_tensors import (
+    SIGNED,
+    UNSIGNED,
+    integer_tensor,
+    read_layer,
+)
+from epmq_deploy.exporters.packing.packed_linear import unpack_linear
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 
 _ZERO = "epmq_deploy.zero"

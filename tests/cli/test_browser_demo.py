@@ -17,14 +17,14 @@ from tiny_text import TEXT_TASKS, TinyText, build_tiny_text
 from tiny_zoo import CLASSES, TASKS, TinyZoo
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.exporters.browser_demo import (
+from epmq_deploy.exporters.browser.page import (
     check_demo,
     check_demo_model,
     default_libraries,
     image_settings,
 )
 from epmq_deploy.models import family_of
-from epmq_deploy.models.clip import FAMILY
+from epmq_deploy.models.encoders.clip import FAMILY
 from epmq_deploy.recipe import ExportOptions
 
 PINNED = {"onnxruntime-web": "1.30.0", "@huggingface/tokenizers": "0.2.0"}
@@ -153,7 +153,7 @@ def as_javascript(images: list[Image.Image]) -> str:
 def test_pixels_are_pillows(tiny: TinyZoo, tmp_path: Path) -> None:
     """To the bit, but for high images, where Pillow resamples rows first and rounds once before."""
     browser()
-    page = files("epmq_deploy.exporters") / "demo" / "images.js"
+    page = files("epmq_deploy.exporters.browser") / "web" / "images.js"
     images = [*pictures(), *pictures((33, 90))]
     settings = json.dumps(image_settings(tiny.base))
     (tmp_path / "images.js").write_bytes(page.read_bytes())

@@ -12,11 +12,11 @@ from command_line import run
 from safetensors.torch import load_file, save_file
 from tiny_families import ARCHITECTURES, FAMILY_TASKS, TinyModels, build_tiny_models
 
-from epmq_deploy.calibration.targets import TARGETS
-from epmq_deploy.calibration.targets.epmq import PRESETS
+from epmq_deploy.data.samples import batches, load_samples
 from epmq_deploy.models import family_of
+from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
+from epmq_deploy.quantization.methods.epmq import PRESETS
 from epmq_deploy.recipe import load_recipe
-from epmq_deploy.tasks.data import batches, load_samples
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def test_the_four_commands_take_adapters(tmp_path: Path) -> None:
 
 def variants() -> list[list[str]]:
     """Every method, and every preset of E-PMQ."""
-    methods = [["--method", method] for method in sorted(TARGETS) if method != "epmq"]
+    methods = [["--method", method] for method in sorted(QUANTIZATION_METHODS) if method != "epmq"]
     return methods + [["--preset", preset] for preset in PRESETS]
 
 

@@ -14,7 +14,7 @@ from tiny_text import TEXT_TASKS, WIDTH, TinyText
 from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 from epmq_deploy.quantization.artifact import load_artifact
-from epmq_deploy.quantization.model import apply_quantized
+from epmq_deploy.quantization.sequential import apply_quantized
 
 
 @pytest.fixture(scope="module")

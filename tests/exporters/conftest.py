@@ -24,9 +24,9 @@ from epmq_deploy.exporters import (
     write_graphs,
 )
 from epmq_deploy.models import MultiTaskModel, TaskHead
-from epmq_deploy.models.clip import FAMILY
-from epmq_deploy.quantization.grid import expand_groups, fit_grid, quantize_to_codes
+from epmq_deploy.models.encoders.clip import FAMILY
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.solver.grid import expand_groups, fit_grid, quantize_to_codes
 
 HIDDEN, MLP, PROJECTION = 64, 112, 32
 # Layers outside the blocks: a linear one without bias, a convolution, a table.

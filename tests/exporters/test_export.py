@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from epmq_deploy.exporters import format_names, low_bit_format_names, read_codes
-from epmq_deploy.quantization.grid import expand_groups
+from epmq_deploy.quantization.solver.grid import expand_groups
 
 # onnxruntime and torch add up in different orders; logits here are below 20 and agree to 1e-6.
 # A wrong bias, scale or code moves them by far more than this.

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from epmq_deploy.checkpoints.memory_map import release_mapped
+from epmq_deploy.checkpoints.tensors import stored_tensors
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.exporters import session
 from epmq_deploy.exporters.formats.fp16 import FORMAT as FP16
+from epmq_deploy.exporters.graphs.quantized_backbone import quantized_layers
 from epmq_deploy.exporters.memory import map_weights, weights_released
-from epmq_deploy.exporters.parity import torch_outputs
-from epmq_deploy.exporters.quantized_backbone import quantized_layers
-from epmq_deploy.exporters.session import run_graph, write_optimized
-from epmq_deploy.mapped import release_mapped
-from epmq_deploy.quantization.model import apply_quantized
-from epmq_deploy.tensors import stored_tensors
+from epmq_deploy.exporters.verification.parity import torch_outputs
+from epmq_deploy.quantization.sequential import apply_quantized
+from epmq_deploy.runtime.ort import graph_runs
+from epmq_deploy.runtime.ort.graph_runs import run_graph, write_optimized
 
 
 def test_mapped_weights_are_those_of_the_file_once_released(tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_process_of_its_own_computes_the_same(
     batches = [(torch.randn(2, 3, 16, 16),), (torch.randn(3, 3, 16, 16),)]
     here = run_graph(path, 0, batches)
     write_optimized(path, 0, tmp_path / "here.onnx")
-    monkeypatch.setattr(session, "_LARGE", 0)
+    monkeypatch.setattr(graph_runs, "_LARGE", 0)
     apart = run_graph(path, 0, batches)
     write_optimized(path, 0, tmp_path / "apart.onnx")
     for one, other in zip(here, apart, strict=True):
@@ -110,7 +110,7 @@ def test_process_of_its_own_computes_the_same(
 def test_graph_that_cannot_be_loaded(
     tmp_path: Path, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "_LARGE", large)
+    monkeypatch.setattr(graph_runs, "_LARGE", large)
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
     with pytest.raises(NumericsError, match=r"broken\.onnx is no usable ONNX model: .*Protobuf"):
         run_graph(tmp_path / "broken.onnx", 0, [(torch.zeros(1),)])

@@ -11,19 +11,19 @@ from parsed_flags import parsed
 from pydantic import ValidationError
 from torch import nn
 
-from epmq_deploy.calibration.targets.rtn import RtnOptions
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.exporters.formats import format_names
-from epmq_deploy.exporters.layer_grid import LayerGrid, planned_grids
-from epmq_deploy.exporters.packed_linear import pack_linear
-from epmq_deploy.exporters.target_check import check_target
-from epmq_deploy.exporters.targets import (
+from epmq_deploy.exporters.packing.packed_linear import pack_linear
+from epmq_deploy.exporters.targets.check import check_target
+from epmq_deploy.exporters.targets.layer_grid import LayerGrid, planned_grids
+from epmq_deploy.exporters.targets.registry import (
     TARGETS,
     check_export,
     chosen_formats,
     chosen_two_bit_containers,
 )
 from epmq_deploy.models import Block, Group
+from epmq_deploy.quantization.methods.rtn import RtnOptions
 from epmq_deploy.recipe import ExportOptions, Recipe, override, parse_recipe
 
 # What the layers below differ from, so that every one of them needs its option.

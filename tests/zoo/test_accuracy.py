@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.targets import TARGETS
-from epmq_deploy.experts import ExpertBackbone, open_sources
-from epmq_deploy.merging.merge import merge
+from epmq_deploy.data.accuracy import torch_accuracy
+from epmq_deploy.data.heads import build_heads
+from epmq_deploy.data.samples import batches, load_samples
+from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of
-from epmq_deploy.quantization.model import quantize_model
-from epmq_deploy.quantization.quantize import calibration_samples
+from epmq_deploy.models.experts import ExpertBackbone, open_sources
+from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
+from epmq_deploy.quantization.sequential import quantize_model
+from epmq_deploy.quantization.stage import calibration_samples
 from epmq_deploy.recipe import Recipe, load_recipe, override
-from epmq_deploy.tasks.accuracy import torch_accuracy
-from epmq_deploy.tasks.data import batches, load_samples
-from epmq_deploy.tasks.heads import build_heads
 
 
 class Zoo:
@@ -53,7 +53,7 @@ class Zoo:
         quantize_model(
             model,
             self.family,
-            TARGETS[recipe.quantize.method],
+            QUANTIZATION_METHODS[recipe.quantize.method],
             recipe.quantize,
             batches={task: (lambda kept=kept: kept) for task, kept in self.calibration.items()},
             experts=ExpertBackbone(open_sources(recipe), torch.device("cpu")),

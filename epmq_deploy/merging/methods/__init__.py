@@ -1,16 +1,15 @@
 """Merge methods: one module each, found by its ``METHOD``."""
 
-from importlib import import_module
-from pkgutil import iter_modules
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from epmq_deploy.merging.method import MergeMethod
+from epmq_deploy import registry
 
+if TYPE_CHECKING:
+    from epmq_deploy.merging.base import MergeMethod
 
-def _discover() -> dict[str, MergeMethod[Any]]:
-    modules = (import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__))
-    methods: list[MergeMethod[Any]] = [module.METHOD for module in modules]
-    return {method.name: method for method in methods}
+    MERGE_METHODS: registry.Registry[MergeMethod[Any]]
+else:
+    # The same registry; here its entries are known to be whole methods.
+    MERGE_METHODS = registry.MERGE_METHODS
 
-
-MERGE_METHODS = _discover()
+__all__ = ["MERGE_METHODS"]

@@ -13,9 +13,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from epmq_deploy.merging.base import Context, MergeMethod, TaskVectors
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
-from epmq_deploy.merging.method import Context, DataOptions, MergeMethod, TaskVectors
 from epmq_deploy.models.predictions import entropy
+from epmq_deploy.options.merging import DataOptions
 
 
 class AdaMergingOptions(DataOptions):

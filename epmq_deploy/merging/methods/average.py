@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod
+from epmq_deploy.merging.base import MergeMethod
 from epmq_deploy.merging.task_weights import WeightedOptions, weight_column, weight_problems
 
 

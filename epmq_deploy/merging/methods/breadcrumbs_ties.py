@@ -9,9 +9,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod
-from epmq_deploy.merging.signs import CombineOptions, disjoint_merge
-from epmq_deploy.merging.sparsify import ExtremesOptions, drop_extremes
+from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.ops.signs import CombineOptions, disjoint_merge
+from epmq_deploy.merging.ops.sparsify import ExtremesOptions, drop_extremes
 
 
 class BreadcrumbsTiesOptions(ExtremesOptions, CombineOptions):

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions
+from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.options.merging import ScaledOptions
 
 
 class ConsensusOptions(ScaledOptions):

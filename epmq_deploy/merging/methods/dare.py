@@ -8,8 +8,8 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import Context, MergeMethod
-from epmq_deploy.merging.sparsify import RandomDropOptions, drop_at_random
+from epmq_deploy.merging.base import Context, MergeMethod
+from epmq_deploy.merging.ops.sparsify import RandomDropOptions, drop_at_random
 
 
 class DareOptions(RandomDropOptions):

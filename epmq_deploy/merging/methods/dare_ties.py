@@ -9,9 +9,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import Context, MergeMethod
-from epmq_deploy.merging.signs import CombineOptions, disjoint_merge
-from epmq_deploy.merging.sparsify import RandomDropOptions, drop_at_random
+from epmq_deploy.merging.base import Context, MergeMethod
+from epmq_deploy.merging.ops.signs import CombineOptions, disjoint_merge
+from epmq_deploy.merging.ops.sparsify import RandomDropOptions, drop_at_random
 
 
 class DareTiesOptions(RandomDropOptions, CombineOptions):

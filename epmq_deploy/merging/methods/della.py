@@ -9,9 +9,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from epmq_deploy.merging.method import Context, MergeMethod
-from epmq_deploy.merging.signs import Combine, disjoint_merge
-from epmq_deploy.merging.sparsify import RandomDropOptions, drop_at_random, keep_by_rank
+from epmq_deploy.merging.base import Context, MergeMethod
+from epmq_deploy.merging.ops.signs import Combine, disjoint_merge
+from epmq_deploy.merging.ops.sparsify import RandomDropOptions, drop_at_random, keep_by_rank
 
 
 class DellaOptions(RandomDropOptions):

@@ -17,10 +17,11 @@ from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from epmq_deploy.checkpoints.tensors import StoredTensor, stored_tensors
+from epmq_deploy.merging.base import Context, MergeMethod, TaskVectors
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
-from epmq_deploy.merging.method import Context, DataOptions, MergeMethod, TaskVectors
 from epmq_deploy.merging.task_weights import WeightedOptions, weight_column, weight_problems
-from epmq_deploy.tensors import StoredTensor, stored_tensors
+from epmq_deploy.options.merging import DataOptions
 
 
 class FisherOptions(DataOptions, WeightedOptions):

@@ -11,8 +11,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions
-from epmq_deploy.merging.spectral import polar
+from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.ops.spectral import polar
+from epmq_deploy.options.merging import ScaledOptions
 
 
 class IsoCOptions(ScaledOptions):

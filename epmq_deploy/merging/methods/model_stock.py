@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, MergeOptions
+from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.options.merging import MergeOptions
 
 
 class ModelStockOptions(MergeOptions):

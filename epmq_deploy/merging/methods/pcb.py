@@ -12,9 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.ahead import ahead
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors, pieces
-from epmq_deploy.merging.selection import magnitude_ranks, streamed_ranks
+from epmq_deploy.checkpoints.prefetch import ahead
+from epmq_deploy.merging.base import MergeMethod, TaskVectors, pieces
+from epmq_deploy.merging.ops.selection import magnitude_ranks, streamed_ranks
+from epmq_deploy.options.merging import ScaledOptions
 
 # Share of magnitudes at either end that are drawn in, as in the authors' code.
 _CLAMPED = 1e-4

@@ -9,12 +9,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from epmq_deploy.merging.method import MergeMethod
-from epmq_deploy.merging.regression import (
-    RegressionOptions,
-    merge_linear_layers,
-    regressed_or_mean,
-)
+from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.regression import RegressionOptions, merge_linear_layers, regressed_or_mean
 
 
 class RegMeanPlusPlusOptions(RegressionOptions):

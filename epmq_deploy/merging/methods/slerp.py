@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.merging.method import Context, MergeMethod, MergeOptions
+from epmq_deploy.merging.base import Context, MergeMethod
+from epmq_deploy.options.merging import MergeOptions
 
 # Below this angle (radians) the arc and the straight line are the same in float32.
 _STRAIGHT = 1e-4

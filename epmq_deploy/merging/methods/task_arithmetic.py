@@ -5,8 +5,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions
+from epmq_deploy.merging.base import MergeMethod
 from epmq_deploy.merging.task_weights import WeightedOptions, weight_column, weight_problems
+from epmq_deploy.options.merging import ScaledOptions
 
 
 class TaskArithmeticOptions(ScaledOptions, WeightedOptions):

@@ -9,10 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors, pieces
-from epmq_deploy.merging.selection import fill_with_task, kth_smallest
-from epmq_deploy.merging.signs import Combine, disjoint_merge
-from epmq_deploy.merging.sparsify import keep_from
+from epmq_deploy.merging.base import MergeMethod, TaskVectors, pieces
+from epmq_deploy.merging.ops.selection import fill_with_task, kth_smallest
+from epmq_deploy.merging.ops.signs import Combine, disjoint_merge
+from epmq_deploy.merging.ops.sparsify import keep_from
+from epmq_deploy.options.merging import ScaledOptions
 
 
 class TiesOptions(ScaledOptions):

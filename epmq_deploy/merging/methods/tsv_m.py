@@ -6,8 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions
-from epmq_deploy.merging.spectral import polar, top_triplets
+from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.ops.spectral import polar, top_triplets
+from epmq_deploy.options.merging import ScaledOptions
 
 
 class TsvmOptions(ScaledOptions):

@@ -14,8 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from epmq_deploy.ahead import ahead
-from epmq_deploy.merging.method import MergeMethod, ScaledOptions, TaskVectors
+from epmq_deploy.checkpoints.prefetch import ahead
+from epmq_deploy.merging.base import MergeMethod, TaskVectors
+from epmq_deploy.options.merging import ScaledOptions
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""What the stages write: output folders with typed manifests and model cards."""

@@ -1,0 +1,100 @@
+"""Output folders: refused where something is in the way, else written atomically."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from epmq_deploy.artifacts.names import MANIFEST
+from epmq_deploy.errors import RecipeError
+
+
+def refuse_existing(
+    target: Path, stage: str, *, overwrite: bool, source: Path | None = None
+) -> None:
+    """Stop before any work when the output is in the way.
+
+    Args:
+        target: folder to be written.
+        stage: the only stage whose output may be replaced.
+        overwrite: whether it may be replaced at all.
+        source: the stage's input folder.
+
+    Raises:
+        RecipeError: ``target`` exists and may not be replaced, cannot be a folder, or lies within
+            ``source`` or around it.
+    """
+    place = target.resolve()
+    if source is not None:
+        given = source.resolve()
+        if place == given or given in place.parents or place in given.parents:
+            raise RecipeError(f"output {target} and input {source} must not contain each other")
+    parent = next(folder for folder in place.parents if folder.exists())
+    if not parent.is_dir():
+        raise RecipeError(f"output {target}: {parent} is no folder")
+    if not os.access(parent, os.W_OK):
+        raise RecipeError(f"output {target}: no permission to write into {parent}")
+    if not place.exists():
+        return
+    if not place.is_dir():
+        raise RecipeError(f"output {target} exists and is no folder; choose another")
+    if not any(place.iterdir()):
+        return
+    if not overwrite:
+        raise RecipeError(f"{target} already exists; choose another output or pass --overwrite")
+    if _stage_of(place) != stage:
+        # Never delete what this command did not write.
+        raise RecipeError(
+            f"{target} is not the output of `epmq {stage}`, so it is not replaced; choose another "
+            "output"
+        )
+
+
+def _stage_of(folder: Path) -> str | None:
+    """The stage whose output a folder is, whatever version wrote it."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    ours = isinstance(content, dict) and "fingerprint" in content
+    return str(content.get("stage")) if ours else None
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` that becomes it when the block ends well.
+
+    On any error nothing is left behind and an existing ``target`` stays as it was; whether it may
+    be replaced is for ``refuse_existing`` to say, before any work.
+    """
+    target = target.resolve()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    replaced = temporary.with_name(f"{temporary.name}-replaced")
+    try:
+        # mkdtemp is private to the user; outputs follow the umask like any other folder.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        yield temporary
+        if target.exists():
+            target.rename(replaced)
+        try:
+            temporary.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def atomic_text(target: Path, text: str) -> None:
+    """Write a text file so that it is either the old or the whole new one."""
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(target)

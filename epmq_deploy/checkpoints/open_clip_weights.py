@@ -1,0 +1,152 @@
+"""Bare weights of ``open_clip``, whose architecture is known by name: ``open_clip:NAME=PATH``."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from epmq_deploy.checkpoints.open_clip import (
+    OPEN_CLIP_CONFIG,
+    OPEN_CLIP_FILES,
+    clip_config,
+    open_clip_tensors,
+)
+from epmq_deploy.checkpoints.open_clip_architectures import ARCHITECTURES
+from epmq_deploy.checkpoints.pickle_conversion import refuse_pickled, refuse_pickled_file
+from epmq_deploy.checkpoints.tensors import TensorInfo
+from epmq_deploy.errors import MismatchError, RecipeError
+
+PREFIX = "open_clip:"
+_TOWERS = ("vision_model.", "text_model.")
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+)
+# By name and file; they end with the process.
+_folders: dict[tuple[str, Path], TemporaryDirectory[str]] = {}
+
+
+def split_named(text: str) -> tuple[str, str] | None:
+    """Name and path of ``open_clip:NAME=PATH``; None where ``text`` does not begin so.
+
+    Raises:
+        RecipeError: it begins so and goes on otherwise.
+    """
+    if not text.startswith(PREFIX):
+        return None
+    name, _, path = text.removeprefix(PREFIX).partition("=")
+    if not (name and path):
+        raise RecipeError(f"{text}: expected {PREFIX}NAME=PATH, PATH a safetensors file or folder")
+    return name, path
+
+
+def named_folder(name: str, path: Path) -> Path:
+    """A folder in the layout of ``open_clip`` for bare weights; it is there until the process ends.
+
+    Images are made ready as OpenAI's are. A tokenizer is the one beside the weights.
+
+    Args:
+        name: of the architecture, as ``open_clip`` has it.
+        path: a safetensors file, or a folder with one.
+
+    Raises:
+        RecipeError: a name that is not known, no such weights, or weights of something else.
+    """
+    if name not in ARCHITECTURES:
+        raise RecipeError(
+            f"{PREFIX}{name}: no architecture known by this name; known are "
+            f"{', '.join(ARCHITECTURES)}; any other can be given as a folder with "
+            f"{OPEN_CLIP_CONFIG}"
+        )
+    file = _weights(path).absolute()
+    if (name, file) not in _folders:
+        _check(name, file)
+        made = TemporaryDirectory(prefix="epmq-open-clip-")
+        folder = Path(made.name)
+        content = {"model_cfg": ARCHITECTURES[name]}
+        (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(content))
+        (folder / OPEN_CLIP_FILES[0]).symlink_to(file)
+        for beside in (file.with_name(other) for other in _TOKENIZER):
+            if beside.is_file():
+                (folder / beside.name).symlink_to(beside)
+        _folders[name, file] = made
+    return Path(_folders[name, file].name)
+
+
+def given_folder(folder: Path) -> Path:
+    """The folder as the user knows it: of bare weights the one they lie in."""
+    files = (file for (_, file), made in _folders.items() if Path(made.name) == folder)
+    return next((file.parent for file in files), folder)
+
+
+def _weights(path: Path) -> Path:
+    """The only safetensors file that ``path`` is or holds."""
+    if path.is_file():
+        refuse_pickled_file(path, f"{PREFIX}NAME=FILE with what this writes")
+        if path.suffix != ".safetensors":
+            raise RecipeError(f"{path}: no safetensors file")
+        return path
+    if not path.is_dir():
+        raise RecipeError(f"{path}: no such file or folder")
+    if (path / OPEN_CLIP_CONFIG).is_file():
+        raise RecipeError(
+            f"{path}: has an {OPEN_CLIP_CONFIG} of its own; give the folder without {PREFIX}NAME="
+        )
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        refuse_pickled(path)
+    if len(files) != 1:
+        found = f"several ({', '.join(file.name for file in files)})" if files else "none"
+        raise RecipeError(f"{path}: expected one safetensors file, found {found}")
+    return files[0]
+
+
+def _check(name: str, file: Path) -> None:
+    """Make sure that a file holds the towers of an architecture."""
+    try:
+        tensors = open_clip_tensors(file, lambda key: key)
+    except MismatchError as error:
+        raise RecipeError(
+            f"{file}: not a CLIP in the layout of open_clip: it has {error.problems[0]}"
+            f"{_more(error.problems)}"
+        ) from error
+    problems = _differences(ARCHITECTURES[name], file, tensors)
+    if not problems:
+        return
+    others = [
+        other for other, model in ARCHITECTURES.items() if not _differences(model, file, tensors)
+    ]
+    hint = f"its tensors are those of {' or '.join(others)}" if others else "no known name fits it"
+    raise RecipeError(f"{file}: not the weights of {name}: {problems[0]}{_more(problems)}; {hint}")
+
+
+def _more(problems: Sequence[str]) -> str:
+    return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+
+
+def _differences(
+    model: Mapping[str, Any], file: Path, tensors: Mapping[str, TensorInfo]
+) -> list[str]:
+    """What distinguishes a file's tensors from an architecture's; a whole tower may be absent."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    with torch.device("meta"):
+        whole = CLIPModel(CLIPConfig.from_dict(clip_config({"model_cfg": model}, file)))
+    shapes = {name: tuple(parameter.shape) for name, parameter in whole.named_parameters()}
+    problems = [
+        f"{name} has shape {list(info.shape)}, expected {list(shapes[name])}"
+        for name, info in tensors.items()
+        if name in shapes and info.shape != shapes[name]
+    ]
+    problems += [f"{name} is one too many" for name in tensors if name not in shapes]
+    held = tuple(tower for tower in _TOWERS if any(name.startswith(tower) for name in tensors))
+    if not held:
+        problems.append("no tower is in it")
+    missing = [name for name in shapes if name.startswith(held) and name not in tensors]
+    return problems + [f"{name} is missing" for name in missing]

@@ -1,0 +1,1 @@
+"""Tasks' data: samples, labels, prompts, heads, and how closely models agree on them."""

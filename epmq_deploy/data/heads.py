@@ -1,0 +1,206 @@
+"""Building each task's head, which turns embeddings into logits."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from epmq_deploy.artifacts.manifest import fingerprint
+from epmq_deploy.checkpoints.checkpoint import Checkpoint, fetch_model, model_config
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
+from epmq_deploy.hashing import file_sha256
+from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.experts import open_sources
+from epmq_deploy.progress import NoProgress, Progress
+from epmq_deploy.recipe import Recipe, Task
+
+HEADS_FILE = "heads.safetensors"
+
+
+def build_heads(
+    tasks: Mapping[str, Task],
+    family: ModelFamily,
+    folder: Path,
+    features: int,
+    *,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> dict[str, TaskHead]:
+    """Heads of all tasks that have one, float32, from embeddings ``[n, features]``.
+
+    A task whose recipe names no head has its expert's, where experts of this family carry one.
+
+    Args:
+        tasks: the recipe's tasks.
+        family: the model's family, for zero-shot heads.
+        folder: model folder with the text tower.
+        features: width of the embedding.
+        device: where to run the text tower.
+        progress: shows one step per task.
+
+    Raises:
+        MismatchError: names every head that cannot be built or does not fit.
+    """
+    progress = progress or NoProgress()
+    heads, problems = {}, []
+    for name, task in progress.track(list(tasks.items()), "building heads"):
+        try:
+            head = _build(task, family, folder, device or torch.device("cpu"))
+        except EpmqError as error:
+            problems.append(f"task {name!r}: {error}")
+            continue
+        if head is not None:
+            problems += [f"task {name!r}: {text}" for text in head.problems(features)]
+            heads[name] = head
+    if problems:
+        raise MismatchError("heads do not fit", problems)
+    return heads
+
+
+def heads_of_experts(
+    recipe: Recipe, heads: Mapping[str, TaskHead], device: torch.device
+) -> dict[str, TaskHead]:
+    """The heads to evaluate experts with.
+
+    Args:
+        recipe: names base and experts.
+        heads: of the merged model, by task.
+        device: where to run text towers.
+
+    Returns:
+        ``heads``, but those from class names through each expert's own text tower where text towers
+        are merged.
+    """
+    sources = open_sources(recipe)
+    own = dict(heads)
+    if sources.family.merges_text_tower:
+        for name, task in recipe.tasks.items():
+            if name in own and task.head is not None and task.head.classes is not None:
+                found = sources.family.zero_shot_head(
+                    sources.base.folder,
+                    task.head.classes,
+                    task.head.templates,
+                    device,
+                    sources.experts[name],
+                )
+                own[name] = TaskHead(found)
+    return own
+
+
+def heads_sha256(tasks: Mapping[str, Task]) -> dict[str, str]:
+    """Identifies the heads a recipe gives, by role (``head:<task>``), as input of a stage.
+
+    Where a matrix lies does not count, what it holds does. Heads made of models are decided by the
+    models, which are inputs themselves.
+    """
+    found = {}
+    for name, task in tasks.items():
+        if task.head is None:
+            continue
+        contents = {}
+        matrix = task.head.matrix
+        # One that is missing is named when it is read.
+        if matrix is not None and Path(matrix).is_file():
+            contents["matrix"] = file_sha256(Path(matrix))
+        options = task.head.model_dump(mode="json", exclude={"matrix"})
+        found[f"head:{name}"] = fingerprint("head", options, contents)
+    return found
+
+
+def leaves_head_to_expert(task: Task, family: ModelFamily) -> bool:
+    """Whether a task's head is looked for in its expert's checkpoint."""
+    return family.experts_carry_heads if task.head is None else task.head.from_expert
+
+
+def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | None:
+    """The head in the expert's checkpoint; None where the recipe does not leave it to the expert.
+
+    Also None where the recipe says nothing and the checkpoint holds none.
+
+    Args:
+        task: the recipe's task.
+        family: the model's family.
+        base: folder of the base or of a merged model, for what an adapter leaves as it is there.
+
+    Raises:
+        RecipeError: the checkpoint cannot be opened, or holds no head although it was asked for.
+    """
+    if not leaves_head_to_expert(task, family):
+        return None
+    folder = fetch_model(task.expert)
+    opened = Checkpoint.open(base, family.canonical_key)
+    head = family.expert_head(Checkpoint.open_expert(folder, opened, family.canonical_key))
+    if head is None and task.head is not None:
+        raise RecipeError(
+            f"{folder} holds no head of the {family.name} family that head.from_expert could take; "
+            "give classes or matrix"
+        )
+    return head
+
+
+def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
+    """Names of a head's classes in label order: the recipe's, or the expert's of an expert's head.
+
+    None where there are none; ``transformers`` numbers the classes it knows no names of.
+    """
+    if task.head is not None and not task.head.from_expert:
+        return task.head.classes
+    stored = (model_config(fetch_model(task.expert)) or {}).get("id2label") or {}
+    names = tuple(str(stored.get(str(index), "")) for index in range(head.classes))
+    numbered = tuple(f"LABEL_{index}" for index in range(head.classes))
+    return names if all(names) and names != numbered else None
+
+
+def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
+    if task.head is not None and family.generates_text:
+        raise RecipeError(
+            f"the {family.name} family writes its answers and takes no head; give prompt.answers"
+        )
+    if task.head is None or task.head.from_expert:
+        return head_of_expert(task, family, folder)
+    if task.head.classes is not None:
+        return TaskHead(
+            family.zero_shot_head(folder, task.head.classes, task.head.templates, device)
+        )
+    assert task.head.matrix is not None, "the recipe checks that one kind is given"
+    return TaskHead(_read_matrix(task.head.matrix))
+
+
+def _read_matrix(file: str) -> Tensor:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            keys = list(handle.keys())
+            if len(keys) != 1:
+                raise RecipeError(f"{file}: expected one tensor, found {len(keys)}")
+            matrix: Tensor = handle.get_tensor(keys[0])
+            return matrix
+    except (OSError, SafetensorError) as error:
+        raise RecipeError(f"{file}: not readable as safetensors ({error})") from error
+
+
+def save_heads(folder: Path, heads: Mapping[str, TaskHead]) -> None:
+    """Write heads into a stage's folder: tensors ``<task>.<part>``, activations as metadata."""
+    tensors = {
+        f"{task}.{part}": tensor
+        for task, head in heads.items()
+        for part, tensor in head.state_dict().items()
+    }
+    activations = {task: head.activation for task, head in heads.items()}
+    save_file(tensors, folder / HEADS_FILE, metadata=activations)
+
+
+def load_heads(folder: Path) -> dict[str, TaskHead]:
+    """Read the heads of a stage's folder, by task."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    with safe_open(folder / HEADS_FILE, framework="pt") as handle:
+        # Heads written before there was a choice have none.
+        activations = handle.metadata() or {}
+        for name in handle.keys():  # noqa: SIM118 - no mapping
+            task, _, part = name.partition(".")
+            parts.setdefault(task, {})[part] = handle.get_tensor(name)
+    return {
+        task: TaskHead.of_tensors(tensors, activations[task]) for task, tensors in parts.items()
+    }

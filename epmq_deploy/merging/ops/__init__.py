@@ -1,0 +1,1 @@
+"""Functions over tensors that merge methods share."""

@@ -1,0 +1,53 @@
+"""The transformer blocks of a model and the linear layers in them."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linear layers that share their input.
+
+    Attributes:
+        layers: dotted names.
+        norm: dotted name of the LayerNorm or RMSNorm whose output that input is, where there is
+            one.
+        pooled: only what these layers give for the pooled token reaches the heads.
+        stream: whose tokens that input holds, where not its block's: the encoder's output, of which
+            cross attention takes keys and values.
+    """
+
+    layers: tuple[str, ...]
+    norm: str | None = None
+    pooled: bool = False
+    stream: str | None = None
+
+    def inside(self, block: str) -> "Group":
+        """The group with names relative to ``block`` made absolute."""
+        norm = None if self.norm is None else f"{block}.{self.norm}"
+        return replace(self, layers=tuple(f"{block}.{layer}" for layer in self.layers), norm=norm)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block of the deployed model.
+
+    Attributes:
+        name: dotted module name, e.g. ``vision_model.encoder.layers.0``.
+        groups: its linear layers, in the order they run.
+        norm: dotted name of a norm that runs after all of them, where there is one.
+        stream: the sequence of blocks it belongs to, where a model has several (encoder, decoder);
+            blocks of one follow each other, and later ones see the finished earlier ones.
+        passes_on: outputs besides the hidden states that the next block takes: pairs of the place
+            in the output and the place among the arguments after the hidden states.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+    norm: str | None = None
+    stream: str = ""
+    passes_on: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All linear layers, in the order they run."""
+        return tuple(name for group in self.groups for name in group.layers)

@@ -1,0 +1,170 @@
+"""What encoders with a classifier on top have in common, whatever they read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.tensors import Rename
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.blocks import Block, Group
+from epmq_deploy.models.head import Activation, TaskHead
+from epmq_deploy.models.loading import fill, read_config
+from epmq_deploy.models.typed import TypedFamily
+
+
+@dataclass(frozen=True)
+class HeadLayout:
+    """Where a fine-tuned checkpoint keeps its head.
+
+    Attributes:
+        classifier: name of the linear layer that gives the logits.
+        pooler: name of the linear layer before it, where there is one.
+        activation: between the two.
+    """
+
+    classifier: str = "classifier"
+    pooler: str | None = None
+    activation: Activation = "tanh"
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """Part of ``TaskHead`` to tensor name."""
+        parts = {"weight": f"{self.classifier}.weight", "bias": f"{self.classifier}.bias"}
+        if self.pooler is not None:
+            parts["pooler_weight"] = f"{self.pooler}.weight"
+            parts["pooler_bias"] = f"{self.pooler}.bias"
+        return parts
+
+
+class ClassifierFamily(TypedFamily):
+    """Encoders whose experts are classifiers: the encoder is merged, each head kept.
+
+    Attributes:
+        prefixes: what fine-tuned checkpoints put before the encoder's tensor names.
+        renames: parts of stored names to those of the loaded model, applied in order.
+        deployed: beginnings of the names of the encoder's tensors.
+        heads: beginnings of the names of heads' tensors.
+        head: where experts keep theirs.
+        block_list: the module list that holds the blocks.
+        groups: a block's groups, names within the block.
+        block_norm: a norm within the block that runs after all groups.
+        reads_one_token: whether heads see only the first token's hidden state.
+        model_options: what the model's constructor takes besides its config.
+    """
+
+    experts_carry_heads = True
+    prefixes: tuple[str, ...]
+    renames: tuple[tuple[str, str], ...] = ()
+    deployed: tuple[str, ...]
+    heads: tuple[str, ...] = ("classifier.",)
+    head = HeadLayout()
+    block_list: str
+    groups: tuple[Group, ...]
+    block_norm: str | None = None
+    reads_one_token: bool = True
+    model_options: Mapping[str, Any] = MappingProxyType({"add_pooling_layer": False})
+
+    def is_deployed(self, key: str) -> bool:
+        """The encoder."""
+        return key.startswith(self.deployed)
+
+    def is_optional(self, key: str) -> bool:
+        """Every expert holds the whole encoder; what only pre-training uses may be left out."""
+        return key.endswith(".mask_token")
+
+    def is_head(self, key: str) -> bool:
+        """The classifier and what lies between it and the encoder."""
+        return key.startswith(self.heads)
+
+    def canonical_key(self, key: str) -> str | tuple[str, ...]:
+        """Without the prefix of fine-tuned checkpoints, in the names of the loaded model."""
+        for prefix in self.prefixes:
+            if key.startswith(prefix):
+                key = key.removeprefix(prefix)
+                break
+        for old, new in self.renames:
+            key = key.replace(old, new)
+        return key
+
+    def load(self, folder: Path) -> nn.Module:
+        """The encoder, without what lies between it and the classifier.
+
+        Raises:
+            RecipeError: see ``check_config``.
+        """
+        self.check_config(folder, read_config(folder))
+        return load_encoder(folder, self.canonical_key, **self.model_options)
+
+    def blocks(self, model: nn.Module) -> tuple[Block, ...]:
+        """See base."""
+        count = len(model.get_submodule(self.block_list))  # type: ignore[arg-type]
+        return tuple(
+            self._block(f"{self.block_list}.{index}", last=index == count - 1)
+            for index in range(count)
+        )
+
+    def _block(self, name: str, *, last: bool) -> Block:
+        # Keys and values of the last block serve the pooled token too, and share their input with
+        # its query; all that follows is per token.
+        pooled = last and self.reads_one_token
+        groups = (
+            replace(group, pooled=pooled and position > 0)
+            for position, group in enumerate(self.groups)
+        )
+        norm = None if self.block_norm is None else f"{name}.{self.block_norm}"
+        return Block(name, tuple(group.inside(name) for group in groups), norm=norm)
+
+    def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
+        """The last hidden state of the first token."""
+        named = dict(zip(self.input_names, inputs, strict=True))
+        hidden: Tensor = model(**named).last_hidden_state
+        return hidden[:, 0]
+
+    def expert_head(self, expert: Checkpoint) -> TaskHead | None:
+        """The classifier of the expert, with what lies between it and the encoder.
+
+        Raises:
+            RecipeError: one of its tensors is not there.
+        """
+        names = self.head.tensors
+        held = {part: name for part, name in names.items() if name in expert.tensors}
+        if not any(part in held for part in ("weight", "bias")):
+            return None
+        missing = [name for part, name in names.items() if part not in held]
+        if missing:
+            kind = "Image" if self.modality == "image" else "Sequence"
+            raise RecipeError(
+                f"{expert.folder}: its head lacks {', '.join(missing)}; save the expert with "
+                f"AutoModelFor{kind}Classification"
+            )
+        tensors = {part: expert.load(name) for part, name in held.items()}
+        return TaskHead.of_tensors(tensors, self.head.activation)
+
+
+def load_encoder(
+    folder: Path, rename: Rename, *, without: Sequence[str] = (), **options: Any
+) -> nn.Module:
+    """The model ``transformers`` has for a folder's ``config.json``, without a head, filled.
+
+    Args:
+        folder: a model folder.
+        rename: stored name to parameter name.
+        without: modules, where the model has them, that it also runs without.
+        options: what the model's constructor takes besides its config.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    model: nn.Module = AutoModel.from_config(
+        config, dtype=torch.float32, trust_remote_code=False, **options
+    )
+    for name in without:
+        if hasattr(model, name):
+            setattr(model, name, None)
+    return fill(model, folder, rename)

@@ -1,0 +1,1 @@
+"""Encoders without a family of their own, taken apart by running them once."""

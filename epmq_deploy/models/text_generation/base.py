@@ -1,0 +1,197 @@
+"""What models that write texts have in common: no heads, one vocabulary, answers token by token."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.loading import fill, read_config
+from epmq_deploy.models.tokenizer import open_tokenizer
+from epmq_deploy.models.typed import TypedFamily
+
+OUTPUT = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class TextPair:
+    """One sample of a task that is answered in words.
+
+    Attributes:
+        text: what the model reads.
+        answer: what it is to write.
+    """
+
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids that steer writing.
+
+    Attributes:
+        start: what a decoder begins with; None where it goes on from the text it read.
+        end: any of them ends an answer.
+        padding: fills up shorter texts.
+    """
+
+    start: int | None
+    end: tuple[int, ...]
+    padding: int
+
+
+class TextGenerationFamily(TypedFamily):
+    """Models that answer tasks in words; the whole model is merged and deployed.
+
+    Samples are `TextPair`. For calibration the model reads the answer along with the text ("teacher
+    forcing"), so that layers see what they see while it is written.
+
+    Attributes:
+        tokenizer_files: what makes up the tokenizer where there is no ``tokenizer.json``.
+        has_encoder: whether texts are read by an encoder of their own.
+        cuts: the side on which texts that are too long are cut.
+    """
+
+    modality = "text"
+    generates_text = True
+    tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
+    has_encoder: bool = False
+    cuts: Literal["left", "right"] = "right"
+
+    @abstractmethod
+    def build(self, config: Any) -> Any:
+        """The model of ``transformers`` for its config, with weights of any value."""
+
+    @abstractmethod
+    def prompts(self, folder: Path, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask, int64 ``[B, T]``, to begin writing from."""
+
+    @abstractmethod
+    def special_tokens(self, folder: Path) -> SpecialTokens:
+        """Ids that steer writing.
+
+        Raises:
+            RecipeError: the folder's settings do not name them.
+        """
+
+    def is_deployed(self, key: str) -> bool:
+        """The whole model; buffers that old checkpoints hold are no weights."""
+        return not key.endswith("rotary_emb.inv_freq")
+
+    def is_optional(self, key: str) -> bool:
+        """Every expert holds the whole model."""
+        return False
+
+    def canonical_key(self, key: str) -> str | tuple[str, ...]:
+        """As stored."""
+        return key
+
+    def load(self, folder: Path) -> nn.Module:
+        """The whole model; the output layer shares the embedding's weight where the files say so.
+
+        Raises:
+            RecipeError: see ``check_config``; or encoder and decoder have embeddings of their own.
+        """
+        from transformers import AutoConfig
+
+        self.check_config(folder, read_config(folder))
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model = self.build(config)
+        # One module for all its places, so that it has one name.
+        model.set_input_embeddings(model.get_input_embeddings())
+        stored = Checkpoint.open(folder, self.canonical_key, self.tied).tensors
+        apart = [copy for copy in self.tied if copy in stored and copy != OUTPUT]
+        if apart:
+            raise RecipeError(
+                f"{folder}: {', '.join(apart)} differs from {self.tied[apart[0]]}, where the model "
+                "has one embedding"
+            )
+        output = model.get_output_embeddings()
+        embedding = model.get_input_embeddings().weight
+        # What is stored decides: settings of some models say otherwise.
+        weight = torch.empty_like(embedding) if OUTPUT in stored else embedding
+        output.weight = nn.Parameter(weight) if OUTPUT in stored else embedding
+        whole: nn.Module = fill(model, folder, self.canonical_key, self.tied)
+        return whole
+
+    def write(
+        self, model: nn.Module, folder: Path, texts: Sequence[str], max_tokens: int
+    ) -> list[str]:
+        """What a model answers, greedily, in torch.
+
+        Args:
+            model: as ``load`` returns it.
+            folder: a model folder with a tokenizer.
+            texts: what it reads.
+            max_tokens: longest answer.
+        """
+        device = next(model.parameters()).device
+        ids, mask = (value.to(device) for value in self.prompts(folder, texts))
+        special = self.special_tokens(folder)
+        with torch.inference_mode():
+            written = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                num_beams=1,
+                decoder_start_token_id=special.start,
+                eos_token_id=list(special.end),
+                pad_token_id=special.padding,
+            )
+        begin = ids.shape[1] if special.start is None else 1
+        return self.decode(folder, written[:, begin:])
+
+    def decode(self, folder: Path, ids: Tensor) -> list[str]:
+        """Texts of token ids ``[B, T]``, without special tokens."""
+        texts: list[str] = self.tokenizer(folder).batch_decode(ids, skip_special_tokens=True)
+        return texts
+
+    def tokenizer(self, folder: Path) -> Any:
+        """The folder's tokenizer.
+
+        Raises:
+            RecipeError: it is missing or does not fit the model.
+        """
+        config = read_config(folder)
+        return _tokenizer(folder, self.tokenizer_files, int(config["vocab_size"]), self.cuts)
+
+
+def end_tokens(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
+    """Ids that end a text, by ``config.json``.
+
+    Raises:
+        RecipeError: it names none.
+    """
+    ids = config.get("eos_token_id")
+    if ids is None:
+        raise RecipeError(f"{folder}/config.json: no eos_token_id, so no answer would end")
+    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+
+
+def stacked(
+    rows: Sequence[Sequence[int]], padding: int, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Token ids filled up to the longest, and their mask, int64 ``[B, T]``."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), padding, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(len(row))
+        ids[index, place] = torch.tensor(row, dtype=torch.int64)
+        mask[index, place] = 1
+    return ids, mask
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, cuts: str) -> Any:
+    tokenizer = open_tokenizer(folder, files, vocabulary, "texts need")
+    tokenizer.truncation_side = cuts
+    return tokenizer

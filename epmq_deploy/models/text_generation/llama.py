@@ -1,0 +1,154 @@
+"""Decoder-only models in the layout of Llama (Touvron et al., arXiv 2302.13971)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.blocks import Block, Group
+from epmq_deploy.models.loading import read_config
+from epmq_deploy.models.text import example_texts
+from epmq_deploy.models.text_generation.base import (
+    OUTPUT,
+    SpecialTokens,
+    TextGenerationFamily,
+    TextPair,
+    end_tokens,
+    stacked,
+)
+from epmq_deploy.models.tokens import TokenWeights
+
+_BLOCKS = "model.layers"
+_GROUPS = (
+    Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="input_layernorm"),
+    Group(("self_attn.o_proj",)),
+    Group(("mlp.gate_proj", "mlp.up_proj"), norm="post_attention_layernorm"),
+    Group(("mlp.down_proj",)),
+)
+
+
+class DecoderFamily(TextGenerationFamily):
+    """Llama, Mistral, Qwen2 and Qwen3: the answer goes on from the text.
+
+    Texts too long for the model lose their beginning, so that the answer follows their end.
+    """
+
+    name = "decoder"
+    model_types = ("llama", "mistral", "qwen2", "qwen3")
+    architecture = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "vocab_size",
+    )
+    input_names = ("input_ids", "attention_mask", "answer_mask")
+    cuts = "left"
+    tied = MappingProxyType({OUTPUT: "model.embed_tokens.weight"})
+
+    def check_config(self, folder: Path, config: dict[str, Any]) -> None:
+        """Refuse attention that sees only a window: blocks would not share one mask."""
+        windowed = config.get("use_sliding_window", config.get("model_type") == "mistral")
+        if windowed and config.get("sliding_window") is not None:
+            raise RecipeError(f"{folder}: attention in a sliding window is not supported")
+
+    def build(self, config: Any) -> Any:
+        """See base."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(config)
+
+    def blocks(self, model: nn.Module) -> tuple[Block, ...]:
+        """See base."""
+        count = len(list(model.get_submodule(_BLOCKS).children()))
+        names = (f"{_BLOCKS}.{index}" for index in range(count))
+        return tuple(Block(name, tuple(group.inside(name) for group in _GROUPS)) for name in names)
+
+    def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
+        """Padding is not real; every other token of text and answer counts."""
+        return TokenWeights(inputs[1].bool())
+
+    def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
+        """Logits ``[n, V]`` for each token of the answers and its end."""
+        ids, mask, due = inputs
+        body = model.get_submodule("model")
+        hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        # Texts are long and vocabularies large: logits for every token of them would be too many.
+        logits: Tensor = model.get_submodule("lm_head")(hidden[due.bool()])
+        return logits
+
+    def predictions(self, *inputs: Tensor) -> Tensor:
+        """The tokens of each answer, and its end."""
+        return inputs[2].sum(dim=1).cpu()
+
+    def collate(self, folder: Path, samples: Sequence[TextPair]) -> tuple[Tensor, ...]:
+        """Texts with their answers and the end; also where one of those comes next.
+
+        Each int64 ``[B, T]``.
+
+        Raises:
+            RecipeError: the tokenizer is missing or does not fit the model.
+        """
+        special = self.special_tokens(folder)
+        texts = self._encoded(folder, [sample.text for sample in samples])
+        answers = [sample.answer for sample in samples]
+        # Apart from the texts, as they are when answers are written.
+        written = self.tokenizer(folder)(answers, add_special_tokens=False)["input_ids"]
+        limit = self._limit(folder)
+        rows, due = [], []
+        for text, answer in zip(texts, written, strict=True):
+            row = [*text, *answer, special.end[0]][-limit:]
+            # The last token is the end, behind which nothing comes.
+            count = min(len(answer) + 1, len(row) - 1)
+            rows.append(row)
+            due.append([0] * (len(row) - count - 1) + [1] * count + [0])
+        return *stacked(rows, special.padding), stacked(due, 0)[0]
+
+    def prompts(self, folder: Path, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """See base; shorter texts are filled up in front, so that all end together."""
+        rows = self._encoded(folder, texts)
+        return stacked(rows, self.special_tokens(folder).padding, left=True)
+
+    def _encoded(self, folder: Path, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts, with what the tokenizer begins them with, but without their end."""
+        ends = set(self.special_tokens(folder).end)
+        rows = self.tokenizer(folder)(list(texts), truncation=True, max_length=self._limit(folder))[
+            "input_ids"
+        ]
+        return [row[:-1] if row and row[-1] in ends else row for row in rows]
+
+    def _limit(self, folder: Path) -> int:
+        positions = int(read_config(folder)["max_position_embeddings"])
+        return min(positions, int(self.tokenizer(folder).model_max_length))
+
+    def special_tokens(self, folder: Path) -> SpecialTokens:
+        """See base; where padding has no token, the end's serves, as it is never read."""
+        config = read_config(folder)
+        ends = end_tokens(config, folder)
+        padding = config.get("pad_token_id")
+        return SpecialTokens(None, ends, ends[0] if padding is None else int(padding))
+
+    def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
+        """Random ids; the last text of a batch is padded; every token is one of an answer."""
+        config = read_config(folder)
+        names, longest = self.input_names[:2], config["max_position_embeddings"]
+        ids, mask = example_texts(names, config, longest, batch)
+        return ids, mask, mask
+
+    def dynamic_axes(self) -> tuple[dict[int, str], ...]:
+        """Any number of texts of any length."""
+        return tuple({0: "batch", 1: "sequence"} for _ in self.input_names)
+
+
+FAMILY = DecoderFamily()

@@ -1,0 +1,45 @@
+"""The base of every option model, and unions of them built from registries."""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Options(BaseModel):
+    """Frozen options; unknown keys are errors. Recipe keys and CLI flags both come from these."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def without_effect(section: str, idle: Mapping[str, str]) -> list[str]:
+    """One sentence for the options of a recipe's section that have none for the same reason."""
+    sentences = []
+    for why in dict.fromkeys(idle.values()):
+        names = [f"{section}.{name}" for name, reason in idle.items() if reason == why]
+        has, them = ("has", "it") if len(names) == 1 else ("have", "them")
+        sentences.append(f"{', '.join(names)} {has} no effect {why}; leave {them} out")
+    return sentences
+
+
+def shared_fields(first: type[Options], second: type[Options]) -> set[str]:
+    """Options both classes inherit from a common base, so that they mean the same in both."""
+    common = set(first.__mro__) & set(second.__mro__)
+    return {name for base in common if issubclass(base, Options) for name in base.model_fields}
+
+
+def union_by_method(members: Iterable[type[Options]]) -> Any:
+    """A pydantic type accepting any of ``members``, told apart by their ``method`` field."""
+    return Annotated[reduce(or_, members), Field(discriminator="method")]
+
+
+def given_for(layers: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """Options that patterns give to one name; of two that match the later one counts."""
+    own: dict[str, Any] = {}
+    for pattern, given in layers.items():
+        if fnmatchcase(name, pattern):
+            own |= given
+    return own

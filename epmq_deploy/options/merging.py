@@ -1,0 +1,128 @@
+"""Options of merging: of every method, of scaled ones, and of those that need data."""
+
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from epmq_deploy.options import Options, given_for, layers_from_text, texts_read_by
+
+
+class MergeOptions(Options):
+    """Options every merge method has."""
+
+    method: str = Field(description="merge method")
+    dtype: Literal["base", "float32", "float16", "bfloat16"] = Field(
+        "base", description="dtype of the merged checkpoint; arithmetic is always float32"
+    )
+    mixed_dtypes: bool = Field(
+        False, description="accept experts stored in another float dtype than the base"
+    )
+    layers: Annotated[dict[str, dict[str, Any]], texts_read_by(layers_from_text)] = Field(
+        {},
+        description="other options of the method for tensors by name pattern "
+        "(*.mlp.*:scaling=0.2); of two patterns the later one counts",
+    )
+
+    whole_model: ClassVar[frozenset[str]] = frozenset()
+    """Own options of the method that cannot differ between tensors."""
+
+    @model_validator(mode="after")
+    def _layers_hold_options(self) -> Self:
+        for pattern, given in self.layers.items():
+            unknown = given.keys() - self.by_layer()
+            if unknown:
+                raise ValueError(
+                    f"layers.{pattern}: {', '.join(sorted(unknown))} cannot be set by layer; "
+                    f"{self.method} allows {', '.join(self.by_layer()) or 'nothing'} there"
+                )
+            try:
+                self._with(given)
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(str(part) for part in (pattern, *first["loc"]))
+                text = first["msg"].removeprefix("Value error, ")
+                raise ValueError(f"layers.{where}: {text}") from error
+        return self
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the merged weights, as plain data."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def by_layer(cls) -> tuple[str, ...]:
+        """The options that ``layers`` may hold: the method's own, less ``whole_model``."""
+        shared = MergeOptions.model_fields.keys() | cls.whole_model
+        return tuple(name for name in cls.model_fields if name not in shared)
+
+    def for_tensor(self, name: str) -> Self:
+        """These options as they hold for one tensor."""
+        own = given_for(self.layers, name)
+        return self._with(own) if own else self
+
+    def idle(self) -> dict[str, str]:
+        """Options that were given but have no effect beside the others, and why not."""
+        return {}
+
+    def variants(self) -> tuple[Self, ...]:
+        """These options and those of every pattern in ``layers``."""
+        return (self, *(self._with(given) for given in self.layers.values()))
+
+    def _with(self, own: dict[str, Any]) -> Self:
+        return type(self).model_validate(self.model_dump() | own | {"layers": {}})
+
+
+SearchObjective = Literal["experts", "labels", "entropy"]
+
+
+class ScaledOptions(MergeOptions):
+    """Options of methods whose result is linear in their ``scaling``."""
+
+    search: bool = Field(
+        False,
+        description="tune scaling on calibration samples, by search_objective",
+    )
+    search_objective: SearchObjective = Field(
+        "experts",
+        description="what the merged model is to predict closely: what the experts predict, the "
+        "data's labels (cross-entropy), or anything at all (least entropy); only labels need any",
+    )
+    search_samples: int = Field(64, ge=2, description="samples per task that scaling is tuned on")
+
+    whole_model: ClassVar[frozenset[str]] = frozenset(
+        {"search", "search_objective", "search_samples"}
+    )
+
+    @model_validator(mode="after")
+    def _search_starts_above_zero(self) -> Self:
+        if self.search and self.scaling_value() <= 0:
+            raise ValueError("scaling must be positive to be searched from")
+        return self
+
+    def idle(self) -> dict[str, str]:
+        """What says how to search, where nothing is searched."""
+        given = {"search_objective", "search_samples"} & self.model_fields_set
+        reason = "without merge.search (--search)"
+        return {} if self.search else dict.fromkeys(sorted(given), reason)
+
+    def _with(self, own: dict[str, Any]) -> Self:
+        # Searching is for the whole model; a tensor's own scaling stays as it is.
+        return super()._with({**own, "search": False})
+
+    def scaling_value(self) -> float:
+        """The method's ``scaling``; each has a default of its own."""
+        value: float = getattr(self, "scaling")  # noqa: B009 - declared by the methods
+        return value
+
+    def at(self, scaling: float) -> Self:
+        """These options with another scaling."""
+        return self.model_copy(update={"scaling": scaling})
+
+
+class DataOptions(MergeOptions):
+    """Options of methods that need calibration data."""
+
+    samples: int = Field(256, ge=1, description="calibration samples per task")
+    seed: int = Field(0, description="seed of the choice of samples, and of other random draws")
+
+    whole_model: ClassVar[frozenset[str]] = frozenset({"samples", "seed"})

@@ -1,0 +1,158 @@
+"""Options of quantization: what every method has, and what those with calibration data have."""
+
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from epmq_deploy.options import SEVERAL, Options, given_for, layers_from_text, texts_read_by
+
+
+def _runs_somewhere(value: int) -> int:
+    if value != -1 and (value < 16 or value % 16):
+        raise ValueError("must be a multiple of 16 (what low-bit kernels run) or -1")
+    return value
+
+
+Bits = Literal[2, 3, 4, 8]
+GroupSize = Annotated[int, AfterValidator(_runs_somewhere)]
+
+
+class LayerOptions(Options):
+    """Options that may differ between layers; what is not given is as for all layers."""
+
+    bits: Bits | None = Field(None, description="bits per weight")
+    group_size: GroupSize | None = Field(None, description="input columns that share a scale")
+    symmetric: bool | None = Field(None, description="fix zero points at the middle code")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options given."""
+        return {name: value for name, value in self if value is not None}
+
+
+class QuantizeOptions(Options):
+    """Options every quantization method has."""
+
+    method: str = Field(description="quantization method")
+    bits: Bits = Field(4, description="bits per weight")
+    group_size: GroupSize = Field(
+        128, description="input columns that share a scale: a multiple of 16, or -1 per channel"
+    )
+    symmetric: bool = Field(
+        False, description="fix zero points at the middle code instead of fitting them"
+    )
+    clip_search: bool = Field(
+        True, description="shrink each group's range as long as its weighted error falls"
+    )
+    outer: bool = Field(
+        True,
+        description="quantize embeddings and projections outside the blocks too, to 8 bits",
+    )
+    skip: Annotated[tuple[str, ...], SEVERAL] = Field(
+        (), description="layers to leave unquantized, as name patterns (*.mlp.fc2)"
+    )
+    layers: Annotated[dict[str, LayerOptions], texts_read_by(layers_from_text)] = Field(
+        {},
+        description="other options for layers by name pattern (*.mlp.fc2:bits=8,group_size=64)",
+    )
+    target_bits: float | None = Field(
+        None,
+        gt=0,
+        le=8,
+        description="choose bits per layer so that the blocks' weights have this many on average",
+    )
+    target_size: float | None = Field(
+        None, gt=0, description="choose bits per layer so that quantized layers take this many MB"
+    )
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if self.target_bits is not None and self.target_size is not None:
+            raise ValueError("give target_bits or target_size, not both")
+        return self
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the codes, as plain data."""
+        return self.model_dump(mode="json")
+
+    def idle(self) -> dict[str, str]:
+        """Options that were given but have no effect beside the others, and why not."""
+        for target in ("target_bits", "target_size"):
+            if getattr(self, target) is not None and "bits" in self.model_fields_set:
+                return {"bits": f"with quantize.{target}, which chooses bits by layer"}
+        return {}
+
+    def for_layer(self, name: str) -> Self:
+        """These options as they hold for one layer; of two patterns the later one counts."""
+        given = {pattern: options.given for pattern, options in self.layers.items()}
+        own = given_for(given, name)
+        return self.model_copy(update=own) if own else self
+
+    def own_bits(self, name: str) -> int | None:
+        """The bits that ``layers`` gives to one layer, if it does."""
+        given = {pattern: options.given for pattern, options in self.layers.items()}
+        return given_for(given, name).get("bits")
+
+    def skips(self, name: str) -> bool:
+        """Whether a layer is left unquantized."""
+        return any(fnmatchcase(name, pattern) for pattern in self.skip)
+
+
+class CalibratedOptions(QuantizeOptions):
+    """Options of every method that uses calibration data."""
+
+    samples: int = Field(256, ge=1, description="calibration samples per task")
+    seed: int = Field(0, description="seed of the choice of calibration samples")
+    batch_size: int = Field(64, ge=1, description="samples per forward pass; no effect on accuracy")
+    act_order: bool = Field(
+        True, description="quantize columns by decreasing Hessian diagonal (static groups)"
+    )
+    refine: int = Field(
+        1,
+        ge=0,
+        description="most sweeps of coordinate descent over codes and scales after the solver",
+    )
+    bias: Literal["joint", "after", "keep"] = Field(
+        "after",
+        description="fit biases together with the weights, after them (undoing the mean shift "
+        "that quantization causes), or leave them",
+    )
+    unpooled_weight: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="weight, in the last block, of tokens that no head reads; 1 unless the method "
+        "says otherwise",
+    )
+    products: Literal["auto", "float32", "bfloat16"] | None = Field(
+        None,
+        description="dtype in which blocks are run and products of activations computed (hidden "
+        "states and sums stay float32); auto takes bfloat16 where the processor has units for it, "
+        "which is two to three times as fast; auto for epmq, else float32",
+    )
+    solver: Literal["float32", "float64"] | None = Field(
+        None,
+        description="dtype in which Hessians are factored and codes chosen; float32 for epmq, "
+        "whose anchor keeps Hessians well-conditioned, else float64",
+    )
+    cache_limit: float | None = Field(
+        4.0, ge=0, description="GiB of activations held in memory; the rest goes to disk"
+    )
+    cache_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of activations kept between blocks; 16 bits halve the cache"
+    )
+    allow_fallback: bool = Field(
+        False, description="round layers whose Hessian cannot be factored instead of failing"
+    )
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the codes; where activations are kept does not."""
+        return self.model_dump(mode="json", exclude={"cache_limit"})
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """``cache_limit`` in bytes."""
+        return None if self.cache_limit is None else int(self.cache_limit * 2**30)

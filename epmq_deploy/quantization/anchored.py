@@ -1,0 +1,47 @@
+"""The anchored least-squares problem that guided targets share."""
+
+import torch
+from torch import Tensor
+
+from epmq_deploy.calibration.statistics import GroupSums
+from epmq_deploy.quantization.base import LayerProblem, LayerWeights
+from epmq_deploy.quantization.solver.hessian import GroupHessian
+
+
+def anchored_problem(
+    layer: LayerWeights,
+    sums: GroupSums,
+    hessian: GroupHessian,
+    anchor: Tensor,
+    bias_anchor: Tensor | None,
+    *,
+    strength: float,
+    bias_strength: float,
+    joint: bool,
+) -> LayerProblem:
+    """``W* = (sum s_t G_t + strength A) H^-1``, with a free bias eliminated where asked.
+
+    Args:
+        layer: the layer.
+        sums: over all tasks, with what guides want of the layer.
+        hessian: ``sum s_t C_t + strength I``.
+        anchor: ``A``, float ``[N, K]``.
+        bias_anchor: ``[N]``, where the layer has a bias.
+        strength: lambda.
+        bias_strength: pull of re-fitted biases to ``bias_anchor``.
+        joint: solve for weights and bias together.
+    """
+    chosen = hessian.plain
+    dtype = chosen.matrix.dtype
+    right = sums.cross[layer.name].to(dtype) + strength * anchor.to(dtype)
+    if joint and bias_anchor is not None and sums.tokens:
+        chosen = hessian.centred
+        # With b at its best for every Q, b = (total - Q mean) / weight.
+        total = sums.output_mean[layer.name] + bias_strength * bias_anchor.to(torch.float64)
+        right = right + sums.bias_cross(layer.name).to(dtype)
+        shift = torch.outer(total, sums.mean) / (sums.weight + bias_strength)
+        right -= shift.to(dtype)
+    target = chosen.solve(right, anchor)
+    # W* H is the right-hand side.
+    size = float((target * right).sum(dtype=torch.float64))
+    return LayerProblem(target, chosen, size, bias_anchor, bias_strength)

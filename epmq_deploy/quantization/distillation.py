@@ -1,0 +1,179 @@
+"""Distillation: what codes leave free is tuned end to end towards the experts' predictions.
+
+Scales and vectors (biases, norms, CLIP's class token) are trained with codes and zero points fixed,
+as in the second phase of EfficientQAT (Chen et al., arXiv 2407.11062), on the divergence from each
+expert's softened predictions on its own calibration samples (Hinton et al., arXiv 1503.02531). No
+labels are used.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from epmq_deploy.data.agreement import Judge, divergence, mean_divergence
+from epmq_deploy.data.samples import batches
+from epmq_deploy.models import TaskHead
+from epmq_deploy.models.predictions import Predictions, predictions
+from epmq_deploy.progress import NoProgress
+from epmq_deploy.quantization.planning import CalibrationContext
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.sequential import apply_quantized
+from epmq_deploy.quantization.solver.grid import expand_groups
+
+log = logging.getLogger(__name__)
+
+# Samples per step; smaller than calibration's batches, as every step moves the parameters.
+_BATCH = 16
+# Highest learning rate: of biases and norms as they are, of scales relative to their size.
+_RATE = 5e-4
+_WARM_UP = 0.1
+_TEMPERATURE = 2.0
+
+
+def distill(
+    model: nn.Module,
+    quantized: QuantizedModel,
+    place: CalibrationContext,
+    heads: Mapping[str, TaskHead],
+    *,
+    epochs: int,
+    products: torch.dtype = torch.float32,
+) -> tuple[QuantizedModel, dict[str, Any]]:
+    """Tune a quantized model on its calibration samples.
+
+    Args:
+        model: with the weights of ``quantized``; has those returned afterwards.
+        quantized: what calibration yielded; left unmodified.
+        place: samples and experts.
+        heads: of every task; none where the model writes texts.
+        epochs: how often every sample is seen.
+        products: dtype in which matrices are multiplied, float32 or bfloat16.
+
+    Returns:
+        The model with new scales, biases and norms, and the divergence from the experts before and
+        after as plain data. What did not lower the divergence is not kept, which is logged.
+    """
+    judge = place.judge(place.samples, heads)
+    before = mean_divergence(judge.scores(model))
+    scales = _free_scales(model, quantized)
+    vectors = {name: value for name, value in model.named_parameters() if value.dim() == 1}
+    originals = {name: vector.data for name, vector in vectors.items()}
+    for vector in vectors.values():
+        # On the CPU it is also what calibration yielded, which is to stay as it is.
+        vector.data = vector.data.clone()
+    try:
+        _train(model, [*scales.values(), *vectors.values()], place, judge, epochs, products)
+    finally:
+        for name in scales:
+            parametrize.remove_parametrizations(model.get_submodule(name), "weight")
+        model.requires_grad_(False)
+    layers = {
+        name: replace(quantized.layers[name], scales=_rescaled(quantized.layers[name], change))
+        for name, change in scales.items()
+    }
+    replaced = {name: value.detach().cpu() for name, value in vectors.items()}
+    # As they will be stored, to the last bit.
+    apply_quantized(model, layers, replaced)
+    after = mean_divergence(judge.scores(model))
+    found = {"epochs": epochs, "before": before, "after": after, "kept": after < before}
+    log.info("distillation: divergence from the experts %.4f, before %.4f", after, before)
+    if not after < before:
+        log.warning("distillation did not lower the divergence from the experts; it is undone")
+        apply_quantized(model, {name: quantized.layers[name] for name in scales}, originals)
+        return quantized, found
+    tuned = replace(
+        quantized,
+        layers=quantized.layers | layers,
+        replaced=quantized.replaced | replaced,
+    )
+    return tuned, found
+
+
+class _Rescaled(nn.Module):
+    """A layer's weight with its scales times ``exp(change)``, ``change`` float32 ``[N, G]``."""
+
+    def __init__(self, linear: QuantizedLinear, device: torch.device) -> None:
+        super().__init__()
+        self._group_size = linear.group_size
+        self.change = nn.Parameter(torch.zeros_like(linear.scales, device=device))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """``weight``, ``[N, K]``, rescaled."""
+        return weight * expand_groups(self.change.exp(), self._group_size, weight.shape[1])
+
+
+def _free_scales(model: nn.Module, quantized: QuantizedModel) -> dict[str, nn.Parameter]:
+    """Make the scales of linear layers trainable; what they change by, by layer.
+
+    A layer that shares its weight with an embedding keeps its scales: they are the embedding's.
+    """
+    model.requires_grad_(False)
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    changes = {}
+    for name, linear in quantized.layers.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear) and id(layer.weight) not in tables:
+            rescaled = _Rescaled(linear, layer.weight.device)
+            parametrize.register_parametrization(layer, "weight", rescaled, unsafe=True)
+            changes[name] = rescaled.change
+    return changes
+
+
+def _rescaled(linear: QuantizedLinear, change: Tensor) -> Tensor:
+    return linear.scales * change.detach().exp().cpu()
+
+
+def _train(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    place: CalibrationContext,
+    judge: Judge,
+    epochs: int,
+    products: torch.dtype,
+) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    steps = epochs * sum(-(-len(samples) // _BATCH) for samples in place.samples.values())
+    optimizer = torch.optim.Adam(parameters, lr=_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, _RATE, total_steps=max(steps, 2), pct_start=_WARM_UP
+    )
+    device, low = place.device, products == torch.bfloat16
+    progress = place.progress or NoProgress()
+    for _ in progress.track(range(epochs), "distilling"):
+        for task, inputs, wanted in _interleaved(judge):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+                features = place.family.embed(model, *(value.to(device) for value in inputs))
+            features = features.to("cpu", torch.float32)
+            found = predictions(place.family, judge.heads.get(task), features, inputs)
+            soft = found.per_sample(
+                divergence(found.logits / _TEMPERATURE, wanted.logits / _TEMPERATURE)
+            )
+            optimizer.zero_grad()
+            soft.mean().mul(_TEMPERATURE**2).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+
+
+def _interleaved(judge: Judge) -> Iterator[tuple[str, tuple[Tensor, ...], Predictions]]:
+    """One batch of every task in turn, with what the expert predicts for it."""
+    running = {
+        task: batches(samples, judge.family, judge.folder, _BATCH)
+        for task, samples in judge.samples.items()
+    }
+    seen = dict.fromkeys(running, 0)
+    while running:
+        for task in list(running):
+            inputs = next(running[task], None)
+            if inputs is None:
+                del running[task]
+                continue
+            start = seen[task]
+            seen[task] += len(inputs[0])
+            yield task, inputs, judge.wanted[task].of_samples(start, seen[task])

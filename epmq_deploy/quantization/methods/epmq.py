@@ -1,0 +1,231 @@
+"""E-PMQ: aim each layer at its experts' outputs, anchored.
+
+Preset ``paper`` is arXiv 2605.16882; preset ``features`` takes its target from feature calibration
+(FeatCal, arXiv 2605.13030); preset ``outputs``, the default, goes all the way to the experts' own
+outputs, held by a weaker anchor that lies further beyond the merged weights; preset ``weights``
+needs no calibration data (``epmq_deploy.quantization.data_free``).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
+from epmq_deploy.options.quantization import CalibratedOptions
+from epmq_deploy.quantization.anchored import anchored_problem
+from epmq_deploy.quantization.arithmetic import Arithmetic
+from epmq_deploy.quantization.base import (
+    Guide,
+    LayerProblem,
+    LayerWeights,
+    QuantizationMethod,
+    fits_jointly,
+)
+from epmq_deploy.quantization.solver.hessian import GroupHessian, Hessian
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Values an option takes when it is not given.
+
+    Attributes:
+        anchor: lambda.
+        alpha: share of the experts' own features in the target.
+        rho: anchor between base (0), merged (1) and beyond.
+        norms: re-fit norms.
+        unpooled: weight, in the last block, of tokens that no head reads.
+        data_free: take statistics from task vectors instead of calibration data.
+    """
+
+    anchor: float
+    alpha: float
+    rho: float
+    norms: bool
+    unpooled: float = 1.0
+    data_free: bool = False
+
+
+PRESETS = {
+    "paper": Preset(anchor=0.05, alpha=0.0, rho=1.0, norms=False),
+    "features": Preset(anchor=0.05, alpha=0.25, rho=2.2, norms=True),
+    "outputs": Preset(anchor=0.02, alpha=1.0, rho=3.0, norms=True, unpooled=0.01),
+    "weights": Preset(anchor=0.005, alpha=0.0, rho=1.0, norms=False, data_free=True),
+}
+
+
+# How calibration data are chosen, run through the model, kept and used.
+_OF_DATA = (
+    "samples",
+    "seed",
+    "batch_size",
+    "bias",
+    "unpooled_weight",
+    "products",
+    "cache_limit",
+    "cache_dtype",
+)
+
+
+class EpmqOptions(CalibratedOptions):
+    """E-PMQ."""
+
+    method: Literal["epmq"] = "epmq"
+    preset: Literal["paper", "features", "outputs", "weights"] = Field(
+        "outputs",
+        description="aim at the experts' weights on the student's inputs (paper), mix in the "
+        "experts' own outputs (features), aim at those alone (outputs), or take statistics from "
+        "task vectors where there is no calibration data (weights); sets anchor, alpha, rho, norms "
+        "and unpooled_weight unless given",
+    )
+    anchor: float | Literal["auto"] | None = Field(
+        None,
+        description="lambda, the pull towards the anchor weights, also the damping; auto chooses "
+        "it on held-back calibration samples",
+    )
+    alpha: float | None = Field(
+        None, ge=0, le=1, description="share of the experts' own features in the target"
+    )
+    rho: float | None = Field(
+        None, description="anchor weights: rho * merged + (1 - rho) * base; 1 is the merged model"
+    )
+    norms: bool | None = Field(
+        None, description="re-fit LayerNorm gains and biases towards the experts' outputs"
+    )
+    distill: int = Field(
+        0,
+        ge=0,
+        description="epochs of tuning scales, biases and norms end to end, codes fixed, towards "
+        "the experts' predictions on the calibration samples; a classifier needs every task's head",
+    )
+    normalization: Literal["frobenius", "none"] = Field(
+        "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"
+    )
+
+    @field_validator("anchor", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        """One message for a value that is neither."""
+        if value is None or value == "auto":
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = 0.0
+        if not number > 0:
+            raise ValueError("must be a positive number or auto")
+        return number
+
+    @property
+    def values(self) -> Preset:
+        """Options as given, else the preset's."""
+        preset = PRESETS[self.preset]
+        return Preset(
+            anchor=self.anchor if isinstance(self.anchor, float) else preset.anchor,
+            alpha=preset.alpha if self.alpha is None else self.alpha,
+            rho=preset.rho if self.rho is None else self.rho,
+            norms=preset.norms if self.norms is None else self.norms,
+            unpooled=preset.unpooled if self.unpooled_weight is None else self.unpooled_weight,
+            data_free=preset.data_free,
+        )
+
+    @model_validator(mode="after")
+    def _data_free_means_no_activations(self) -> "EpmqOptions":
+        if self.preset == "weights" and (self.alpha or self.norms or self.distill):
+            raise ValueError(
+                "preset weights has no calibration data: leave out alpha, norms and distill"
+            )
+        return self
+
+    def idle(self) -> dict[str, str]:
+        """What only calibration data give a meaning, with preset ``weights``."""
+        found = super().idle()
+        if self.values.data_free:
+            given = [name for name in _OF_DATA if name in self.model_fields_set]
+            reason = f"with quantize.preset: {self.preset}, which uses no calibration data"
+            found |= dict.fromkeys(given, reason)
+            if self.anchor == "auto":
+                found["anchor"] = f"as auto {reason}"
+        return found
+
+    @model_validator(mode="after")
+    def _distillation_is_not_held(self) -> "EpmqOptions":
+        if self.distill and (self.bias == "keep" or self.norms is False):
+            raise ValueError("distill tunes biases and norms: leave out bias: keep, norms: false")
+        return self
+
+
+class Epmq(QuantizationMethod[EpmqOptions]):
+    """``Y_t = ((1 - alpha) X_t + alpha Z_t) W_t^T``, anchor ``rho W_m + (1 - rho) W_b``.
+
+    ``X_t`` are the student's inputs of the layer, ``Z_t`` the expert's own.
+    """
+
+    options = EpmqOptions
+    summary = "aim at the experts' outputs, anchored at the merged weights (arXiv 2605.16882)"
+    guide = Guide.EXPERTS
+    # The anchor keeps Hessians well-conditioned: the fast arithmetic does not show in accuracy.
+    arithmetic = Arithmetic("auto", "float32")
+
+    def is_data_free(self, options: EpmqOptions) -> bool:
+        """Preset ``weights``."""
+        return options.values.data_free
+
+    def unpooled_weight(self, options: EpmqOptions) -> float:
+        """As given, else the preset's."""
+        return options.values.unpooled
+
+    def mix(self, options: EpmqOptions) -> float:
+        """Alpha."""
+        return options.values.alpha
+
+    def norm_mix(self, options: EpmqOptions) -> float | None:
+        """Norms aim at the same mix as linear layers."""
+        return options.values.alpha if options.values.norms else None
+
+    def norm_damping(self, options: EpmqOptions) -> float:
+        """The same anchor strength as for linear layers."""
+        return options.values.anchor
+
+    def task_weight(self, statistics: TaskStatistics, options: EpmqOptions) -> float:
+        """``1 / ||C_t||_F``, so that no task drowns the others by the size of its activations."""
+        if options.normalization == "none":
+            return 1.0
+        size = float(statistics.gram.norm())
+        # A task whose inputs are all zero says nothing about the layer.
+        return 1.0 / size if size > 0 else 0.0
+
+    def hessian(self, sums: GroupSums, options: EpmqOptions) -> GroupHessian:
+        """See base."""
+        strength = options.values.anchor
+        matrix = sums.gram.clone()
+        matrix.diagonal().add_(strength)
+        plain = Hessian(matrix, act_order=options.act_order, dtype=self.solver_dtype(options))
+        return GroupHessian(plain, sums.mean, sums.weight + strength)
+
+    def problem(
+        self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: EpmqOptions
+    ) -> LayerProblem:
+        """See base."""
+        strength, rho = options.values.anchor, options.values.rho
+        dtype = hessian.plain.matrix.dtype
+        anchor, bias = layer.merged.to(dtype), layer.bias
+        if rho != 1:
+            assert layer.base is not None, "guided targets are given the base's weights"
+            anchor = torch.lerp(layer.base.to(dtype), anchor, rho)
+            if bias is not None and layer.base_bias is not None:
+                bias = torch.lerp(layer.base_bias.to(torch.float64), bias.to(torch.float64), rho)
+        return anchored_problem(
+            layer,
+            sums,
+            hessian,
+            anchor,
+            bias,
+            strength=strength,
+            bias_strength=strength,
+            joint=fits_jointly(layer, options),
+        )
+
+
+METHOD = Epmq()

@@ -1,0 +1,50 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): reproduce the merged layer on its own inputs."""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from epmq_deploy.calibration.statistics import GroupSums
+from epmq_deploy.options.quantization import CalibratedOptions
+from epmq_deploy.quantization.base import (
+    LayerProblem,
+    LayerWeights,
+    QuantizationMethod,
+    fits_jointly,
+)
+from epmq_deploy.quantization.solver.hessian import GroupHessian, Hessian
+
+
+class GptqOptions(CalibratedOptions):
+    """GPTQ."""
+
+    method: Literal["gptq"] = "gptq"
+    damping: float = Field(
+        0.01, ge=0, description="added to the Hessian's diagonal, relative to its mean"
+    )
+
+
+class Gptq(QuantizationMethod[GptqOptions]):
+    """``W* = W_m``, ``H = sum_t C_t``, damped."""
+
+    options = GptqOptions
+    summary = "reproduce the merged layer's outputs (arXiv 2210.17323)"
+
+    def hessian(self, sums: GroupSums, options: GptqOptions) -> GroupHessian:
+        """See base."""
+        matrix = sums.gram.clone()
+        matrix.diagonal().add_(options.damping * float(matrix.diagonal().mean()))
+        plain = Hessian(matrix, act_order=options.act_order, dtype=self.solver_dtype(options))
+        return GroupHessian(plain, sums.mean, sums.weight)
+
+    def problem(
+        self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: GptqOptions
+    ) -> LayerProblem:
+        """See base; the merged weights stay the target whether or not the bias is free."""
+        chosen = hessian.centred if fits_jointly(layer, options) else hessian.plain
+        weight = layer.merged.to(torch.float64)
+        return LayerProblem(weight, chosen, chosen.quadratic(weight))
+
+
+METHOD = Gptq()

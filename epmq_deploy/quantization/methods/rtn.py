@@ -1,0 +1,38 @@
+"""Round to nearest: the merged weights, every column on its own."""
+
+from typing import Literal
+
+import torch
+
+from epmq_deploy.calibration.statistics import GroupSums
+from epmq_deploy.options.quantization import QuantizeOptions
+from epmq_deploy.quantization.base import LayerProblem, LayerWeights, QuantizationMethod
+from epmq_deploy.quantization.solver.hessian import GroupHessian, Identity
+
+
+class RtnOptions(QuantizeOptions):
+    """Round to nearest."""
+
+    method: Literal["rtn"] = "rtn"
+
+
+class Rtn(QuantizationMethod[RtnOptions]):
+    """``W* = W_m``, ``H = I``; no calibration data."""
+
+    options = RtnOptions
+    summary = "round the merged weights to nearest; no calibration data"
+
+    def hessian(self, sums: GroupSums, options: RtnOptions) -> GroupHessian:
+        """See base."""
+        identity = Identity(len(sums.mean), sums.mean.device)
+        return GroupHessian(identity, sums.mean, sums.weight)
+
+    def problem(
+        self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: RtnOptions
+    ) -> LayerProblem:
+        """See base."""
+        weight = layer.merged.to(torch.float64)
+        return LayerProblem(weight, hessian.plain, hessian.plain.quadratic(weight))
+
+
+METHOD = Rtn()

@@ -1,0 +1,1 @@
+"""Functions over tensors that choose grids and codes."""

@@ -1,0 +1,37 @@
+"""The recipe: what a user asks for, one frozen model per section."""
+
+from epmq_deploy.recipe.sections import (
+    LABEL_COLUMN,
+    OPSETS,
+    Base,
+    DataSource,
+    EvalOptions,
+    ExportOptions,
+    Head,
+    Recipe,
+    Task,
+    TaskName,
+    absolute_paths,
+    load_recipe,
+    override,
+    parse_complete,
+    parse_recipe,
+)
+
+__all__ = [
+    "LABEL_COLUMN",
+    "OPSETS",
+    "Base",
+    "DataSource",
+    "EvalOptions",
+    "ExportOptions",
+    "Head",
+    "Recipe",
+    "Task",
+    "TaskName",
+    "absolute_paths",
+    "load_recipe",
+    "override",
+    "parse_complete",
+    "parse_recipe",
+]

@@ -1,1 +1,0 @@
-"""Tasks: their samples and their heads."""

@@ -1,0 +1,236 @@
+"""Export a merged model and its quantized layers as ONNX graphs."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript.version_converter import convert_version
+from torch import Tensor, nn
+
+from epmq_deploy.exporters.formats import GraphFormat, formats_of
+from epmq_deploy.exporters.formats.base import TRACED_OPSET, ExportContext
+from epmq_deploy.exporters.graphs.files import PROTOBUF_LIMIT, write_model
+from epmq_deploy.exporters.graphs.swap import export_copy, swapped_copy
+from epmq_deploy.exporters.graphs.trace import trace
+from epmq_deploy.exporters.lowering.int8.matmul import integer_layers
+from epmq_deploy.exporters.lowering.two_bits import narrow_to_two_bits
+from epmq_deploy.exporters.memory import (
+    large_blocks_returned,
+    living_objects_set_aside,
+    release_memory,
+)
+from epmq_deploy.exporters.packing.packed_linear import pack_linear
+from epmq_deploy.exporters.verification.codes import FORMAT_KEY
+from epmq_deploy.exporters.verification.inputs import check_inputs, check_options
+from epmq_deploy.exporters.verification.kernels import (
+    verify_codes,
+    verify_int8_rows,
+    verify_runs_low_bit,
+    verify_valid,
+)
+from epmq_deploy.models.base import Deployable
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.runtime.ort.graph_runs import INT8_LEVEL
+
+FP32_FORMAT = "fp32"
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One ONNX file.
+
+    Attributes:
+        format: a registered format's name.
+        part: the graph's role, ``model`` where a model is one graph.
+        path: the ``.onnx`` file.
+        bytes: size on disk, external data included.
+        opset: version of the default operator set.
+        layers: what the format decided for each layer, by dotted name.
+    """
+
+    format: str
+    part: str
+    path: Path
+    bytes: int
+    opset: int
+    layers: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WrittenGraph(GraphFile):
+    """A file and what `verify_graph` wants to see in it.
+
+    Attributes:
+        linear: linear layers, by dotted name; none in a float format.
+        rows: convolutions and embeddings likewise.
+        integer: layers that are to run as integer GEMM, by dotted name.
+        accuracy_level: of the MatMulNBits nodes.
+    """
+
+    linear: Mapping[str, QuantizedLinear]
+    rows: Mapping[str, QuantizedLinear]
+    integer: Collection[str]
+    accuracy_level: int
+
+
+@dataclass(frozen=True)
+class ExportedGraph(GraphFile):
+    """A file that was verified.
+
+    Attributes:
+        low_bit_nodes: nodes that multiply by a linear layer's codes in the graph onnxruntime runs.
+    """
+
+    low_bit_nodes: int
+
+
+@living_objects_set_aside()
+def write_graphs(
+    model: Deployable,
+    example_inputs: tuple[Tensor, ...],
+    layers: Mapping[str, QuantizedLinear],
+    replaced: Mapping[str, Tensor],
+    formats: Sequence[str],
+    output: Path,
+    *,
+    opset: int | None = None,
+    accuracy_level: int = 0,
+    two_bit_containers: bool | None = None,
+    file_limit: int = PROTOBUF_LIMIT,
+    context: ExportContext | None = None,
+) -> tuple[WrittenGraph, ...]:
+    """Write the merged model in float32 and its quantized form in every format asked for.
+
+    All formats are lowered from one graph and hold the solver's codes bit for bit, which
+    `verify_graph` checks on the files; it does not need the model any more.
+
+    Args:
+        model: the merged model, float32, on CPU; left as it is.
+        example_inputs: as ``model.input_names``, a batch of at least 2.
+        layers: by the backbone's dotted module name: linear layers, and, with 8 bits, symmetric
+            and one group per row, convolutions (codes ``[N, C * kh * kw]``) and embeddings
+            (``[V, D]``), which become INT8 tensors in standard operators whatever the format.
+        replaced: float32 parameters that quantization changed besides the weights, by the
+            backbone's parameter name; not part of the float32 graph.
+        formats: names from `epmq_deploy.exporters.formats.format_names`; ``fp32`` is written
+            in any case.
+        output: an existing folder.
+        opset: version of the default operator set; each format's usual one when absent.
+        accuracy_level: of MatMulNBits: 0 computes in float32, 4 in int8.
+        two_bit_containers: whether formats that can store 2-bit codes in 2 bits, not 4; when absent
+            at accuracy level 4 (see `epmq_deploy.exporters.lowering.two_bits`).
+        file_limit: bytes of tensors beyond which a graph's tensors go beside it into ``_data``.
+        context: what formats may want to know besides; nothing when absent.
+
+    Returns:
+        The float32 graph, other float formats, then the low-bit ones in the order given.
+
+    Raises:
+        RecipeError: an unknown format, or options or group sizes a format cannot hold.
+        MismatchError: layers, parameters or inputs that do not belong to the model, or a layer that
+            runs more than once.
+        NumericsError: a graph is not valid ONNX.
+    """
+    linear, rows = by_kind(model.backbone, layers)
+    known = context or ExportContext()
+    chosen = [fmt.planned(linear, known) for fmt in formats_of(formats)]
+    check_options(chosen, linear, opset, accuracy_level)
+    check_inputs(model, example_inputs, layers, replaced)
+    packed = {name: pack_linear(name, layer) for name, layer in linear.items()}
+    two_bits = accuracy_level == INT8_LEVEL if two_bit_containers is None else two_bit_containers
+    write = partial(
+        _write,
+        part=model.stem,
+        output=output,
+        opset=opset,
+        accuracy_level=accuracy_level,
+        file_limit=file_limit,
+    )
+
+    traced = opset or TRACED_OPSET
+    graph = trace(export_copy(model), example_inputs, traced)
+    floats = [fmt for fmt in chosen if not fmt.low_bit and fmt.name != FP32_FORMAT]
+    written = [write(graph.clone(), fmt, {}, {}) for fmt in (*formats_of([FP32_FORMAT]), *floats)]
+    del graph
+    quantized = [fmt for fmt in chosen if fmt.low_bit]
+    if not quantized:
+        return tuple(written)
+    twin = swapped_copy(model, packed, rows, replaced, accuracy_level)
+    graph = trace(twin, example_inputs, traced)
+    del twin, packed
+    for fmt in quantized:
+        # A copy shares the tensors, so that each format lowers the same codes.
+        lowered = graph if fmt is quantized[-1] else graph.clone()
+        if two_bits and fmt.stores_two_bits:
+            narrow_to_two_bits(lowered.graph)
+        written.append(write(lowered, fmt, linear, rows))
+        del lowered
+        release_memory()
+    del graph
+    release_memory()
+    return tuple(written)
+
+
+def by_kind(
+    backbone: nn.Module, layers: Mapping[str, QuantizedLinear]
+) -> tuple[dict[str, QuantizedLinear], dict[str, QuantizedLinear]]:
+    """Linear layers, and those with one scale per row; what the model lacks is left for checks."""
+    modules = dict(backbone.named_modules())
+    rows = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(modules.get(name), nn.Conv2d | nn.Embedding)
+    }
+    return {name: layer for name, layer in layers.items() if name not in rows}, rows
+
+
+def _write(
+    graph: ir.Model,
+    fmt: GraphFormat,
+    linear: Mapping[str, QuantizedLinear],
+    rows: Mapping[str, QuantizedLinear],
+    *,
+    part: str,
+    output: Path,
+    opset: int | None,
+    accuracy_level: int,
+    file_limit: int,
+) -> WrittenGraph:
+    """Lower a graph, check it and write it."""
+    version = opset or fmt.usual_opset(graph)
+    with large_blocks_returned():
+        convert_version(graph, version)
+        fmt.lower(graph)
+    graph.metadata_props[FORMAT_KEY] = fmt.name
+    path = output / f"{part}{fmt.suffix}.onnx"
+    verify_valid(graph, path.name)
+    size = write_model(graph, path, limit=file_limit)
+    integer = integer_layers(graph.graph)
+    return WrittenGraph(
+        fmt.name, part, path, size, version, fmt.details(), linear, rows, integer, accuracy_level
+    )
+
+
+@living_objects_set_aside()
+def verify_graph(graph: WrittenGraph) -> ExportedGraph:
+    """Verify that a file holds its layers' codes and that onnxruntime would run them in low bits.
+
+    A float graph holds none; that it loads and computes the same is for `parity` to find.
+
+    Raises:
+        NumericsError: it does not hold the codes, or would not run in low bits.
+    """
+    nodes = 0
+    if graph.linear or graph.rows:
+        with large_blocks_returned():
+            verify_codes(graph.path, {**graph.linear, **graph.rows})
+            release_memory()
+            verify_int8_rows(graph.path, graph.rows)
+            release_memory()
+        nodes = verify_runs_low_bit(graph.path, graph.linear, graph.accuracy_level, graph.integer)
+    return ExportedGraph(
+        graph.format, graph.part, graph.path, graph.bytes, graph.opset, graph.layers, nodes
+    )

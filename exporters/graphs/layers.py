@@ -1,0 +1,133 @@
+"""The MatMulNBits graph that every format is lowered from, and how layers are found in it.
+
+Naming, in every exported file: the node that multiplies by a quantized layer carries the layer's
+dotted name, and the layer's initializers are ``<layer>.codes``, ``<layer>.scales`` and, where
+present, ``<layer>.zero_points``.
+"""
+
+import ast
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from epmq_deploy.errors import MismatchError
+from epmq_deploy.exporters.packing.packed_linear import PackedLinear
+
+DOMAIN = "com.microsoft"
+OP_TYPE = "MatMulNBits"
+LAYER_KEY = "epmq_deploy.layer"
+
+# The modules a node comes from, outermost first, as torch's exporter notes them.
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+_BACKBONE = "backbone."
+_FLOAT_LAYERS = ("MatMul", "Gemm", "Conv", "Gather")
+
+_SUFFIXES = ((1, "codes"), (2, "scales"), (3, "zero_points"))
+
+
+def low_bit_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
+    """All MatMulNBits nodes; their names are the layers' once `name_layers` ran."""
+    return (node for node in graph if node.domain == DOMAIN and node.op_type == OP_TYPE)
+
+
+def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register a named tensor and return its value."""
+    value = ir.Value(
+        name=tensor.name,
+        type=ir.TensorType(tensor.dtype),
+        shape=tensor.shape,  # type: ignore[arg-type]
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def constant(node: ir.Node, index: int) -> np.ndarray | None:
+    """Value of an input that is an initializer; None where the input is absent."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    if value is None:
+        return None
+    if value.const_value is None:
+        raise ValueError(f"node {node.name}: input {index} ({value.name}) is no initializer")
+    return value.const_value.numpy()
+
+
+def refuse_repeated(nodes: Iterable[ir.Node]) -> None:
+    """Check that every node, as torch's exporter leaves them, stands for a layer of its own.
+
+    Raises:
+        MismatchError: names every layer that runs more than once.
+    """
+    runs = Counter(node.metadata_props[LAYER_KEY] for node in nodes)
+    repeated = [f"layer {name} runs {count} times" for name, count in runs.items() if count > 1]
+    if repeated:
+        raise MismatchError("cannot export layers that run more than once", repeated)
+
+
+def name_layers(graph: ir.Graph) -> None:
+    """Give nodes and initializers their layers' names.
+
+    Equal initializers of different layers, which the optimizer merged into one, get one each
+    again: onnxruntime does not fuse a QDQ layer whose initializers are shared.
+
+    Raises:
+        MismatchError: a layer runs more than once.
+    """
+    nodes = list(low_bit_nodes(graph))
+    refuse_repeated(nodes)
+    for node in nodes:
+        node.name = node.metadata_props[LAYER_KEY]
+        if not node.outputs[0].is_graph_output():
+            node.outputs[0].name = f"{node.name}.product"
+        for index, suffix in _SUFFIXES:
+            array = constant(node, index)
+            if array is not None:
+                value = add_initializer(graph, ir.Tensor(array, name=f"{node.name}.{suffix}"))
+                node.replace_input_with(index, value)
+
+
+def name_float_layers(graph: ir.Graph) -> None:
+    """Give the nodes of float layers their modules' names, as those of low-bit layers have them.
+
+    So that both can be found under one name. Runs while torch's metadata is still there.
+    """
+    for node in graph:
+        scopes = node.metadata_props.get(_SCOPES_KEY)
+        if scopes is None or node.op_type not in _FLOAT_LAYERS:
+            continue
+        weight = node.inputs[0 if node.op_type == "Gather" else 1]
+        if weight is not None and weight.const_value is not None:
+            # The last scope is the operation itself.
+            module = ast.literal_eval(scopes)[-2]
+            if module.startswith(_BACKBONE):
+                node.name = module.removeprefix(_BACKBONE)
+
+
+def read_packed(node: ir.Node) -> PackedLinear:
+    """What a MatMulNBits node multiplies by."""
+    codes, scales = constant(node, 1), constant(node, 2)
+    if codes is None or scales is None:
+        raise ValueError(f"node {node.name}: codes or scales are missing")
+    return PackedLinear(
+        codes=codes,
+        scales=scales.reshape(codes.shape[:2]),
+        zero_points=constant(node, 3),
+        bits=node.attributes.get_int("bits", 4),
+        block_size=node.attributes.get_int("block_size"),
+        in_features=node.attributes.get_int("K"),
+    )
+
+
+def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that makes a value, if it is of one of these types; of any when none is given."""
+    node = None if value is None else value.producer()
+    return node if node is None or not op_types or node.op_type in op_types else None
+
+
+def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The node of that type that is all that reads a value; None where anything else does."""
+    readers = [use.node for use in value.uses()]
+    alone = len(readers) == 1 and not value.is_graph_output()
+    return readers[0] if alone and readers[0].op_type == op_type else None

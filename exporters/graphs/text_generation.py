@@ -1,0 +1,338 @@
+"""The graphs of models that write texts, named as optimum and transformers.js expect them.
+
+An encoder-decoder becomes three: ``encoder_model`` reads the text, ``decoder_model`` begins the
+answer and computes keys and values of cross attention once, ``decoder_with_past_model`` goes on
+token by token. A decoder becomes one, ``model``, whose past is empty at first.
+
+Keys and values are ``past_key_values.N.*`` going in and ``present.N.*`` coming out, float32
+``[batch, heads, length, width]``.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from epmq_deploy.exporters.verification.parity import ParityInputs
+from epmq_deploy.models.base import Deployable
+from epmq_deploy.models.text_generation.base import TextGenerationFamily
+
+PARTS = ("key", "value")
+_BATCH, _LENGTH = 2, 5
+# Tokens of a text that graphs are compared on.
+_LONGEST = 32
+
+
+class WriterGraph(Deployable):
+    """One graph of a model that writes texts.
+
+    Args:
+        backbone: the whole model.
+
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    @abstractmethod
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """A batch of 2, as ``input_names``."""
+
+    @abstractmethod
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """Inputs, as ``input_names``, that the graph is run on while answers are written.
+
+        Args:
+            batch: texts with their answers, as the family's ``collate`` gives them.
+        """
+
+    def dynamic_axes(self) -> tuple[dict[int, str], ...]:
+        """Names of the axes that are left open, as ``input_names``."""
+        return tuple(self._axes(name) for name in self.input_names)
+
+    def _axes(self, name: str) -> dict[int, str]:
+        if name.startswith("past_key_values."):
+            return {0: "batch", 2: "encoder_sequence" if ".encoder." in name else "past_sequence"}
+        if name.startswith("encoder_"):
+            return {0: "batch", 1: "encoder_sequence"}
+        return {0: "batch", 1: "sequence"}
+
+
+class EncoderGraph(WriterGraph):
+    """Text to hidden states ``[batch, encoder_sequence, D]``."""
+
+    stem = "encoder_model"
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """See base."""
+        return ("input_ids", "attention_mask")
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """See base."""
+        return ("last_hidden_state",)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """As ``output_names``."""
+        ids, mask = inputs
+        encoder = self.backbone.get_submodule("encoder")
+        return (encoder(input_ids=ids, attention_mask=mask).last_hidden_state,)
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """See base."""
+        return _ids(), _mask()
+
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """See base."""
+        return [batch[:2]]
+
+    def runs(self, layer: str) -> bool:
+        """Blocks of the encoder, and the embedding."""
+        return layer == "shared" or layer.startswith("encoder.")
+
+    def _axes(self, name: str) -> dict[int, str]:
+        return {0: "batch", 1: "encoder_sequence"}
+
+
+class DecoderGraph(WriterGraph):
+    """The answer's first token, and keys and values of all attention."""
+
+    stem = "decoder_model"
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """See base."""
+        return ("encoder_attention_mask", "input_ids", "encoder_hidden_states")
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """See base."""
+        return ("logits", *_names("present", _count(self.backbone), "decoder", "encoder"))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """As ``output_names``."""
+        mask, ids, hidden = inputs
+        cache = _encoder_decoder_cache([], [])
+        logits = _decoded(self.backbone, mask, ids, hidden, cache)
+        layers = zip(
+            cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True
+        )
+        kept = (part for own, across in layers for part in _both(own, across))
+        return (logits, *kept)
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """See base."""
+        config: Any = self.backbone.config
+        return _mask(), _ids()[:, :3], torch.randn(_BATCH, _LENGTH, config.d_model)
+
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """See base; whole answers at once."""
+        ids, mask, answers, _ = batch
+        (hidden,) = EncoderGraph(self.backbone)(ids, mask)
+        return [(mask, answers, hidden)]
+
+    def runs(self, layer: str) -> bool:
+        """Blocks of the decoder, embedding and output layer."""
+        return layer in ("shared", "lm_head") or layer.startswith("decoder.")
+
+
+class DecoderWithPastGraph(WriterGraph):
+    """The next token of an answer; cross attention takes its keys and values from the past."""
+
+    stem = "decoder_with_past_model"
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """See base."""
+        past = _names("past_key_values", _count(self.backbone), "decoder", "encoder")
+        return ("encoder_attention_mask", "input_ids", *past)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """See base; keys and values of cross attention stay as they are."""
+        return ("logits", *_names("present", _count(self.backbone), "decoder"))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """As ``output_names``."""
+        mask, ids, *past = inputs
+        layers = [past[start : start + 4] for start in range(0, len(past), 4)]
+        cache = _encoder_decoder_cache(
+            [(layer[0], layer[1]) for layer in layers], [(layer[2], layer[3]) for layer in layers]
+        )
+        # Only its length is looked at.
+        unread = past[2].new_zeros(()).expand(mask.shape[0], mask.shape[1], 1)
+        logits = _decoded(self.backbone, mask, ids, unread, cache)
+        kept = (part for own in cache.self_attention_cache.layers for part in _both(own))
+        return (logits, *kept)
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """See base."""
+        config: Any = self.backbone.config
+        shape = (_BATCH, config.num_heads, _LENGTH, config.d_kv)
+        past = [torch.randn(shape) for _ in range(4 * _count(self.backbone))]
+        # Lengths that differ stay apart.
+        cut = [value[:, :, :3] if index % 4 < 2 else value for index, value in enumerate(past)]
+        return (_mask(), _ids()[:, :2], *cut)
+
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """See base; one more token behind whole answers."""
+        first = DecoderGraph(self.backbone)
+        ((mask, answers, hidden),) = first.calls(batch)
+        _, *past = first(mask, answers, hidden)
+        return [(mask, answers[:, -1:], *past)]
+
+    def runs(self, layer: str) -> bool:
+        """As in ``decoder_model``, but for keys and values of cross attention."""
+        known = layer.endswith((".EncDecAttention.k", ".EncDecAttention.v"))
+        return not known and (layer in ("shared", "lm_head") or layer.startswith("decoder."))
+
+
+class CausalGraph(WriterGraph):
+    """Tokens behind a past, which may be empty, to what follows each of them."""
+
+    stem = "model"
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """See base."""
+        past = _names("past_key_values", _count(self.backbone))
+        return ("input_ids", "attention_mask", "position_ids", *past)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """See base."""
+        return ("logits", *_names("present", _count(self.backbone)))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """As ``output_names``."""
+        ids, mask, positions, *past = inputs
+        pairs = [(past[start], past[start + 1]) for start in range(0, len(past), 2)]
+        cache = _cache(pairs)
+        logits = self.backbone(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits
+        return (logits, *(part for layer in cache.layers for part in _both(layer)))
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """See base."""
+        past = [torch.randn(shape) for shape in self._past_shapes(_BATCH, 3)]
+        ids = _ids()
+        mask = torch.ones(_BATCH, 3 + ids.shape[1], dtype=torch.int64)
+        positions = torch.arange(3, mask.shape[1]).expand(_BATCH, -1).contiguous()
+        return (ids, mask, positions, *past)
+
+    def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
+        """See base; texts with their answers without a past, then one more token."""
+        ids, mask, *_ = batch
+        nothing = [torch.zeros(shape) for shape in self._past_shapes(len(ids), 0)]
+        begun = (ids, mask, (mask.cumsum(1) - 1).clamp(min=0), *nothing)
+        _, *past = self(*begun)
+        longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        return [begun, (ids[:, -1:], longer, mask.sum(1, keepdim=True), *past)]
+
+    def _past_shapes(self, batch: int, length: int) -> list[tuple[int, ...]]:
+        config: Any = self.backbone.config
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        shape = (batch, config.num_key_value_heads, length, width)
+        return [shape] * (2 * _count(self.backbone))
+
+    def _axes(self, name: str) -> dict[int, str]:
+        return (
+            {0: "batch", 1: "total_sequence"} if name == "attention_mask" else super()._axes(name)
+        )
+
+
+def writer_graphs(family: TextGenerationFamily, backbone: nn.Module) -> tuple[WriterGraph, ...]:
+    """The graphs of a model, in the order they run."""
+    if family.has_encoder:
+        return EncoderGraph(backbone), DecoderGraph(backbone), DecoderWithPastGraph(backbone)
+    return (CausalGraph(backbone),)
+
+
+def written_calls(graph: WriterGraph, found: ParityInputs) -> ParityInputs:
+    """What a graph is compared on, from texts with their answers.
+
+    Texts are cut, as what graphs give for each of their tokens is kept.
+    """
+    graph.eval()
+    with torch.inference_mode():
+        calls = [
+            call
+            for batch in found.batches
+            for call in graph.calls(tuple(value[:, :_LONGEST] for value in batch))
+        ]
+    return replace(found, batches=calls)
+
+
+def _names(what: str, count: int, *streams: str) -> tuple[str, ...]:
+    """Names of keys and values, block by block."""
+    kinds = [f"{stream}.{part}" for stream in streams for part in PARTS] or list(PARTS)
+    return tuple(f"{what}.{block}.{kind}" for block in range(count) for kind in kinds)
+
+
+def _count(backbone: nn.Module) -> int:
+    """Number of the decoder's blocks."""
+    config: Any = backbone.config
+    if config.is_encoder_decoder:
+        return int(config.num_decoder_layers)
+    return int(config.num_hidden_layers)
+
+
+def _decoded(backbone: nn.Module, mask: Tensor, ids: Tensor, hidden: Tensor, cache: Any) -> Tensor:
+    logits: Tensor = backbone(
+        encoder_outputs=(hidden,),
+        attention_mask=mask,
+        decoder_input_ids=ids,
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+    return logits
+
+
+def _cache(pairs: list[tuple[Tensor, Tensor]]) -> Any:
+    """A cache that holds keys and values of each block."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in pairs:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        # Appending to the empty start would leave an operation in the graph.
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def _encoder_decoder_cache(
+    own: list[tuple[Tensor, Tensor]], across: list[tuple[Tensor, Tensor]]
+) -> Any:
+    from transformers import EncoderDecoderCache
+
+    return EncoderDecoderCache(_cache(own), _cache(across))
+
+
+def _both(*layers: Any) -> tuple[Tensor, ...]:
+    return tuple(part for layer in layers for part in (layer.keys, layer.values))
+
+
+def _ids() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 8, (_BATCH, _LENGTH), generator=generator)
+
+
+def _mask() -> Tensor:
+    mask = torch.ones(_BATCH, _LENGTH, dtype=torch.int64)
+    mask[-1, -2:] = 0
+    return mask

@@ -1,0 +1,1 @@
+"""Rewriting the MatMulNBits graph into what a format wants."""

@@ -1,0 +1,1 @@
+"""Integer GEMM in standard ONNX."""

@@ -1,0 +1,84 @@
+"""Divide the inputs of layers per channel, in the norm before them where there is one."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+from torch import Tensor
+
+from epmq_deploy.exporters.graphs.layers import add_initializer, constant, producer
+
+# Which inputs hold a gain and, for the first, a bias per channel. A norm that is spelled out ends
+# with a multiplication by its gain.
+_GAINS = {"LayerNormalization": (1, 2), "RMSNormalization": (1,), "Mul": (0, 1)}
+
+
+def divide_input(graph: ir.Graph, factors: Mapping[ir.Node, Tensor | None]) -> None:
+    """Divide the first input of each node by its factors.
+
+    Gain and bias of a norm take the division in where every user of the norm's output wants the
+    same; elsewhere it is a multiplication.
+
+    Args:
+        graph: changed in place.
+        factors: float32 ``[K]`` by node, one tensor for nodes that share an input and its division;
+            None for none.
+    """
+    # Groups may read one value: cross attention of all blocks that of the encoder.
+    wanted: dict[tuple[ir.Value, int], list[ir.Node]] = {}
+    given = {id(found): found for found in factors.values() if found is not None}
+    for node, found in factors.items():
+        if found is not None and node.inputs[0] is not None:
+            wanted.setdefault((node.inputs[0], id(found)), []).append(node)
+    for (value, key), nodes in wanted.items():
+        reciprocals = (1 / given[key]).numpy()
+        norm = _norm_for(value, nodes)
+        if norm is None:
+            _insert_mul(graph, value, nodes, reciprocals)
+        else:
+            _scale_norm(graph, norm, reciprocals)
+
+
+def _norm_for(value: ir.Value, nodes: Iterable[ir.Node]) -> ir.Node | None:
+    """The norm whose output only these nodes read."""
+    norm = producer(value, *_GAINS)
+    if norm is None or value.is_graph_output() or norm.attributes.get_int("axis", -1) != -1:
+        return None
+    gains = [norm.inputs[index] for index in _gains(norm)]
+    held = [gain.const_value for gain in gains if gain is not None]
+    constants = bool(held) and all(gain is not None and len(gain.shape) == 1 for gain in held)
+    readers = {use.node for use in value.uses()}
+    return norm if constants and readers == set(nodes) else None
+
+
+def _gains(norm: ir.Node) -> list[int]:
+    """Inputs that take a division in: all a norm has, and the constant one of a multiplication."""
+    places = [place for place in _GAINS[norm.op_type] if place < len(norm.inputs)]
+    if norm.op_type != "Mul":
+        return places
+    return [place for place in places if _is_constant(norm.inputs[place])]
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None
+
+
+def _scale_norm(graph: ir.Graph, norm: ir.Node, reciprocals: np.ndarray) -> None:
+    # New initializers: equal ones of several norms may have been merged.
+    for index in _gains(norm):
+        array = constant(norm, index)
+        if array is not None:
+            tensor = ir.Tensor(array * reciprocals, name=f"{norm.name}.smoothed_{index}")
+            norm.replace_input_with(index, add_initializer(graph, tensor))
+
+
+def _insert_mul(
+    graph: ir.Graph, value: ir.Value, nodes: list[ir.Node], reciprocals: np.ndarray
+) -> None:
+    name = f"{nodes[0].name}.smooth"
+    tensor = add_initializer(graph, ir.Tensor(reciprocals, name=f"{name}_factors"))
+    output = ir.Value(name=f"{name}_input")
+    made = ir.node("Mul", [value, tensor], name=name, outputs=[output])
+    graph.insert_before(nodes[0], made)
+    for node in nodes:
+        node.replace_input_with(0, output)

@@ -1,0 +1,269 @@
+"""The export stage: the quantized artifact in, a folder of verified ONNX files out."""
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
+from epmq_deploy.artifacts.manifest import (
+    Manifest,
+    fingerprint,
+    model_inputs,
+    open_output,
+    write_manifest,
+)
+from epmq_deploy.checkpoints.checkpoint import Checkpoint, copy_settings
+from epmq_deploy.data.heads import class_names, heads_sha256, leaves_head_to_expert, save_heads
+from epmq_deploy.exporters.browser.page import check_demo, check_demo_model, write_demo
+from epmq_deploy.exporters.formats import all_formats
+from epmq_deploy.exporters.formats.base import ExportContext
+from epmq_deploy.exporters.graphs.build import (
+    ExportedGraph,
+    WrittenGraph,
+    by_kind,
+    verify_graph,
+    write_graphs,
+)
+from epmq_deploy.exporters.graphs.quantized_backbone import quantized_layers
+from epmq_deploy.exporters.graphs.specs import Part, parts_of
+from epmq_deploy.exporters.memory import (
+    large_blocks_returned,
+    map_weights,
+    release_memory,
+    weights_released,
+)
+from epmq_deploy.exporters.targets.check import check_target
+from epmq_deploy.exporters.targets.layer_grid import LayerGrid
+from epmq_deploy.exporters.targets.registry import (
+    check_export,
+    chosen_formats,
+    chosen_two_bit_containers,
+    target_of,
+)
+from epmq_deploy.exporters.verification.parity import (
+    Outputs,
+    Parity,
+    ParityInputs,
+    measure_parity,
+    torch_outputs,
+)
+from epmq_deploy.models import TaskHead, family_of
+from epmq_deploy.models.experts import check_unchanged, open_sources
+from epmq_deploy.progress import NoProgress, Progress
+from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact, load_inputs
+from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.stage import MERGED_FOLDER
+from epmq_deploy.recipe import ExportOptions, Recipe
+from epmq_deploy.runtime.ort.graph_runs import session_config
+
+# Where transformers.js and optimum look for graphs.
+GRAPHS_FOLDER = "onnx"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What is left of the model once its graphs are written.
+
+    Attributes:
+        graphs: by part.
+        outputs: what torch computes for each part: merged and quantized.
+        samples: what it computes that from.
+        heads: by task.
+        codes: sha256 by layer.
+    """
+
+    graphs: Sequence[Sequence[WrittenGraph]]
+    outputs: Sequence[tuple[Outputs, Outputs]]
+    samples: Sequence[ParityInputs]
+    heads: Mapping[str, TaskHead]
+    codes: Mapping[str, str]
+
+
+def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
+    """What decides the files, after a quantization of that fingerprint; also input hashes."""
+    inputs = {"quantize": quantized, **heads_sha256(recipe.tasks)}
+    # Where libraries are copied from does not decide what is copied.
+    export = recipe.export.model_dump(mode="json", exclude={"demo_libraries"})
+    return fingerprint("export", export, inputs), inputs
+
+
+def export(
+    recipe: Recipe,
+    quantized: Path,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the fp32 merged model and every format of the recipe, with settings and heads.
+
+    Raises:
+        RecipeError: the output exists, the input is no quantized artifact, or a format cannot
+            hold a layer.
+        MismatchError: a head does not fit the model, or is that of an expert that was changed.
+        NumericsError: a written file does not hold the solver's codes, does not run them in a
+            low-bit kernel, or differs from torch by more than its format's tolerance.
+    """
+    progress = progress or NoProgress()
+    refuse_existing(output, "export", overwrite=overwrite, source=quantized)
+    check_export(recipe.export)
+    options = recipe.export
+    made = open_output(quantized, "quantize")
+    mark, inputs = export_fingerprint(recipe, made.fingerprint)
+    merged = quantized / MERGED_FOLDER
+    family = family_of(merged)
+    check_demo(options, family)
+    if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
+        check_unchanged(open_sources(recipe), made)
+    with atomic_folder(output) as folder:
+        place = folder / GRAPHS_FOLDER
+        place.mkdir()
+        written = _write(recipe, made, quantized, place, device=device, progress=progress)
+        # Sessions need the memory that the model took.
+        release_memory()
+        graphs = [[verify_graph(graph) for graph in of_part] for of_part in written.graphs]
+        parities = _parities(graphs, written, options)
+        heads = written.heads
+        classes = {name: class_names(recipe.tasks[name], head) for name, head in heads.items()}
+        copy_settings(merged, folder)
+        if heads:
+            save_heads(folder, heads)
+        # The evaluation's page shows how each layer fared.
+        shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
+        if options.demo:
+            shown = next(graph for graph in graphs[0] if graph.format == chosen_formats(options)[0])
+            write_demo(folder, family, classes, shown.path, options)
+        details = {
+            "merge": made.details.get("merge", {}),
+            "target": options.target and asdict(target_of(options.target)),
+            "classes": classes,
+            "graphs": [
+                _described(graph, parities[graph.path], folder, options)
+                for of_part in graphs
+                for graph in of_part
+            ],
+            "parity_inputs": written.samples[0].kind,
+            "tasks_without_parity": dict(written.samples[0].missing),
+            "codes": written.codes,
+        }
+        inputs |= model_inputs(made)
+        _explain_target(options)
+        return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))
+
+
+def _explain_target(options: ExportOptions) -> None:
+    """Why a target's formats and constraints are what they are, and what is not known for sure."""
+    if options.target is None:
+        return
+    target = target_of(options.target)
+    log.info("target %s: %s", target.name, target.why)
+    if target.unverified:
+        log.info("not verified: %s", target.unverified)
+
+
+def _write(
+    recipe: Recipe,
+    made: Manifest,
+    quantized: Path,
+    place: Path,
+    *,
+    device: torch.device | None,
+    progress: Progress,
+) -> _Written:
+    """Write all graphs into a folder; the model is in memory no longer than this takes."""
+    options, merged = recipe.export, quantized / MERGED_FOLDER
+    family = family_of(merged)
+    layers, replaced = load_artifact(quantized)
+    with large_blocks_returned():
+        backbone = family.load(merged)
+        map_weights(backbone, Checkpoint.open(merged, family.canonical_key, family.tied).tensors)
+    groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
+    inside = {name for group in groups for name in group.layers}
+    grids = {
+        name: LayerGrid.of(layer, outer=name not in inside)
+        for name, layer in by_kind(backbone, layers)[0].items()
+    }
+    check_target(options, grids, made.recipe.quantize)
+    with weights_released(backbone):
+        parts, heads = parts_of(
+            recipe.tasks, family, backbone, merged, device=device, progress=progress
+        )
+    check_demo_model(options, family, merged, heads)
+    graphs = [
+        write_graphs(
+            part.model,
+            part.example,
+            part.layers_of(layers),
+            replaced,
+            chosen_formats(options),
+            place,
+            opset=options.opset,
+            accuracy_level=options.accuracy_level,
+            two_bit_containers=chosen_two_bit_containers(options),
+            context=ExportContext(options, load_inputs(quantized), groups),
+        )
+        for part in parts
+    ]
+    codes = {name: layers[name].codes_sha256() for name in sorted(layers)}
+    outputs = _torch_outputs(parts, layers, replaced)
+    return _Written(graphs, outputs, [part.samples for part in parts], heads, codes)
+
+
+def _described(
+    graph: ExportedGraph, parity: Parity, folder: Path, options: ExportOptions
+) -> dict[str, Any]:
+    """What the manifest says of a graph."""
+    return {
+        "format": graph.format,
+        "part": graph.part,
+        "file": graph.path.relative_to(folder).as_posix(),
+        "bytes": graph.bytes,
+        "opset": graph.opset,
+        "low_bit_nodes": graph.low_bit_nodes,
+        "session_config": session_config(options.accuracy_level),
+        "parity": asdict(parity),
+        "layers": graph.layers,
+    }
+
+
+def _torch_outputs(
+    parts: Sequence[Part],
+    layers: Mapping[str, QuantizedLinear],
+    replaced: Mapping[str, Tensor],
+) -> list[tuple[Outputs, Outputs]]:
+    """What torch computes for each part: merged and quantized."""
+
+    def outputs() -> list[Outputs]:
+        return [torch_outputs(part.model, part.samples.batches) for part in parts]
+
+    merged = outputs()
+    # All parts share it.
+    with quantized_layers(parts[0].model.backbone, layers, replaced):
+        return list(zip(merged, outputs(), strict=True))
+
+
+def _parities(
+    graphs: Sequence[Sequence[ExportedGraph]], written: _Written, options: ExportOptions
+) -> dict[Path, Parity]:
+    """Compare every graph with torch, by file."""
+    low_bit = {fmt.name for fmt in all_formats() if fmt.low_bit}
+    parts = zip(graphs, written.outputs, written.samples, strict=True)
+    return {
+        graph.path: measure_parity(
+            graph,
+            quantized if graph.format in low_bit else merged,
+            inputs.batches,
+            options.accuracy_level,
+        )
+        for of_part, (merged, quantized), inputs in parts
+        for graph in of_part
+    }

@@ -1,0 +1,1 @@
+"""Deployment targets: which formats suit a device, and what its kernels take."""

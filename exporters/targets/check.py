@@ -1,0 +1,192 @@
+"""Making sure that a target can run a quantized model, and what to change where it cannot."""
+
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.targets.layer_grid import LayerGrid
+from epmq_deploy.exporters.targets.registry import Target, chosen_formats, target_of
+from epmq_deploy.options.quantization import LayerOptions, QuantizeOptions
+from epmq_deploy.recipe import ExportOptions
+
+# Tried where a target takes blocks of any size that divide a layer's inputs.
+_BLOCKS = (128, 64, 32, 16)
+
+
+def check_target(
+    options: ExportOptions, layers: Mapping[str, LayerGrid], quantized: QuantizeOptions
+) -> None:
+    """Make sure that a target can run quantized linear layers.
+
+    Args:
+        options: of the export.
+        layers: by dotted name.
+        quantized: the options they were, or will be, quantized with.
+
+    Raises:
+        RecipeError: no such target, or layers it cannot run; names the options to quantize with.
+    """
+    if options.target is None:
+        return
+    if not any(fmt.low_bit for fmt in formats_of(chosen_formats(options))):
+        return
+    target = target_of(options.target)
+    if problems := _problems(target, layers):
+        flags = _flags(quantized, fitting(target, layers, quantized))
+        raise RecipeError(f"target {target.name}: {'; '.join(problems)}: quantize with {flags}")
+
+
+def _problems(target: Target, layers: Mapping[str, LayerGrid]) -> list[str]:
+    """What keeps layers from running there, one clause per kind."""
+    found = []
+    if wide := [name for name, grid in layers.items() if target.refuses_width(grid)]:
+        found.append(f"{_named(wide)} stored in 8 bits, it takes {_either(target.widths)}")
+    if sizes := [name for name, grid in layers.items() if target.refuses_block(grid)]:
+        blocks = _blocks(sizes, layers)
+        found.append(
+            f"{_named(sizes)} stored in blocks of {blocks}, it takes {_either(target.blocks)}"
+        )
+    if ragged := [name for name, grid in layers.items() if target.refuses_tail(grid)]:
+        inputs = _either(sorted({layers[name].in_features for name in ragged}))
+        found.append(
+            f"{_named(ragged)} stored in blocks of {_blocks(ragged, layers)}, which do not "
+            f"divide {inputs} inputs"
+        )
+    if shifted := [name for name, grid in layers.items() if target.refuses_zero_points(grid)]:
+        found.append(f"{_named(shifted)} stored with zero points, it takes none")
+    return found
+
+
+def fitting(
+    target: Target, layers: Mapping[str, LayerGrid], options: QuantizeOptions
+) -> QuantizeOptions:
+    """The options with as little changed as lets a target run every layer.
+
+    Layers that no options would make fit are skipped: those outside the blocks where 8 bits are too
+    many, and those of too few, or an odd number of, inputs.
+
+    Args:
+        target: where to run.
+        layers: by dotted name, some of which it cannot run.
+        options: they were quantized with.
+    """
+    inner = {name: grid for name, grid in layers.items() if not grid.outer}
+    shifted = [name for name, grid in inner.items() if target.refuses_zero_points(grid)]
+    misfits = [
+        name
+        for name, grid in inner.items()
+        if target.refuses_width(grid) or (name in shifted and grid.bits not in target.widths)
+    ]
+    changed = _with(options, "bits", max(target.widths), misfits)
+    changed = _with(changed, "symmetric", True, shifted)
+    blocks = [
+        name
+        for name, grid in inner.items()
+        if target.refuses_block(grid) or target.refuses_tail(grid)
+    ]
+    if blocks:
+        sizes = sorted(target.blocks or _BLOCKS, reverse=True)
+        tried = [_with(changed, "group_size", size, blocks) for size in sizes]
+        changed = min(tried, key=lambda option: len(_unfit(target, layers, option)))
+    unfit = _unfit(target, layers, changed)
+    return changed.model_copy(update={"skip": (*options.skip, *_patterns(unfit, layers))})
+
+
+def _unfit(target: Target, layers: Mapping[str, LayerGrid], options: QuantizeOptions) -> list[str]:
+    """Layers that cannot run there although quantized with these options."""
+    found = []
+    for name, grid in layers.items():
+        own = options if grid.outer else options.for_layer(name)
+        bits = grid.bits if grid.outer else options.own_bits(name) or _bits(grid, own)
+        if target.refuses(grid.made_with(bits, own)):
+            found.append(name)
+    return found
+
+
+def _bits(grid: LayerGrid, options: QuantizeOptions) -> int:
+    """A layer's bits, which may be chosen for a budget: as before, or the only ones it allows."""
+    if options.target_bits in (4, 8):
+        return int(options.target_bits)
+    budgeted = options.target_bits is not None or options.target_size is not None
+    return grid.bits if budgeted else options.bits
+
+
+def _with(
+    options: QuantizeOptions, name: str, value: Any, layers: Collection[str]
+) -> QuantizeOptions:
+    """Options that give these layers another value: where they have the present one from."""
+    if not layers:
+        return options
+    budgeted = options.target_bits is not None or options.target_size is not None
+    if name == "bits" and budgeted:
+        own = [layer for layer in layers if options.own_bits(layer)]
+        if len(own) < len(layers):
+            # Those without bits of their own.
+            target = {"target_bits": float(value), "target_size": None}
+            options = options.model_copy(update=target)
+        if not own:
+            return options
+        layers = own
+    giving = [pattern for pattern, own in options.layers.items() if name in own.given]
+    matched = {
+        layer: [pattern for pattern in giving if fnmatchcase(layer, pattern)] for layer in layers
+    }
+    patterns = {pattern for found in matched.values() for pattern in found}
+    update: dict[str, Any] = {} if all(matched.values()) else {name: value}
+    update["layers"] = {
+        pattern: own.model_copy(update={name: value}) if pattern in patterns else own
+        for pattern, own in options.layers.items()
+    }
+    return options.model_copy(update=update)
+
+
+def _patterns(names: Sequence[str], layers: Collection[str]) -> list[str]:
+    """Patterns of exactly these layers: one for all of a kind."""
+    kinds: dict[str, set[str]] = {}
+    for name in layers:
+        kinds.setdefault(name.rpartition(".")[2], set()).add(name)
+    return list(
+        dict.fromkeys(
+            f"*.{kind}" if len(kinds[kind]) > 1 and kinds[kind] <= set(names) else name
+            for name, kind in ((name, name.rpartition(".")[2]) for name in names)
+        )
+    )
+
+
+def _flags(old: QuantizeOptions, new: QuantizeOptions) -> str:
+    """The flags of ``epmq quantize`` that lead from one to the other."""
+    flags = []
+    if new.bits != old.bits:
+        flags += ["--bits", str(new.bits)]
+    if new.target_bits != old.target_bits:
+        flags += ["--target-bits", f"{new.target_bits:g}"]
+    if new.group_size != old.group_size:
+        flags += ["--group-size", str(new.group_size)]
+    if new.symmetric != old.symmetric:
+        flags.append("--symmetric")
+    if new.layers != old.layers:
+        flags += ["--layers", ",".join(map(_assigned, new.layers, new.layers.values()))]
+    if new.skip != old.skip:
+        flags += ["--skip", ",".join(new.skip)]
+    return shlex.join(flags)
+
+
+def _assigned(pattern: str, options: LayerOptions) -> str:
+    pairs = (f"{name}={str(value).lower()}" for name, value in options.given.items())
+    return f"{pattern}:{','.join(pairs)}"
+
+
+def _named(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 1} more are" if len(names) > 1 else " is"
+    return f"{names[0]}{more}"
+
+
+def _either(values: Sequence[int]) -> str:
+    return " or ".join(str(value) for value in values)
+
+
+def _blocks(names: Sequence[str], layers: Mapping[str, LayerGrid]) -> str:
+    return _either(sorted({layers[name].block_size or 0 for name in names}))

@@ -1,0 +1,1 @@
+"""Checks before, during and after an export: inputs, codes, kernels, parity with torch."""

@@ -1,0 +1,162 @@
+"""How far exported graphs are from torch, on real samples."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epmq_deploy.data.samples import TextSamples, batches, load_samples
+from epmq_deploy.errors import EpmqError, NumericsError
+from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.formats.base import INT8_TOLERANCE
+from epmq_deploy.exporters.graphs.build import ExportedGraph
+from epmq_deploy.exporters.memory import living_objects_set_aside, weights_released
+from epmq_deploy.models import Deployable, ModelFamily
+from epmq_deploy.recipe import Task
+from epmq_deploy.runtime.ort.graph_runs import INT8_LEVEL, run_graph
+
+log = logging.getLogger(__name__)
+
+_SAMPLES = 4
+
+Batches = Sequence[tuple[Tensor, ...]]
+Outputs = Sequence[tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class ParityInputs:
+    """What graphs are compared on.
+
+    Attributes:
+        kind: ``calibration`` samples, or ``example`` inputs where there are none.
+        batches: model inputs, as the graph's ``input_names``; ``parity_inputs`` gives the
+            family's.
+        missing: by task, why it gave no samples.
+    """
+
+    kind: Literal["calibration", "example"]
+    batches: Batches
+    missing: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a graph is from torch.
+
+    Attributes:
+        samples: compared; each counts for every run it takes part in.
+        max_abs: largest difference of any output.
+        relative: Euclidean norm of the differences over that of torch's values; the worst output's.
+        agreement: share of samples and tasks, or of tokens, with the same highest logit; None of a
+            graph without logits.
+        tolerance: the largest ``relative`` that passes.
+    """
+
+    samples: int
+    max_abs: float
+    relative: float
+    agreement: float | None
+    tolerance: float
+
+
+def parity_inputs(
+    tasks: Mapping[str, Task], family: ModelFamily, folder: Path, example: tuple[Tensor, ...]
+) -> ParityInputs:
+    """A few calibration samples of every task whose data are there.
+
+    Args:
+        tasks: the recipe's.
+        family: the model's.
+        folder: a model folder with preprocessor or tokenizer.
+        example: what to take where no task has data; said in a warning.
+    """
+    found, missing = [], {}
+    for name, task in tasks.items():
+        if task.calibration is None:
+            missing[name] = "no calibration data in the recipe"
+            continue
+        try:
+            samples = load_samples(
+                name,
+                task.calibration,
+                family,
+                prompt=task.prompt,
+                limit=_SAMPLES,
+                labelled=False,
+            )
+            if isinstance(samples, TextSamples) and samples.lacks_answers:
+                # Texts are compared; what is written behind them may be anything.
+                samples = replace(samples, written=dict.fromkeys(samples.indices, ""))
+            found += list(batches(samples, family, folder, _SAMPLES))
+        except EpmqError as error:
+            missing[name] = str(error)
+    if found:
+        return ParityInputs("calibration", found, missing)
+    reasons = "; ".join(f"task {name!r}: {reason}" for name, reason in missing.items())
+    log.warning("graphs are compared with torch on made-up inputs only: %s", reasons)
+    return ParityInputs("example", [example], missing)
+
+
+def torch_outputs(model: Deployable, inputs: Batches) -> Outputs:
+    """What the model gives per batch, as ``output_names``."""
+    model.eval()
+    with torch.inference_mode(), weights_released(model):
+        return [model(*batch) for batch in inputs]
+
+
+@living_objects_set_aside()
+def measure_parity(
+    graph: ExportedGraph, expected: Outputs, inputs: Batches, accuracy_level: int
+) -> Parity:
+    """Run a graph and compare.
+
+    Args:
+        graph: as written.
+        expected: torch's outputs, of the merged model for a float format, else of the quantized.
+        inputs: batches that gave them.
+        accuracy_level: the graph was exported for.
+
+    Raises:
+        NumericsError: the graph is further from torch than its format's tolerance.
+    """
+    actual = run_graph(graph.path, accuracy_level, inputs)
+    outputs = list(actual[0])
+    ours = [_rows([found[name] for found in actual]) for name in outputs]
+    theirs = [_rows([part.numpy() for part in parts]) for parts in zip(*expected, strict=True)]
+    (fmt,) = formats_of([graph.format])
+    integer = fmt.low_bit and accuracy_level == INT8_LEVEL
+    tolerance = max(fmt.tolerance, INT8_TOLERANCE) if integer else fmt.tolerance
+    pairs = list(zip(ours, theirs, strict=True))
+    hits = [
+        one.argmax(1) == other.argmax(1)
+        for name, (one, other) in zip(outputs, pairs, strict=True)
+        if name.startswith("logits")
+    ]
+    parity = Parity(
+        samples=sum(len(batch[0]) for batch in inputs),
+        max_abs=max(float(np.abs(one - other).max()) for one, other in pairs),
+        relative=max(_relative(one, other) for one, other in pairs),
+        agreement=float(np.mean(hits)) if hits else None,
+        tolerance=tolerance,
+    )
+    # Not a number is no parity either.
+    if not parity.relative <= tolerance:
+        raise NumericsError(
+            f"{graph.path.name} differs from torch by {parity.relative:.2g} of its outputs' norm, "
+            f"format {graph.format} allows {tolerance:g}"
+        )
+    return parity
+
+
+def _rows(batches: Sequence[np.ndarray]) -> np.ndarray:
+    """Batches of one output, which may differ in length, along their last axis."""
+    return np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
+
+
+def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))

@@ -1,0 +1,1 @@
+"""Evaluating exported graphs: accuracy, latency, memory, and how sure differences are."""

@@ -1,0 +1,91 @@
+"""The samples of an evaluation, checked before any work."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from epmq_deploy.data.heads import head_of_expert
+from epmq_deploy.data.samples import Samples, batches, load_samples
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
+from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.recipe import Recipe, Task
+
+
+def evaluation_samples(
+    recipe: Recipe, family: ModelFamily, folder: Path, heads: Mapping[str, TaskHead] | None = None
+) -> dict[str, Samples]:
+    """The evaluation samples of every task, loaded and checked; one of each is decoded.
+
+    Args:
+        recipe: tasks and options.
+        family: the model's family.
+        folder: a model folder with preprocessor settings.
+        heads: of the exported graphs; before there are any, what the recipe says of them counts.
+
+    Raises:
+        MismatchError: names every task without data or head, or with labels its head lacks; also
+            where layers are to be compared of a model whose graphs do not run by themselves.
+    """
+    samples, problems = {}, []
+    if recipe.eval.diagnose and family.generates_text:
+        problems.append("--diagnose compares layers of classifiers; leave it out (eval.diagnose)")
+    for name, task in recipe.tasks.items():
+        if task.evaluation is None:
+            problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
+            continue
+        try:
+            count = None if family.generates_text else _classes(name, task, family, folder, heads)
+            samples[name] = load_samples(
+                name, task.evaluation, family, prompt=task.prompt, limit=recipe.eval.max_samples
+            )
+            if not family.generates_text:
+                next(batches(samples[name], family, folder, 1))
+                names = task.head.classes if task.head is not None else None
+                samples[name].labels(count)
+                problems += _order_problems(samples[name], names)
+        except EpmqError as error:
+            problems.append(str(error))
+    if problems:
+        raise MismatchError("evaluation", problems)
+    return samples
+
+
+def _classes(
+    name: str,
+    task: Task,
+    family: ModelFamily,
+    folder: Path,
+    heads: Mapping[str, TaskHead] | None,
+) -> int | None:
+    """Number of classes of a task's head; None where that is not known yet.
+
+    Raises:
+        RecipeError: there is no head, or its expert's cannot be read.
+    """
+    try:
+        head = head_of_expert(task, family, folder) if heads is None else heads.get(name)
+    except EpmqError as error:
+        raise RecipeError(f"task {name!r}: {error}") from error
+    if head is not None:
+        return head.classes
+    if task.head is None or heads is not None:
+        raise RecipeError(f"task {name!r} has no head (tasks.{name}.head)")
+    return None if task.head.classes is None else len(task.head.classes)
+
+
+def _order_problems(samples: Samples, names: Sequence[str] | None) -> list[str]:
+    """Class names in another order than the data's."""
+    where = f"task {samples.task!r}: {samples.source.path}"
+    stored = samples.class_names
+    if names is None or stored is None:
+        return []
+    ours, theirs = [_plain(name) for name in names], [_plain(name) for name in stored]
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        return [
+            f"{where} numbers its classes {', '.join(stored)}; put tasks.{samples.task}.head."
+            "classes in that order"
+        ]
+    return []
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").strip()

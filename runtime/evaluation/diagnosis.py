@@ -1,0 +1,173 @@
+"""Which layers of a low-bit graph differ most from fp32 merged, measured in the deployed graphs."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from epmq_deploy.errors import MismatchError
+from epmq_deploy.runtime.evaluation.layer_values import (
+    FloatLayer,
+    LayerValues,
+    quantized_layers,
+    tap,
+)
+from epmq_deploy.runtime.ort.sessions import Graph
+
+# A layer stands out when its own error has twice the amplitude of the typical layer's.
+_STANDS_OUT_DB = 20 * math.log10(2)
+# Of equal outputs; no float32 signal is known better.
+_LARGEST_DB = 150.0
+
+Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class LayerNoise:
+    """How far one layer is from fp32 merged, in decibels; the higher, the closer.
+
+    Attributes:
+        layer: dotted name.
+        output_db: signal-to-noise ratio of the layer's output in the deployed graph, with all that
+            earlier layers have added.
+        own_db: the same of what the layer itself makes of the inputs it gets there, against what
+            the float layer would make of them; equal to ``output_db`` for layers that read the
+            graph's inputs.
+    """
+
+    layer: str
+    output_db: float
+    own_db: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One graph's layers.
+
+    Attributes:
+        layers: in running order.
+        blamed: those whose own error has at least twice the amplitude of the median layer's, the
+            worst first.
+        missing: quantized layers that fp32 merged has no node for, as it holds their constant
+            results (look-ups of positions).
+        samples: number of samples measured on.
+    """
+
+    layers: tuple[LayerNoise, ...]
+    blamed: tuple[str, ...]
+    missing: tuple[str, ...]
+    samples: int
+
+    @property
+    def worst_first(self) -> tuple[LayerNoise, ...]:
+        """All layers by their own error."""
+        return tuple(sorted(self.layers, key=lambda noise: noise.own_db))
+
+
+class _Ratio:
+    """Sums up signal and noise."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = 0.0
+
+    def add(self, found: Array, wanted: Array) -> None:
+        self._signal += float(np.square(wanted, dtype=np.float64).sum())
+        self._noise += float(np.square(found.astype(np.float64) - wanted).sum())
+
+    @property
+    def decibels(self) -> float:
+        if self._noise == 0:
+            return _LARGEST_DB
+        ratio = self._signal / self._noise
+        # Infinite or undefined values are no signal.
+        if not ratio > 0:
+            return -_LARGEST_DB
+        return max(-_LARGEST_DB, min(_LARGEST_DB, 10 * math.log10(ratio)))
+
+
+def diagnose(
+    fp32: Path,
+    files: Mapping[str, Path],
+    session_configs: Mapping[str, Mapping[str, str]],
+    samples: Sequence[tuple[Tensor, ...]],
+    **session: Any,
+) -> dict[str, Diagnosis]:
+    """Compare each layer of some graphs with the same layer of fp32 merged, on the same samples.
+
+    The graphs run as they are deployed, with layers' inputs and outputs as further outputs. Methods
+    that move layers away from fp32 merged on purpose, towards the experts, show here as noise: it
+    is to blame only where accuracy drops.
+
+    Args:
+        fp32: the fp32 merged graph.
+        files: other graphs by format.
+        session_configs: of those graphs, by format.
+        samples: model inputs, batches of one (so that nothing is padded).
+        session: other options of `epmq_deploy.runtime.ort.sessions.Graph`.
+
+    Raises:
+        MismatchError: a graph has no layer that fp32 merged has too.
+    """
+    names = {name: quantized_layers(file) for name, file in files.items()}
+    wanted = tap(fp32, {layer for layers in names.values() for layer in layers})
+    reference = _graph(wanted, fp32, session)
+    outputs = [reference.run(inputs) for inputs in samples]
+    diagnoses = {}
+    for name, file in files.items():
+        linear = {key for key, place in wanted.layers.items() if isinstance(place, FloatLayer)}
+        values = tap(file, wanted.layers.keys() & set(names[name]), linear)
+        if not values.layers:
+            raise MismatchError(
+                "diagnosis", [f"{file}: no layer is named as in {fp32}; export it again"]
+            )
+        graph = _graph(values, file, {**session, "session_config": session_configs[name]})
+        found = (graph.run(inputs) for inputs in samples)
+        noises = _noises(values, wanted, zip(found, outputs, strict=True))
+        missing = tuple(layer for layer in names[name] if layer not in values.layers)
+        diagnoses[name] = Diagnosis(noises, _blamed(noises), missing, len(samples))
+    return diagnoses
+
+
+def _graph(values: LayerValues, file: Path, session: Mapping[str, Any]) -> Graph:
+    with values.saved() as tapped:
+        return Graph(tapped, name=str(file), **session)
+
+
+def _noises(values: LayerValues, wanted: LayerValues, runs: Any) -> tuple[LayerNoise, ...]:
+    total = {name: _Ratio() for name in values.layers}
+    own = {name: _Ratio() for name in values.layers}
+    for found, reference in runs:
+        for name, place in values.layers.items():
+            goal, output = wanted.layers[name], found[place.output]
+            total[name].add(output, _laid_out(reference[goal.output], output))
+            if isinstance(goal, FloatLayer) and place.input is not None:
+                own[name].add(output, goal.apply(_unsmoothed(found[place.input], place.factors)))
+            else:
+                own[name].add(output, _laid_out(reference[goal.output], output))
+    return tuple(
+        LayerNoise(name, total[name].decibels, own[name].decibels) for name in values.layers
+    )
+
+
+def _unsmoothed(inputs: Array, factors: Array | None) -> Array:
+    """What a layer would have received had its input, ``[..., K]``, not been divided."""
+    return inputs if factors is None else inputs * factors[: inputs.shape[-1]]
+
+
+def _laid_out(wanted: Array, found: Array) -> Array:
+    """A convolution's ``[B, N, h, w]`` as ``[B, h * w, N]`` where patches are multiplied."""
+    if wanted.ndim == 4 and found.ndim == 3:
+        return wanted.reshape(*wanted.shape[:2], -1).swapaxes(1, 2)
+    return wanted
+
+
+def _blamed(noises: Sequence[LayerNoise]) -> tuple[str, ...]:
+    limit = statistics.median(noise.own_db for noise in noises) - _STANDS_OUT_DB
+    worst = sorted((noise.own_db, noise.layer) for noise in noises if noise.own_db <= limit)
+    return tuple(layer for _, layer in worst)

@@ -1,0 +1,130 @@
+"""Running all models on a task, whatever the kind of task."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from epmq_deploy.data.accuracy import embeddings
+from epmq_deploy.data.samples import Samples, batches
+from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.experts import ExpertBackbone
+from epmq_deploy.models.text_generation.base import SpecialTokens
+from epmq_deploy.runtime.evaluation.latency import Runs
+from epmq_deploy.runtime.evaluation.metrics import Accuracy, Score
+from epmq_deploy.runtime.evaluation.significance import Booleans
+from epmq_deploy.runtime.ort.sessions import Graph
+from epmq_deploy.runtime.report.model import EXPERTS
+
+Predicted = npt.NDArray[Any]
+Model = TypeVar("Model", bound=Runs)
+Family = TypeVar("Family", bound=ModelFamily)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What every model predicts for the samples of one task.
+
+    Attributes:
+        truth: ``[n]``, of any type that ``==`` compares (class numbers, texts).
+        predicted: by model name, likewise.
+    """
+
+    truth: Predicted
+    predicted: Mapping[str, Predicted]
+
+    def score(self, model: str) -> Score:
+        """How well a model does."""
+        return Accuracy(np.asarray(self.predicted[model] == self.truth, dtype=np.bool_))
+
+    def same(self, model: str, other: str) -> Booleans:
+        """For which samples two models predict the same, ``[n]``."""
+        return np.asarray(self.predicted[model] == self.predicted[other], dtype=np.bool_)
+
+
+@dataclass(frozen=True)
+class Scorer(ABC, Generic[Model, Family]):
+    """How models of one kind of task are opened, fed and scored; ``Model`` is one format's.
+
+    Attributes:
+        family: of the model.
+        folder: of the export.
+        entries: what its manifest says of each graph.
+        provider: of onnxruntime.
+        batch_size: samples per run.
+    """
+
+    family: Family
+    folder: Path
+    entries: Sequence[Mapping[str, Any]]
+    provider: str
+    batch_size: int
+
+    @property
+    def special_tokens(self) -> SpecialTokens | None:
+        """Ids that steer writing; None where a batch is what a format's only graph takes."""
+        return None
+
+    @abstractmethod
+    def open(self, threads: int | None) -> Mapping[str, Model]:
+        """Every format of the export, ready to run with that many threads."""
+
+    @abstractmethod
+    def predict(self, models: Mapping[str, Model], task: str, samples: Samples) -> Predictions:
+        """Predictions of these models and, where evaluated, of the task's expert."""
+
+    @abstractmethod
+    def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
+        """What models run on: samples from ``start`` on, and again from the first at their end."""
+
+
+def raw_samples(samples: Samples, start: int, size: int) -> list[Any]:
+    """Inputs from ``start`` on, and again from the first at their end."""
+    rows = [index % len(samples) for index in range(start, start + size)]
+    return [samples.inputs(row, row + 1)[0] for row in rows]
+
+
+@dataclass(frozen=True)
+class ClassScorer(Scorer[Graph, ModelFamily]):
+    """Classification: the class of the largest logit.
+
+    Attributes:
+        heads: by task, for the experts.
+        experts: in torch, or None.
+    """
+
+    heads: Mapping[str, TaskHead] = field(default_factory=dict)
+    experts: ExpertBackbone | None = None
+
+    def open(self, threads: int | None) -> Mapping[str, Graph]:
+        """See base."""
+        return {
+            entry["format"]: Graph.exported(
+                self.folder, entry, provider=self.provider, threads=threads
+            )
+            for entry in self.entries
+        }
+
+    def predict(self, models: Mapping[str, Graph], task: str, samples: Samples) -> Predictions:
+        """See base. Each sample is decoded once."""
+        expert = self.experts.become(task) if self.experts else None
+        names = [*([EXPERTS] if expert else []), *models]
+        classes: dict[str, list[Predicted]] = {name: [] for name in names}
+        output = f"logits_{task}"
+        for batch in batches(samples, self.family, self.folder, self.batch_size):
+            for name, graph in models.items():
+                classes[name].append(graph.run(batch, [output])[output].argmax(axis=1))
+            if expert is not None:
+                logits = self.heads[task](embeddings(expert, self.family, batch))
+                classes[EXPERTS].append(logits.argmax(dim=1).numpy())
+        predicted = {name: np.concatenate(parts) for name, parts in classes.items()}
+        return Predictions(samples.labels().numpy(), predicted)
+
+    def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
+        """See base."""
+        return self.family.collate(self.folder, raw_samples(samples, start, size))

@@ -1,0 +1,144 @@
+"""The eval stage: every exported graph on every task, and what it costs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epmq_deploy.artifacts.manifest import Manifest, fingerprint, open_output
+from epmq_deploy.data.heads import heads_of_experts, load_heads
+from epmq_deploy.data.samples import data_sha256
+from epmq_deploy.errors import MismatchError
+from epmq_deploy.models import ModelFamily, TaskHead, family_of
+from epmq_deploy.models.experts import ExpertBackbone, check_unchanged, open_sources
+from epmq_deploy.models.text_generation.base import TextGenerationFamily
+from epmq_deploy.progress import NoProgress, Progress
+from epmq_deploy.quantization.artifact import REPORT_FILE, load_reports
+from epmq_deploy.recipe import EvalOptions, Recipe
+from epmq_deploy.runtime.evaluation.bench import Bench
+from epmq_deploy.runtime.evaluation.comparison import average_interval, compare
+from epmq_deploy.runtime.evaluation.data import evaluation_samples
+from epmq_deploy.runtime.evaluation.scoring import ClassScorer, Predictions, Scorer
+from epmq_deploy.runtime.evaluation.text_scoring import TextScorer
+from epmq_deploy.runtime.ort.sessions import by_format
+from epmq_deploy.runtime.report.model import EXPERTS, REFERENCE, EvalReport, Gates, Row
+
+
+def eval_fingerprint(recipe: Recipe, exported: str) -> str:
+    """What decides an evaluation of an export of that fingerprint; gates are no part of it."""
+    inputs = {"export": exported}
+    for name, task in recipe.tasks.items():
+        if task.evaluation is not None:
+            inputs[f"evaluation:{name}"] = data_sha256(task.evaluation, task.prompt)
+    options = recipe.eval.model_dump(mode="json", exclude=set(Gates.__dataclass_fields__))
+    return fingerprint("eval", options, inputs)
+
+
+def gates_of(options: EvalOptions) -> Gates:
+    """The gates among the options."""
+    return Gates(options.max_drop, options.max_latency_ratio, options.max_size)
+
+
+def evaluate(
+    recipe: Recipe,
+    exported: Path,
+    *,
+    provider: str | None = None,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> EvalReport:
+    """Run every graph in ``exported`` in onnxruntime on every task's evaluation samples.
+
+    Args:
+        recipe: tasks and options.
+        exported: folder of an export.
+        provider: of onnxruntime, in place of the options'.
+        device: where experts run in torch, each on its own task.
+        progress: shows one step per task, and one per setting that is timed.
+
+    Raises:
+        RecipeError: ``exported`` is no export, or the provider is not there or not really used.
+        MismatchError: no fp32 graph, or see `evaluation_samples`; all at once.
+    """
+    progress = progress or NoProgress()
+    made = open_output(exported, "export")
+    family = family_of(exported)
+    heads = {} if family.generates_text else load_heads(exported)
+    samples = evaluation_samples(recipe, family, exported, heads)
+    formats = by_format(made.details["graphs"])
+    if REFERENCE not in formats:
+        raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
+    options, asked = recipe.eval, provider or recipe.eval.provider
+    experts = _experts(recipe, made, device or torch.device("cpu"))
+    if experts is not None and heads:
+        heads = heads_of_experts(recipe, heads, experts.device)
+    scorer = _scorer(options, family, exported, made.details["graphs"], asked, heads, experts)
+    bench = Bench(exported, formats, scorer, samples, options, asked, progress)
+    models = scorer.open(bench.threads[0])
+    predictions = {
+        task: scorer.predict(models, task, chosen)
+        for task, chosen in progress.track(samples.items(), "evaluating", total=len(samples))
+    }
+    used = models[REFERENCE].provider
+    # Timed ones are opened anew, with as many threads as they are timed with.
+    del models
+    costs = bench.costs()
+    names = ([EXPERTS] if experts else []) + list(costs)
+    rows = (row_of(name, predictions, options.margin, **costs.get(name, {})) for name in names)
+    return EvalReport(
+        rows=tuple(rows),
+        samples={task: len(chosen) for task, chosen in samples.items()},
+        provider=used,
+        gates=gates_of(options),
+        margin=options.margin,
+        fingerprint=eval_fingerprint(recipe, made.fingerprint),
+        diagnoses=bench.diagnoses() if options.diagnose else {},
+        metrics={task: found.score(REFERENCE).metric for task, found in predictions.items()},
+        layers=tuple(load_reports(exported)) if (exported / REPORT_FILE).is_file() else (),
+    )
+
+
+def row_of(name: str, predictions: Mapping[str, Predictions], margin: float, **costs: Any) -> Row:
+    """One model's accuracies, compared with fp32 merged unless it is that or the experts.
+
+    Args:
+        name: a model in every task's ``predictions``, beside ``fp32``.
+        predictions: by task.
+        margin: points that may be lost and still count as no worse.
+        costs: the row's other attributes.
+    """
+    scores = {task: found.score(name) for task, found in predictions.items()}
+    accuracy = {task: score.percent for task, score in scores.items()}
+    intervals = {task: score.interval for task, score in scores.items()}
+    if name not in (EXPERTS, REFERENCE):
+        reference = {task: found.score(REFERENCE) for task, found in predictions.items()}
+        same = {task: found.same(name, REFERENCE) for task, found in predictions.items()}
+        against, average = compare(scores, reference, same, margin)
+        costs |= {"against": against, "against_average": average}
+    return Row(name, accuracy, intervals, average_interval(scores), **costs)
+
+
+def _scorer(
+    options: EvalOptions,
+    family: ModelFamily,
+    exported: Path,
+    graphs: Sequence[Mapping[str, Any]],
+    provider: str,
+    heads: Mapping[str, TaskHead],
+    experts: ExpertBackbone | None,
+) -> Scorer[Any, Any]:
+    """How models of this family are scored."""
+    size = options.batch_size
+    if isinstance(family, TextGenerationFamily):
+        longest = options.max_tokens
+        return TextScorer(family, exported, graphs, provider, size, longest, experts)
+    return ClassScorer(family, exported, graphs, provider, size, heads, experts)
+
+
+def _experts(recipe: Recipe, made: Manifest, device: torch.device) -> ExpertBackbone | None:
+    if not recipe.eval.experts:
+        return None
+    sources = open_sources(recipe)
+    check_unchanged(sources, made)
+    return ExpertBackbone(sources, device)

@@ -1,0 +1,149 @@
+"""Scoring models that write texts.
+
+An answer is right when it is the wanted one, word by word; numbers are scored by their order.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from epmq_deploy.data.samples import Samples, TextSamples
+from epmq_deploy.models.experts import ExpertBackbone
+from epmq_deploy.models.text_generation.base import SpecialTokens, TextGenerationFamily
+from epmq_deploy.runtime.evaluation.rank_correlation import RankCorrelation
+from epmq_deploy.runtime.evaluation.scoring import Predicted, Predictions, Scorer, raw_samples
+from epmq_deploy.runtime.evaluation.significance import Floats
+from epmq_deploy.runtime.ort.generation import TextWriter, text_writer
+from epmq_deploy.runtime.ort.sessions import Graph, by_format
+from epmq_deploy.runtime.report.model import EXPERTS
+
+
+class NumberPredictions(Predictions):
+    """Numbers, as texts."""
+
+    def score(self, model: str) -> RankCorrelation:
+        """See base."""
+        return RankCorrelation(_numbers(self.predicted[model]), _numbers(self.truth))
+
+
+@dataclass(frozen=True)
+class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
+    """Lets models write the answers, greedily.
+
+    Attributes:
+        max_tokens: longest answer.
+        experts: in torch, or None.
+    """
+
+    max_tokens: int
+    experts: ExpertBackbone | None = None
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        """See base."""
+        return self.family.special_tokens(self.folder)
+
+    def open(self, threads: int | None) -> Mapping[str, TextWriter]:
+        """See base."""
+        return {
+            name: open_writer(
+                self.family,
+                self.folder,
+                graphs,
+                provider=self.provider,
+                threads=threads,
+                max_tokens=self.max_tokens,
+            )
+            for name, graphs in by_format(self.entries).items()
+        }
+
+    def predict(self, models: Mapping[str, TextWriter], task: str, samples: Samples) -> Predictions:
+        """See base; answers as `normalised`."""
+        expert = self.experts.become(task) if self.experts else None
+        names = [*([EXPERTS] if expert else []), *models]
+        written: dict[str, list[str]] = {name: [] for name in names}
+        truth: list[str] = []
+        for start in range(0, len(samples), self.batch_size):
+            pairs = samples.inputs(start, min(start + self.batch_size, len(samples)))
+            truth += [pair.answer for pair in pairs]
+            texts = [pair.text for pair in pairs]
+            prompts = self.family.prompts(self.folder, texts)
+            for name, writer in models.items():
+                answers = torch.from_numpy(writer.write(*prompts))
+                written[name] += self.family.decode(self.folder, answers)
+            if expert is not None:
+                written[EXPERTS] += self.family.write(expert, self.folder, texts, self.max_tokens)
+        found = {name: np.array(list(map(normalised, texts))) for name, texts in written.items()}
+        assert isinstance(samples, TextSamples), "of a family that writes texts"
+        kind = Predictions if samples.wording.decimals is None else NumberPredictions
+        return kind(np.array(list(map(normalised, truth))), found)
+
+    def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
+        """See base; with the number of tokens to write, that of the longest wanted answer.
+
+        So that formats are timed on the same work, whatever they would write.
+        """
+        pairs = raw_samples(samples, start, size)
+        answers = answer_ids(self.family, self.folder, [pair.answer for pair in pairs])
+        # Each with its end.
+        length = torch.tensor(1 + max(map(len, answers)))
+        return (*self.family.prompts(self.folder, [pair.text for pair in pairs]), length)
+
+
+def normalised(text: str) -> str:
+    """An answer without what does not count: case, and how words are spaced."""
+    return " ".join(text.split()).casefold()
+
+
+def _numbers(texts: Predicted) -> Floats:
+    """Numbers that texts are, minus infinity where they are none."""
+    return np.array([_number(text) for text in texts.tolist()])
+
+
+def _number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        return -math.inf
+    return number if math.isfinite(number) else -math.inf
+
+
+def open_writer(
+    family: TextGenerationFamily,
+    folder: Path,
+    entries: Sequence[Mapping[str, Any]],
+    *,
+    provider: str,
+    threads: int | None,
+    max_tokens: int,
+) -> TextWriter:
+    """What writes with the graphs of one format.
+
+    Args:
+        family: of the model.
+        folder: of the export.
+        entries: what its manifest says of these graphs, in the order they run.
+        provider: see `epmq_deploy.runtime.ort.sessions.Graph`.
+        threads: likewise.
+        max_tokens: longest answer.
+    """
+    graphs = [
+        Graph.exported(folder, entry, provider=provider, threads=threads) for entry in entries
+    ]
+    return text_writer(graphs, family.special_tokens(folder), max_tokens)
+
+
+def answer_ids(
+    family: TextGenerationFamily, folder: Path, answers: Sequence[str]
+) -> list[list[int]]:
+    """Token ids of answers, without their ends."""
+    ids: list[list[int]] = family.tokenizer(folder)(list(answers), add_special_tokens=False)[
+        "input_ids"
+    ]
+    return ids

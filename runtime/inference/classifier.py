@@ -1,0 +1,98 @@
+"""An exported classifier in an application."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from epmq_deploy.models import ModelFamily
+from epmq_deploy.runtime.inference.base import DeployedModel, text_of
+from epmq_deploy.runtime.ort.sessions import Graph
+
+LOGITS = "logits_"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of one input for one task.
+
+    Attributes:
+        label: name of the most likely class; its number as text where neither recipe nor expert
+            names it.
+        score: its probability.
+        scores: probabilities of all classes, float32 ``[C]``.
+        labels: their names.
+    """
+
+    label: str
+    score: float
+    scores: npt.NDArray[np.float32]
+    labels: tuple[str, ...]
+
+
+class DeployedClassifier(DeployedModel):
+    """One graph of an export with its preprocessing.
+
+    Args:
+        graph: the graph.
+        family: of the model.
+        folder: of the export.
+        classes: names of each task's classes, where they are known.
+        batch_size: inputs per run.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        family: ModelFamily,
+        folder: Path,
+        classes: Mapping[str, Sequence[str] | None],
+        batch_size: int,
+    ) -> None:
+        outputs = [name for name in graph.output_names if name.startswith(LOGITS)]
+        tasks = [name.removeprefix(LOGITS) for name in outputs]
+        super().__init__(tasks, graph.provider, batch_size)
+        self._graph, self._family, self._folder = graph, family, folder
+        self._names = {name: classes.get(name) for name in tasks}
+
+    def _sample(self, item: Any, tasks: Sequence[str]) -> Any:
+        read: Callable[[Any], Any] = text_of if self._family.modality == "text" else _image
+        return read(item)
+
+    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Any]]:
+        batch = self._family.collate(self._folder, samples)
+        logits = self._graph.run(batch, [LOGITS + name for name in tasks])
+        return [
+            {name: self._predict(name, logits[LOGITS + name][row]) for name in tasks}
+            for row in range(len(samples))
+        ]
+
+    def _predict(self, task: str, logits: npt.NDArray[np.float32]) -> Prediction:
+        scores = np.exp(logits.astype(np.float64) - logits.max())
+        scores /= scores.sum()
+        best = int(logits.argmax())
+        labels = tuple(self._names[task] or map(str, range(len(logits))))
+        return Prediction(labels[best], float(scores[best]), scores.astype(np.float32), labels)
+
+
+def _image(item: Any) -> Image.Image:
+    """An image the way up its camera says, as evaluation reads it."""
+    if isinstance(item, Image.Image):
+        return ImageOps.exif_transpose(item)
+    if isinstance(item, np.ndarray):
+        if item.dtype != np.uint8 or item.ndim not in (2, 3) or item.shape[2:] not in ((), (3,)):
+            raise ValueError(
+                f"expected a uint8 array [H, W] or [H, W, 3], found {item.dtype} {item.shape}"
+            )
+        return Image.fromarray(item)
+    if not isinstance(item, str | Path):
+        raise ValueError(f"expected an image, a file or an array, found {type(item).__name__}")
+    try:
+        with Image.open(item) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{item} is no image") from error

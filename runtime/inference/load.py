@@ -1,0 +1,102 @@
+"""An exported model in an application: images or texts in, labels, scores or texts per task out.
+
+    from epmq_deploy.runtime import load
+
+    model = load("exported")
+    model("cat.jpg")["animals"].label
+
+Needs onnxruntime and what preprocesses inputs: transformers, torch and Pillow.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from epmq_deploy.artifacts.manifest import read_manifest
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.models import family_of
+from epmq_deploy.models.text_generation.base import TextGenerationFamily
+from epmq_deploy.runtime.evaluation.text_scoring import open_writer
+from epmq_deploy.runtime.inference.base import DeployedModel
+from epmq_deploy.runtime.inference.classifier import LOGITS, DeployedClassifier
+from epmq_deploy.runtime.inference.text_generation import DeployedTextGenerator
+from epmq_deploy.runtime.ort.providers import AUTO
+from epmq_deploy.runtime.ort.sessions import Graph, by_format
+from epmq_deploy.runtime.report.model import REFERENCES
+
+
+def load(
+    folder: str | Path,
+    *,
+    format: str | None = None,
+    provider: str = AUTO,
+    threads: int | None = None,
+    batch_size: int = 32,
+    max_tokens: int | None = None,
+    scores: bool = True,
+) -> DeployedModel:
+    """Open an exported model.
+
+    Args:
+        folder: output of ``epmq export``.
+        format: graphs to run, e.g. ``matmulnbits``; when absent the ones ``epmq eval``
+            recommended, or the first low-bit ones where nothing was evaluated.
+        provider: see `epmq_deploy.runtime.ort.providers.provider_named`.
+        threads: intra-op threads, 1 or more; onnxruntime's default when absent.
+        batch_size: inputs per run, 1 or more.
+        max_tokens: longest text of a model that writes texts; that of its evaluation when absent.
+        scores: of a model that writes texts: whether probabilities of a task's answers are
+            computed, which takes a step for each of their tokens.
+
+    Raises:
+        RecipeError: no export, no such format, an evaluation that is damaged or recommends none, an
+            option the model has no use for or a count below 1, or the provider is not there or not
+            really used.
+        NumericsError: onnxruntime cannot load the graph.
+    """
+    counts = {"batch_size": batch_size, "threads": threads, "max_tokens": max_tokens}
+    wrong = {name: count for name, count in counts.items() if count is not None and count < 1}
+    if wrong:
+        raise RecipeError(
+            "; ".join(f"{name} is {count}; give 1 or more" for name, count in wrong.items())
+        )
+    place = Path(folder)
+    made = read_manifest(place, "export")
+    family = family_of(place)
+    formats = by_format(made.details["graphs"])
+    chosen = formats.get(format or _recommended(place, formats))
+    if chosen is None:
+        raise RecipeError(f"{place} has no graph of format {format!r}; it has {', '.join(formats)}")
+    if isinstance(family, TextGenerationFamily):
+        longest = made.recipe.eval.max_tokens if max_tokens is None else max_tokens
+        writer = open_writer(
+            family, place, chosen, provider=provider, threads=threads, max_tokens=longest
+        )
+        return DeployedTextGenerator(
+            writer, family, place, made.recipe.tasks, batch_size, scores=scores
+        )
+    if max_tokens is not None or not scores:
+        raise RecipeError(f"{place} classifies; max_tokens and scores are for models that write")
+    graph = Graph.exported(place, chosen[0], provider=provider, threads=threads)
+    if not any(name.startswith(LOGITS) for name in graph.output_names):
+        raise RecipeError(f"{place / chosen[0]['file']} gives no logits of any task")
+    return DeployedClassifier(graph, family, place, made.details["classes"], batch_size)
+
+
+def _recommended(folder: Path, entries: Mapping[str, Any]) -> str:
+    """The format the evaluation in the folder recommends, or the first low-bit one there is."""
+    from epmq_deploy.runtime.evaluation.gates import NONE_RECOMMENDED, recommend
+    from epmq_deploy.runtime.report.json import read_report
+
+    file = folder / "eval.json"
+    try:
+        report = read_report(file)
+    except RecipeError as error:
+        raise RecipeError(f"{error}, or choose a graph with format=...") from error
+    low_bit = [name for name in entries if name not in REFERENCES]
+    if report is None or not low_bit:
+        return next(iter(low_bit or entries))
+    advice = recommend(report)
+    if advice is None:
+        raise RecipeError(f"{file}: {NONE_RECOMMENDED}; choose one with format=...")
+    return advice.format

@@ -1,0 +1,1 @@
+"""Sessions of onnxruntime: created, configured, run in worker processes."""

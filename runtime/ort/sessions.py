@@ -1,0 +1,104 @@
+"""Creating onnxruntime sessions."""
+
+import contextlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from torch import Tensor
+
+from epmq_deploy.errors import NumericsError
+from epmq_deploy.runtime.ort.providers import AUTO, RECORD_ASSIGNMENT, check_used, provider_named
+
+
+class Graph:
+    """One exported graph, ready to run.
+
+    Args:
+        file: the ONNX file; or a whole model's bytes, which ``name`` then names.
+        provider: see `epmq_deploy.runtime.ort.providers.provider_named`.
+        threads: intra-op threads; onnxruntime's default when absent.
+        session_config: session options the graph was exported for.
+        name: what messages call it; the file when absent.
+
+    Raises:
+        RecipeError: the provider that was asked for is not there or not really used.
+        NumericsError: onnxruntime cannot load the file.
+    """
+
+    def __init__(
+        self,
+        file: Path | bytes,
+        *,
+        provider: str = AUTO,
+        threads: int | None = None,
+        session_config: Mapping[str, str] | None = None,
+        name: str = "",
+    ) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        # Several sessions live side by side here; idle ones must not keep cores busy.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
+        for key, value in (session_config or {}).items():
+            options.add_session_config_entry(key, value)
+        wanted = provider_named(provider)
+        named = name or str(file)
+        try:
+            # It prints when it falls back, which is noticed below; stdout is for results.
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._session = ort.InferenceSession(file, options, providers=[wanted])
+        except Exception as error:  # onnxruntime raises many types
+            raise NumericsError(f"{named}: onnxruntime cannot load it ({error})") from error
+        self.provider = check_used(self._session, named, wanted, strict=provider != AUTO)
+        self.input_names = tuple(item.name for item in self._session.get_inputs())
+        self.output_names = tuple(item.name for item in self._session.get_outputs())
+        # Open axes by their names.
+        self.input_shapes = {item.name: tuple(item.shape) for item in self._session.get_inputs()}
+
+    @classmethod
+    def exported(
+        cls, folder: Path, entry: Mapping[str, Any], *, provider: str, threads: int | None
+    ) -> "Graph":
+        """A graph of an export, with the session options it was exported for.
+
+        Args:
+            folder: of the export.
+            entry: what its manifest says of the graph.
+            provider: see class.
+            threads: see class.
+        """
+        config = entry["session_config"]
+        return cls(
+            folder / entry["file"], provider=provider, threads=threads, session_config=config
+        )
+
+    def run(
+        self, inputs: Sequence[Tensor], outputs: Sequence[str] | None = None
+    ) -> Mapping[str, np.ndarray[Any, Any]]:
+        """Run a batch; arrays by output name, all outputs when none are named."""
+        names = list(outputs or self.output_names)
+        return dict(zip(names, self._session.run(names, self.feed(inputs)), strict=True))
+
+    def compute(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        """All outputs by name, from arrays by input name."""
+        return dict(zip(self.output_names, self._session.run(None, dict(feed)), strict=True))
+
+    def feed(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
+        """Arrays by input name, as onnxruntime takes them."""
+        return {name: value.numpy() for name, value in zip(self.input_names, inputs, strict=True)}
+
+
+def by_format(
+    entries: Iterable[Mapping[str, Any]],
+) -> dict[str, tuple[Mapping[str, Any], ...]]:
+    """What an export's manifest says of each format's graphs, in the order they run."""
+    found: dict[str, tuple[Mapping[str, Any], ...]] = {}
+    for entry in entries:
+        found[entry["format"]] = (*found.get(entry["format"], ()), entry)
+    return found

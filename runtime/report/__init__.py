@@ -1,0 +1,1 @@
+"""An evaluation as plain data, Markdown and HTML."""

@@ -1,0 +1,127 @@
+"""What an evaluation found, as plain data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from epmq_deploy.quantization.layer import LayerReport
+from epmq_deploy.runtime.evaluation.comparison import Difference
+from epmq_deploy.runtime.evaluation.diagnosis import Diagnosis
+from epmq_deploy.runtime.evaluation.latency import Timing
+from epmq_deploy.runtime.evaluation.significance import Interval
+from epmq_deploy.runtime.ort.footprint import Footprint
+
+EXPERTS = "experts"
+REFERENCE = "fp32"
+# What low-bit graphs are compared with; never held against gates or recommended.
+REFERENCES = (EXPERTS, REFERENCE, "fp16")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model's results.
+
+    Attributes:
+        name: a format's name, or ``experts``.
+        accuracy: percent by task, or what its metric gives in place of accuracy.
+        intervals: of these, 95%.
+        average_interval: of their average over tasks.
+        against: differences from fp32 merged by task; empty for experts and fp32 merged itself.
+        against_average: the difference on average over tasks.
+        files: relative to the export's folder, in the order they run; none for experts, as of all
+            that follows.
+        bytes: size of the files, external data included.
+        timings: by batch size and threads, in the order asked for.
+        footprint: load time and memory.
+    """
+
+    name: str
+    accuracy: Mapping[str, float]
+    intervals: Mapping[str, Interval]
+    average_interval: Interval
+    against: Mapping[str, Difference] = field(default_factory=dict)
+    against_average: Difference | None = None
+    files: tuple[str, ...] = ()
+    bytes: int | None = None
+    timings: tuple[Timing, ...] = ()
+    footprint: Footprint | None = None
+
+    @property
+    def average(self) -> float:
+        """Accuracy averaged over tasks, percent."""
+        return sum(self.accuracy.values()) / len(self.accuracy)
+
+    def mark(self, task: str) -> str:
+        """``+`` or ``-`` where it is significantly better or worse than fp32 merged."""
+        verdict = self.against[task].verdict if task in self.against else ""
+        return {"better": "+", "worse": "-"}.get(verdict, "")
+
+    @property
+    def title(self) -> str:
+        """What tables call it."""
+        return "fp32 merged" if self.name == REFERENCE else self.name
+
+
+@dataclass(frozen=True)
+class Gates:
+    """What a low-bit graph has to meet to be deployed; None where anything goes.
+
+    Attributes:
+        max_drop: points of average accuracy lost against fp32 merged (the point estimate; its
+            interval is reported beside it).
+        max_latency_ratio: latency relative to fp32 merged, of the first timing.
+        max_size: size of all its files in MB (10^6 bytes).
+    """
+
+    max_drop: float | None = None
+    max_latency_ratio: float | None = None
+    max_size: float | None = None
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """Results of all models on all tasks.
+
+    Attributes:
+        rows: experts (where evaluated), then every graph.
+        samples: evaluation samples by task.
+        provider: onnxruntime's execution provider that ran the graphs.
+        gates: what a low-bit graph has to meet to be deployed.
+        margin: points that may be lost and still count as no worse.
+        fingerprint: of exported model, data and options.
+        diagnoses: by format, where asked for.
+        layers: how each layer fared in quantization, where the export holds its report.
+        metrics: by task, what stands in for accuracy; empty texts where nothing does.
+    """
+
+    rows: tuple[Row, ...]
+    samples: Mapping[str, int]
+    provider: str
+    gates: Gates
+    margin: float
+    fingerprint: str
+    diagnoses: Mapping[str, Diagnosis]
+    layers: tuple[LayerReport, ...] = ()
+    metrics: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def other_metrics(self) -> tuple[str, ...]:
+        """A sentence for each task that is not scored by accuracy."""
+        return tuple(f"{task}: {metric}" for task, metric in self.metrics.items() if metric)
+
+    @property
+    def measure(self) -> str:
+        """What percentages are, over all tasks."""
+        return "accuracy or score" if self.other_metrics else "accuracy"
+
+    def row(self, name: str) -> Row:
+        """The row of a format or of the experts."""
+        return next(row for row in self.rows if row.name == name)
+
+    @property
+    def candidates(self) -> tuple[Row, ...]:
+        """The low-bit graphs."""
+        return tuple(row for row in self.rows if row.name not in REFERENCES)
+
+    def drop(self, row: Row) -> float | None:
+        """Points of average accuracy lost against fp32 merged; None for the experts."""
+        return None if row.name == EXPERTS else self.row(REFERENCE).average - row.average

@@ -1,0 +1,30 @@
+"""Quantization that is killed on its way."""
+
+from pathlib import Path
+
+import pytest
+
+from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.stage import quantize
+from epmq_deploy.quantization.walk import Walk
+from epmq_deploy.recipe import Recipe
+
+
+def killed_in(
+    block: int, recipe: Recipe, merged: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantize into ``output``, but be killed in a block, counted from 0."""
+    begun = []
+    original = Walk.quantize_block
+
+    def killed(self: Walk, chosen: object) -> QuantizedModel:
+        begun.append(chosen)
+        if len(begun) > block:
+            raise KeyboardInterrupt
+        return original(self, chosen)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Walk, "quantize_block", killed)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(recipe, merged, output)
+    assert not output.exists()
