@@ -4,7 +4,7 @@ DEMO ?= epmq-demo
 WEB ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/epmq-deploy/web
 SOURCES := $(shell find epmq_deploy exporters runtime cli -type f -not -path '*/__pycache__/*')
 
-.PHONY: demo test lint docs web dev clean
+.PHONY: demo test test-newest lint docs web dev clean
 
 # The whole chain on the bundled experts; ends with the table of accuracies.
 demo: $(VENV)/.installed
@@ -20,10 +20,19 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	cd $(VENV) && bin/mypy --config-file $(CURDIR)/pyproject.toml -p epmq_deploy
 
-# The API reference, made from docstrings, into build/docs.
+# The documentation site, into build/site; warnings are errors.
 docs: $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet -c constraints.txt '.[docs]'
-	$(VENV)/bin/pdoc -o build/docs epmq_deploy
+	$(VENV)/bin/mkdocs build --strict
+
+# The tests with the newest releases of everything, in a virtual environment of its own; upper bounds
+# of pyproject.toml are not heeded.
+test-newest:
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/pip install --quiet --upgrade pip
+	build/newest/bin/pip install --quiet '.[test]'
+	build/newest/bin/pip install --quiet --upgrade torch transformers onnx onnx-ir onnxscript onnxruntime
+	build/newest/bin/pytest -n 2 --dist loadfile
 
 # What the page of `epmq export --demo` needs, from npm, pinned.
 web:
