@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from epmq_deploy import __version__
 from epmq_deploy.cli import demo, evaluate, export, merge, quantize, run
 from epmq_deploy.cli.console import fail
 from epmq_deploy.errors import EpmqError, RecipeError
+from epmq_deploy.version import __version__
 
 app = typer.Typer(
     name="epmq",

@@ -4,6 +4,6 @@ The core library: recipe, models, tasks, merging, calibration and quantization. 
 ONNX (``epmq_deploy.exporters``, ``epmq_deploy.runtime``) nor the terminal (``epmq_deploy.cli``).
 """
 
-from importlib.metadata import version
+from epmq_deploy.version import __version__
 
-__version__ = version("epmq-deploy")
+__all__ = ["__version__"]

@@ -9,12 +9,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from epmq_deploy import __version__
 from epmq_deploy.artifacts.card import write_card
 from epmq_deploy.artifacts.names import CARD, MANIFEST
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.hashing import file_sha256
 from epmq_deploy.recipe import Recipe, parse_complete
+from epmq_deploy.version import __version__
 
 FORMAT_VERSION = 1
 _PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime-gpu", "onnxruntime")

@@ -16,10 +16,10 @@ from onnx_ir.passes.common import (
 )
 from torch import Tensor
 
-import epmq_deploy
 from epmq_deploy.exporters.graphs.layers import name_float_layers, name_layers
 from epmq_deploy.exporters.lowering.int8.rows import lower_rows
 from epmq_deploy.models.base import Deployable
+from epmq_deploy.version import __version__
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> 
         if not value.is_initializer():
             value.const_value = None
     graph.producer_name = "epmq-deploy"
-    graph.producer_version = epmq_deploy.__version__
+    graph.producer_version = __version__
     return graph
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 
-from epmq_deploy import __version__
 from epmq_deploy.runtime.evaluation.gates import advice, misses, verdicts
 from epmq_deploy.runtime.report.heatmap import heat_maps
 from epmq_deploy.runtime.report.markup import Markup, element
@@ -16,6 +15,7 @@ from epmq_deploy.runtime.report.page_tables import (
     noise_table,
 )
 from epmq_deploy.runtime.report.plots import accuracy_plot, color, tradeoff_plot
+from epmq_deploy.version import __version__
 
 # Signal-to-noise ratios between which the colour of a heat map changes, in decibels.
 _CLEAN_DB, _NOISY_DB = 40.0, 0.0
