@@ -1,13 +1,16 @@
 """What a merge method is."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.options.merging import MergeOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Parameters that elementwise methods take at a time: temporaries of 20 tasks stay in the cache.
 CHUNK = 2**15

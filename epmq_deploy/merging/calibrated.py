@@ -1,14 +1,17 @@
 """What merge methods that need data are given, and what they find."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-from epmq_deploy.models import ModelFamily
-from epmq_deploy.models.predictions import Predictions
-from epmq_deploy.progress import Progress
+    from epmq_deploy.models import ModelFamily
+    from epmq_deploy.models.predictions import Predictions
+    from epmq_deploy.progress import Progress
 
 
 class CalibrationData(Protocol):

@@ -8,10 +8,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from epmq_deploy.calibration.activations import BlockBatch, advance, capture_block_batch
@@ -22,29 +21,10 @@ from epmq_deploy.merging.base import Context, TaskVectors
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.models import Block
 from epmq_deploy.models.tokens import TokenWeights
-from epmq_deploy.options.merging import DataOptions
+from epmq_deploy.options.merging import RegressionOptions
 
 # Added to the diagonal, relative to its mean: decides what calibration says nothing about.
 _DAMPING = 1e-6
-
-
-class RegressionOptions(DataOptions):
-    """Options of methods that merge linear layers by least squares; the rest is averaged."""
-
-    off_diagonal: float = Field(
-        1.0, ge=0, le=1, description="factor on the off-diagonal elements of the Gram matrices"
-    )
-    batch_size: int = Field(64, ge=1, description="samples per forward pass; no effect on accuracy")
-    cache_limit: float | None = Field(
-        4.0, ge=0, description="GiB of activations held in memory; the rest goes to disk"
-    )
-
-    whole_model: ClassVar[frozenset[str]] = DataOptions.whole_model | {"batch_size", "cache_limit"}
-
-    @property
-    def deciding(self) -> dict[str, Any]:
-        """The options that decide the merged weights; where activations are kept does not."""
-        return self.model_dump(mode="json", exclude={"cache_limit"})
 
 
 def shrink_off_diagonal(gram: Tensor, factor: float) -> Tensor:

@@ -1,13 +1,17 @@
 """Weights per task, for methods that take them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
-from torch import Tensor
 
 from epmq_deploy.options import numbers_from_text, texts_read_by
 from epmq_deploy.options.merging import MergeOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class WeightedOptions(MergeOptions):

@@ -126,3 +126,64 @@ class DataOptions(MergeOptions):
     seed: int = Field(0, description="seed of the choice of samples, and of other random draws")
 
     whole_model: ClassVar[frozenset[str]] = frozenset({"samples", "seed"})
+
+
+class RandomDropOptions(ScaledOptions):
+    """Options of methods that drop entries at random."""
+
+    density: float = Field(
+        0.5, gt=0, le=1, description="share of each task vector that is kept, chosen at random"
+    )
+    seed: int = Field(0, description="seed of the choice of what is kept")
+
+    whole_model: ClassVar[frozenset[str]] = ScaledOptions.whole_model | {"seed"}
+
+
+class ExtremesOptions(ScaledOptions):
+    """Options of methods that drop the smallest and the largest entries."""
+
+    beta: float = Field(
+        0.85, ge=0, lt=1, description="share of each tensor's entries dropped as negligible"
+    )
+    gamma: float = Field(
+        0.993, gt=0, le=1, description="share of entries below which an entry is no outlier"
+    )
+
+    @model_validator(mode="after")
+    def _leave_some_between(self) -> Self:
+        if self.gamma <= self.beta:
+            raise ValueError(
+                f"gamma {self.gamma:g} must be above beta {self.beta:g}: the share of entries "
+                "between the two is what is merged"
+            )
+        return self
+
+
+Combine = Literal["sum", "mean"]
+
+
+class CombineOptions(MergeOptions):
+    """Options of methods that elect signs."""
+
+    combine: Combine = Field(
+        "sum", description="sum of the values that agree in sign, or their mean"
+    )
+
+
+class RegressionOptions(DataOptions):
+    """Options of methods that merge linear layers by least squares; the rest is averaged."""
+
+    off_diagonal: float = Field(
+        1.0, ge=0, le=1, description="factor on the off-diagonal elements of the Gram matrices"
+    )
+    batch_size: int = Field(64, ge=1, description="samples per forward pass; no effect on accuracy")
+    cache_limit: float | None = Field(
+        4.0, ge=0, description="GiB of activations held in memory; the rest goes to disk"
+    )
+
+    whole_model: ClassVar[frozenset[str]] = DataOptions.whole_model | {"batch_size", "cache_limit"}
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the merged weights; where activations are kept does not."""
+        return self.model_dump(mode="json", exclude={"cache_limit"})

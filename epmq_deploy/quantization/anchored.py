@@ -1,11 +1,17 @@
 """The anchored least-squares problem that guided targets share."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from epmq_deploy.calibration.statistics import GroupSums
+from typing import TYPE_CHECKING
+
+from epmq_deploy.lazy import torch
 from epmq_deploy.quantization.base import LayerProblem, LayerWeights
-from epmq_deploy.quantization.solver.hessian import GroupHessian
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from epmq_deploy.calibration.statistics import GroupSums
+    from epmq_deploy.quantization.solver.hessian import GroupHessian
 
 
 def anchored_problem(

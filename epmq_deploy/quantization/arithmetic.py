@@ -1,8 +1,10 @@
 """The dtypes that a quantization method computes in."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
-import torch
+from epmq_deploy.lazy import torch
 
 
 @dataclass(frozen=True)

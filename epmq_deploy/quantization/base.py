@@ -9,18 +9,22 @@ completing the square gives ``H = sum_t s_t C_t + lambda I`` and
 ``G_t = Y_t^T X_t / n_t`` (E-PMQ, arXiv 2605.16882).
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
-import torch
-from torch import Tensor
-
-from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
 from epmq_deploy.options.quantization import CalibratedOptions, QuantizeOptions
 from epmq_deploy.quantization.arithmetic import Arithmetic
-from epmq_deploy.quantization.solver.hessian import GroupHessian, Hessian
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
+    from epmq_deploy.quantization.solver.hessian import GroupHessian, Hessian
 
 
 class Guide(Enum):

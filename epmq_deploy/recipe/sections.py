@@ -12,8 +12,6 @@ from pydantic import (
     model_validator,
 )
 
-from epmq_deploy.checkpoints.hub import hub_id
-from epmq_deploy.checkpoints.open_clip_weights import PREFIX, split_named
 from epmq_deploy.errors import RecipeError, listed
 from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
 from epmq_deploy.options import SEVERAL, Options, shared_fields, union_by_method
@@ -272,6 +270,8 @@ def load_recipe(file: Path) -> Recipe:
 
 def absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     """Make every local path absolute, seen from ``folder``; hub ids stay as they are."""
+    from epmq_deploy.checkpoints.hub import hub_id
+    from epmq_deploy.checkpoints.open_clip_weights import PREFIX, split_named
 
     def local(path: str) -> str:
         return str((folder / Path(path).expanduser()).resolve())

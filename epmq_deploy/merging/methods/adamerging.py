@@ -5,18 +5,21 @@ CLIP (``main_layer_wise_adamerging.py``), which tunes on test samples; here they
 samples.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
+from epmq_deploy.lazy import torch
 from epmq_deploy.merging.base import Context, MergeMethod, TaskVectors
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
-from epmq_deploy.models.predictions import entropy
 from epmq_deploy.options.merging import DataOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AdaMergingOptions(DataOptions):
@@ -60,7 +63,7 @@ class _Tuning:
 
     def tune(self) -> None:
         """Adam on the coefficients, kept within 0 and 1."""
-        raw = nn.Parameter(self.coefficients.clone())
+        raw = torch.nn.Parameter(self.coefficients.clone())
         optimizer = torch.optim.Adam([raw], lr=self._options.learning_rate)
         streams = {task: self._cycle(task) for task in self._data.tasks}
         for _ in self._data.progress.track(range(self._options.steps), "tuning coefficients"):
@@ -89,6 +92,8 @@ class _Tuning:
 
     def _entropies(self, task: str, inputs: tuple[Tensor, ...]) -> Tensor:
         """Of each sample's predictions, the mean: ``[n]``."""
+        from epmq_deploy.models.predictions import entropy
+
         found = self._data.predictions(task, self._model, inputs)
         return found.per_sample(entropy(found.logits))
 

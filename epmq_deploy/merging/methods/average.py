@@ -1,12 +1,15 @@
 """Average of the experts, plain or weighted (model soups, Wortsman et al., arXiv 2203.05482)."""
 
-from collections.abc import Sequence
-from typing import Literal
+from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 from epmq_deploy.merging.base import MergeMethod
 from epmq_deploy.merging.task_weights import WeightedOptions, weight_column, weight_problems
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class AverageOptions(WeightedOptions):

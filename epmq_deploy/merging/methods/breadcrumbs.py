@@ -6,13 +6,18 @@ is theirs; 99.3% is ours, within that range, and the scaling is Task Arithmetic'
 each row of a tensor by itself, their paper each tensor, as here.
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import MergeMethod
-from epmq_deploy.merging.ops.sparsify import ExtremesOptions, drop_extremes
+from epmq_deploy.options.merging import ExtremesOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BreadcrumbsOptions(ExtremesOptions):
@@ -28,7 +33,7 @@ def breadcrumbs(base: Tensor, task_vectors: Tensor, options: BreadcrumbsOptions)
     Of each tensor of each task vector the smallest ``beta`` and the largest ``1 - gamma`` of the
     entries, by magnitude, are dropped.
     """
-    kept = drop_extremes(task_vectors, options.beta, options.gamma)
+    kept = ops.sparsify.drop_extremes(task_vectors, options.beta, options.gamma)
     return base + options.scaling * kept.sum(dim=0)
 
 

@@ -4,14 +4,18 @@ The defaults are ours: what is dropped is as in ``breadcrumbs``, the scaling is 
 sums.
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import MergeMethod
-from epmq_deploy.merging.ops.signs import CombineOptions, disjoint_merge
-from epmq_deploy.merging.ops.sparsify import ExtremesOptions, drop_extremes
+from epmq_deploy.options.merging import CombineOptions, ExtremesOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BreadcrumbsTiesOptions(ExtremesOptions, CombineOptions):
@@ -26,8 +30,8 @@ def breadcrumbs_ties(base: Tensor, task_vectors: Tensor, options: BreadcrumbsTie
 
     The positive sign is elected where the kept values cancel.
     """
-    kept = drop_extremes(task_vectors, options.beta, options.gamma)
-    return base + options.scaling * disjoint_merge(kept, options.combine)
+    kept = ops.sparsify.drop_extremes(task_vectors, options.beta, options.gamma)
+    return base + options.scaling * ops.signs.disjoint_merge(kept, options.combine)
 
 
 METHOD = MergeMethod(

@@ -4,15 +4,19 @@ Two active tasks are the authors' choice (``prun_thre_k`` in ``config/method/con
 choose lambda from 0.2 to 0.6 and the scaling on validation data; the default is the middle.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from epmq_deploy.lazy import torch
 from epmq_deploy.merging.base import MergeMethod
 from epmq_deploy.options.merging import ScaledOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ConsensusOptions(ScaledOptions):

@@ -3,13 +3,18 @@
 Density and scaling are FusionBench's for CLIP (``config/method/dare/task_arithmetic.yaml``).
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import Context, MergeMethod
-from epmq_deploy.merging.ops.sparsify import RandomDropOptions, drop_at_random
+from epmq_deploy.options.merging import RandomDropOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DareOptions(RandomDropOptions):
@@ -31,7 +36,7 @@ def dare(base: Tensor, task_vectors: Tensor, options: DareOptions, context: Cont
     Returns:
         ``base + scaling * sum_t kept_t / density``.
     """
-    kept = drop_at_random(
+    kept = ops.sparsify.drop_at_random(
         task_vectors,
         lambda vector: options.density,
         seed=options.seed,

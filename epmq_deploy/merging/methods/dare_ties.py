@@ -4,14 +4,18 @@ The density is FusionBench's (``config/method/dare/ties_merging.yaml``), which t
 takes a scaling of 0.5; the default of 0.3 is ours: that of ``ties`` for sums.
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import Context, MergeMethod
-from epmq_deploy.merging.ops.signs import CombineOptions, disjoint_merge
-from epmq_deploy.merging.ops.sparsify import RandomDropOptions, drop_at_random
+from epmq_deploy.options.merging import CombineOptions, RandomDropOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DareTiesOptions(RandomDropOptions, CombineOptions):
@@ -36,14 +40,14 @@ def dare_ties(
         ``base + scaling *`` disjoint sum or mean of the kept, rescaled values; the positive sign is
         elected where they cancel.
     """
-    kept = drop_at_random(
+    kept = ops.sparsify.drop_at_random(
         task_vectors,
         lambda vector: options.density,
         seed=options.seed,
         name=context.name,
         tasks=context.tasks,
     )
-    return base + options.scaling * disjoint_merge(kept, options.combine)
+    return base + options.scaling * ops.signs.disjoint_merge(kept, options.combine)
 
 
 METHOD = MergeMethod(

@@ -4,14 +4,18 @@ Defaults are those of the example in the authors' repository (language models: d
 0.14, lambda 1.1, mean of the values of the elected sign); they give none for CLIP.
 """
 
-from typing import Literal, Self
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import Context, MergeMethod
-from epmq_deploy.merging.ops.signs import Combine, disjoint_merge
-from epmq_deploy.merging.ops.sparsify import RandomDropOptions, drop_at_random, keep_by_rank
+from epmq_deploy.options.merging import Combine, RandomDropOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DellaOptions(RandomDropOptions):
@@ -56,15 +60,15 @@ def della(base: Tensor, task_vectors: Tensor, options: DellaOptions, context: Co
         by ``epsilon`` from the smallest magnitude of a row (what feeds one output; a whole vector)
         to its largest. The positive sign is elected where values cancel.
     """
-    kept = drop_at_random(
+    kept = ops.sparsify.drop_at_random(
         task_vectors,
-        lambda vector: keep_by_rank(vector, options.density, options.epsilon),
+        lambda vector: ops.sparsify.keep_by_rank(vector, options.density, options.epsilon),
         seed=options.seed,
         name=context.name,
         tasks=context.tasks,
     )
     if options.elect:
-        merged = disjoint_merge(kept, options.combine)
+        merged = ops.signs.disjoint_merge(kept, options.combine)
     else:
         merged = kept.sum(dim=0)
         if options.combine == "mean":

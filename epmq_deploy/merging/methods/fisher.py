@@ -4,24 +4,28 @@ As in the authors' code, each expert's Fisher is divided by its norm over all pa
 at 1e-6; the number of samples is FusionBench's for CLIP (``clip_fisher_merging.yaml``).
 """
 
+from __future__ import annotations
+
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
-from epmq_deploy.checkpoints.tensors import StoredTensor, stored_tensors
+from epmq_deploy.lazy import torch
 from epmq_deploy.merging.base import Context, MergeMethod, TaskVectors
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.merging.task_weights import WeightedOptions, weight_column, weight_problems
 from epmq_deploy.options.merging import DataOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from epmq_deploy.checkpoints.tensors import StoredTensor
 
 
 class FisherOptions(DataOptions, WeightedOptions):
@@ -49,7 +53,7 @@ class Fishers:
         norms: per task, over all parameters.
     """
 
-    folder: "tempfile.TemporaryDirectory[str]"
+    folder: tempfile.TemporaryDirectory[str]
     tensors: Sequence[Mapping[str, StoredTensor]]
     norms: Sequence[float]
 
@@ -143,6 +147,10 @@ def _logits(
 
 def collect(data: CalibrationData, vectors: TaskVectors, options: FisherOptions) -> Calibrated:
     """Every expert's diagonal Fisher; one expert is in memory at a time."""
+    from safetensors.torch import save_file
+
+    from epmq_deploy.checkpoints.tensors import stored_tensors
+
     folder = tempfile.TemporaryDirectory(prefix="epmq-fisher-")
     tensors, norms = [], []
     for task in data.progress.track(data.tasks, "squared gradients"):

@@ -6,14 +6,18 @@ is ours and lies between: on the bundled zoo's held-back samples 1.0 scores 67.9
 63.0 (``benchmarks/results/merge_accuracy.json``).
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import Tensor
 
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import MergeMethod
-from epmq_deploy.merging.ops.spectral import polar
 from epmq_deploy.options.merging import ScaledOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class IsoCOptions(ScaledOptions):
@@ -40,7 +44,7 @@ def iso_c(base: Tensor, task_vectors: Tensor, scaling: float) -> Tensor:
     """
     if base.dim() != 2:
         return base + scaling * task_vectors.mean(dim=0)
-    flat, values = polar(task_vectors.sum(dim=0))
+    flat, values = ops.spectral.polar(task_vectors.sum(dim=0))
     return base + scaling * values.sum() / max(len(values), 1) * flat
 
 

@@ -4,15 +4,19 @@ The common share is the authors' (``config/method/iso_cts.yaml``); they choose t
 validation data, and FusionBench's examples for eight tasks take 1.5.
 """
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
-from torch import Tensor
 
+from epmq_deploy.lazy import torch
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import MergeMethod
-from epmq_deploy.merging.ops.spectral import polar, top_triplets
 from epmq_deploy.options.merging import ScaledOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class IsoCtsOptions(ScaledOptions):
@@ -55,17 +59,18 @@ def iso_cts(base: Tensor, task_vectors: Tensor, scaling: float, common: float) -
     known = found[0][0]
     if each:
         found += [
-            top_triplets(matrix - known @ (known.T @ matrix), each) for matrix in task_vectors
+            ops.spectral.top_triplets(matrix - known @ (known.T @ matrix), each)
+            for matrix in task_vectors
         ]
-    left, _ = polar(torch.cat([item[0] for item in found], dim=1))
-    right, _ = polar(torch.cat([item[2] for item in found], dim=0))
+    left, _ = ops.spectral.polar(torch.cat([item[0] for item in found], dim=1))
+    right, _ = ops.spectral.polar(torch.cat([item[2] for item in found], dim=0))
     values = torch.cat([item[1] for item in found])
     return base + scaling * values.mean() * left @ right
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if rank:
-        return top_triplets(matrix, rank)
+        return ops.spectral.top_triplets(matrix, rank)
     rows, columns = matrix.shape
     return matrix.new_empty(rows, 0), matrix.new_empty(0), matrix.new_empty(0, columns)
 

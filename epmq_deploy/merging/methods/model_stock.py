@@ -1,13 +1,16 @@
 """Model Stock (Jang et al., arXiv 2403.19522): how far towards the average follows from angles."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from epmq_deploy.lazy import torch
 from epmq_deploy.merging.base import MergeMethod
 from epmq_deploy.options.merging import MergeOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class ModelStockOptions(MergeOptions):

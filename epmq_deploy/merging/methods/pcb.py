@@ -4,18 +4,22 @@ The ratio is the default in the authors' code (``pcb-merging.py``). There the sc
 for, task by task, between 0.8 and 1.3; the default is where that search starts.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from epmq_deploy.checkpoints.prefetch import ahead
+from epmq_deploy.lazy import torch
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import MergeMethod, TaskVectors, pieces
-from epmq_deploy.merging.ops.selection import magnitude_ranks, streamed_ranks
 from epmq_deploy.options.merging import ScaledOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Share of magnitudes at either end that are drawn in, as in the authors' code.
 _CLAMPED = 1e-4
@@ -99,7 +103,7 @@ def global_statistics(vectors: TaskVectors, options: PcbOptions) -> PcbStatistic
     places = (int(count * _CLAMPED), int(count * (1 - _CLAMPED) - 1))
     bounds = torch.tensor(
         [
-            magnitude_ranks(vectors, index, vectors.names, places)
+            ops.selection.magnitude_ranks(vectors, index, vectors.names, places)
             for index in range(len(vectors.tasks))
         ]
     )
@@ -110,7 +114,9 @@ def global_statistics(vectors: TaskVectors, options: PcbOptions) -> PcbStatistic
             for part in pieces(stack.cpu()):
                 yield scores(part, low, high)[1]
 
-    threshold = streamed_ranks(stream, min(int(count * (1 - options.ratio)), count - 1))
+    threshold = ops.selection.streamed_ranks(
+        stream, min(int(count * (1 - options.ratio)), count - 1)
+    )
     best = threshold
     for piece in stream():
         best = torch.maximum(best, piece.amax(dim=1))

@@ -4,13 +4,19 @@ The factor on off-diagonal elements is FusionBench's for CLIP (``clip_regmean.ya
 takes 0.9 for most language models.
 """
 
-from functools import partial
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from epmq_deploy.merging.base import MergeMethod
-from epmq_deploy.merging.regression import RegressionOptions, merge_linear_layers, regressed_or_mean
+from epmq_deploy.merging.base import Context, MergeMethod, TaskVectors
+from epmq_deploy.options.merging import RegressionOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 
 
 class RegMeanOptions(RegressionOptions):
@@ -22,12 +28,26 @@ class RegMeanOptions(RegressionOptions):
     )
 
 
+def collect(data: CalibrationData, vectors: TaskVectors, options: RegressionOptions) -> Calibrated:
+    """Merge linear layers, each expert's preceding blocks being its own."""
+    from epmq_deploy.merging.regression import merge_linear_layers
+
+    return merge_linear_layers(data, vectors, options, sequential=False)
+
+
+def merge(
+    base: Tensor, task_vectors: Tensor, options: RegressionOptions, context: Context
+) -> Tensor:
+    """Add to ``base [*]`` what was solved for, else the mean of ``task_vectors [T, *]``."""
+    from epmq_deploy.merging.regression import regressed_or_mean
+
+    return regressed_or_mean(base, task_vectors, context)
+
+
 METHOD = MergeMethod(
     options=RegMeanOptions,
     summary="linear layers closest to all experts' outputs on their own inputs (needs data)",
     source="RegMean, arXiv 2212.09849",
-    merge=lambda base, task_vectors, options, context: regressed_or_mean(
-        base, task_vectors, context
-    ),
-    calibrate=partial(merge_linear_layers, sequential=False),
+    merge=merge,
+    calibrate=collect,
 )

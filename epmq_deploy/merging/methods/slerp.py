@@ -1,15 +1,19 @@
 """Spherical linear interpolation of two experts (Shoemake, SIGGRAPH 1985)."""
 
-from collections.abc import Sequence
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
-from torch import Tensor
 
 from epmq_deploy.errors import NumericsError
+from epmq_deploy.lazy import torch
 from epmq_deploy.merging.base import Context, MergeMethod
 from epmq_deploy.options.merging import MergeOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Below this angle (radians) the arc and the straight line are the same in float32.
 _STRAIGHT = 1e-4

@@ -1,13 +1,17 @@
 """Task Arithmetic (Ilharco et al., arXiv 2212.04089)."""
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from epmq_deploy.merging.base import MergeMethod
 from epmq_deploy.merging.task_weights import WeightedOptions, weight_column, weight_problems
 from epmq_deploy.options.merging import ScaledOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TaskArithmeticOptions(ScaledOptions, WeightedOptions):

@@ -1,19 +1,21 @@
 """TIES-Merging (Yadav et al., arXiv 2306.01708): trim, elect sign, disjoint merge."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
+from epmq_deploy.lazy import numpy as np
+from epmq_deploy.lazy import torch
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import MergeMethod, TaskVectors, pieces
-from epmq_deploy.merging.ops.selection import fill_with_task, kth_smallest
-from epmq_deploy.merging.ops.signs import Combine, disjoint_merge
-from epmq_deploy.merging.ops.sparsify import keep_from
-from epmq_deploy.options.merging import ScaledOptions
+from epmq_deploy.options.merging import Combine, ScaledOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TiesOptions(ScaledOptions):
@@ -46,7 +48,7 @@ def trim(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
     """Zero entries of ``task_vectors [T, *]`` below their task's threshold ``[T]``."""
     kept = torch.empty_like(task_vectors)
     for vector, threshold, result in zip(task_vectors, thresholds.tolist(), kept, strict=True):
-        keep_from(vector, threshold, out=result)
+        ops.sparsify.keep_from(vector, threshold, out=result)
     return kept
 
 
@@ -65,7 +67,7 @@ def ties(base: Tensor, task_vectors: Tensor, options: TiesOptions, known: TiesSt
         authors' code.
     """
     kept = trim(task_vectors, known.thresholds[options.density])
-    merged = disjoint_merge(kept, options.combine, known.majority_sign)
+    merged = ops.signs.disjoint_merge(kept, options.combine, known.majority_sign)
     return base + options.scaling * merged
 
 
@@ -93,9 +95,11 @@ def _thresholds_and_sum(
     dropped = count - int(count * density)
     vector, total, thresholds = torch.empty(count), torch.zeros(count), []
     for index in range(len(vectors.tasks)):
-        fill_with_task(vector, vectors, index, names)
-        smallest = kth_smallest(vector.numpy(), dropped - 1, key=np.abs) if dropped else 0.0
-        total += keep_from(vector, smallest, out=vector)
+        ops.selection.fill_with_task(vector, vectors, index, names)
+        smallest = (
+            ops.selection.kth_smallest(vector.numpy(), dropped - 1, key=np.abs) if dropped else 0.0
+        )
+        total += ops.sparsify.keep_from(vector, smallest, out=vector)
         thresholds.append(smallest)
     return torch.tensor(thresholds), total
 

@@ -1,14 +1,18 @@
 """TSV-M (Gargiulo et al., arXiv 2412.00081): merge decorrelated task singular vectors."""
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
-from torch import Tensor
 
+from epmq_deploy.lazy import torch
+from epmq_deploy.merging import ops
 from epmq_deploy.merging.base import MergeMethod
-from epmq_deploy.merging.ops.spectral import polar, top_triplets
 from epmq_deploy.options.merging import ScaledOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TsvmOptions(ScaledOptions):
@@ -36,9 +40,9 @@ def tsv_m(base: Tensor, task_vectors: Tensor, scaling: float) -> Tensor:
     if base.dim() != 2:
         return base + scaling * task_vectors.mean(dim=0)
     rank = max(1, min(base.shape) // len(task_vectors))
-    triplets = [top_triplets(matrix, rank) for matrix in task_vectors]
-    left, _ = polar(torch.cat([found[0] for found in triplets], dim=1))
-    right, _ = polar(torch.cat([found[2] for found in triplets], dim=0))
+    triplets = [ops.spectral.top_triplets(matrix, rank) for matrix in task_vectors]
+    left, _ = ops.spectral.polar(torch.cat([found[0] for found in triplets], dim=1))
+    right, _ = ops.spectral.polar(torch.cat([found[2] for found in triplets], dim=0))
     values = torch.cat([found[1] for found in triplets])
     return base + scaling * (left * values) @ right
 

@@ -5,18 +5,22 @@ merged it scores 25.2 % on held-back samples, with a rate of 1.4e-4 67.1 and wit
 66.8 (``benchmarks/results/merge_accuracy.json``).
 """
 
+from __future__ import annotations
+
 import logging
 import math
 from collections import defaultdict
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from epmq_deploy.checkpoints.prefetch import ahead
+from epmq_deploy.lazy import torch
 from epmq_deploy.merging.base import MergeMethod, TaskVectors
 from epmq_deploy.options.merging import ScaledOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 

@@ -1,1 +1,12 @@
-"""Functions over tensors that merge methods share."""
+"""Functions over tensors that merge methods share; modules are imported when first used."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from epmq_deploy.merging.ops import selection, signs, sparsify, spectral
+
+    __all__ = ["selection", "signs", "sparsify", "spectral"]
+else:
+    from epmq_deploy.lazy import submodules
+
+    __getattr__ = submodules(__name__)

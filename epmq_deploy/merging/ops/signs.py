@@ -1,23 +1,10 @@
 """Electing a sign per parameter and merging the values that agree (arXiv 2306.01708)."""
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from epmq_deploy.merging.base import pieces
-from epmq_deploy.options.merging import MergeOptions
-
-Combine = Literal["sum", "mean"]
-
-
-class CombineOptions(MergeOptions):
-    """Options of methods that elect signs."""
-
-    combine: Combine = Field(
-        "sum", description="sum of the values that agree in sign, or their mean"
-    )
+from epmq_deploy.options.merging import Combine
 
 
 def disjoint_merge(kept: Tensor, combine: Combine, undecided: float = 1.0) -> Tensor:

@@ -3,47 +3,13 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from epmq_deploy.merging.ops.selection import kth_smallest
-from epmq_deploy.options.merging import ScaledOptions
-
-
-class RandomDropOptions(ScaledOptions):
-    """Options of methods that drop entries at random."""
-
-    density: float = Field(
-        0.5, gt=0, le=1, description="share of each task vector that is kept, chosen at random"
-    )
-    seed: int = Field(0, description="seed of the choice of what is kept")
-
-    whole_model: ClassVar[frozenset[str]] = ScaledOptions.whole_model | {"seed"}
-
-
-class ExtremesOptions(ScaledOptions):
-    """Options of methods that drop the smallest and the largest entries."""
-
-    beta: float = Field(
-        0.85, ge=0, lt=1, description="share of each tensor's entries dropped as negligible"
-    )
-    gamma: float = Field(
-        0.993, gt=0, le=1, description="share of entries below which an entry is no outlier"
-    )
-
-    @model_validator(mode="after")
-    def _leave_some_between(self) -> Self:
-        if self.gamma <= self.beta:
-            raise ValueError(
-                f"gamma {self.gamma:g} must be above beta {self.beta:g}: the share of entries "
-                "between the two is what is merged"
-            )
-        return self
 
 
 def generator_for(seed: int, *labels: str) -> torch.Generator:

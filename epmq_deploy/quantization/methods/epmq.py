@@ -6,14 +6,16 @@ outputs, held by a weaker anchor that lies further beyond the merged weights; pr
 needs no calibration data (``epmq_deploy.quantization.data_free``).
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
 from pydantic import Field, field_validator, model_validator
 
-from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
+from epmq_deploy.lazy import torch
 from epmq_deploy.options.quantization import CalibratedOptions
+from epmq_deploy.quantization import solver
 from epmq_deploy.quantization.anchored import anchored_problem
 from epmq_deploy.quantization.arithmetic import Arithmetic
 from epmq_deploy.quantization.base import (
@@ -23,7 +25,10 @@ from epmq_deploy.quantization.base import (
     QuantizationMethod,
     fits_jointly,
 )
-from epmq_deploy.quantization.solver.hessian import GroupHessian, Hessian
+
+if TYPE_CHECKING:
+    from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
+    from epmq_deploy.quantization.solver.hessian import GroupHessian
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,7 @@ class EpmqOptions(CalibratedOptions):
         )
 
     @model_validator(mode="after")
-    def _data_free_means_no_activations(self) -> "EpmqOptions":
+    def _data_free_means_no_activations(self) -> EpmqOptions:
         if self.preset == "weights" and (self.alpha or self.norms or self.distill):
             raise ValueError(
                 "preset weights has no calibration data: leave out alpha, norms and distill"
@@ -150,7 +155,7 @@ class EpmqOptions(CalibratedOptions):
         return found
 
     @model_validator(mode="after")
-    def _distillation_is_not_held(self) -> "EpmqOptions":
+    def _distillation_is_not_held(self) -> EpmqOptions:
         if self.distill and (self.bias == "keep" or self.norms is False):
             raise ValueError("distill tunes biases and norms: leave out bias: keep, norms: false")
         return self
@@ -201,8 +206,10 @@ class Epmq(QuantizationMethod[EpmqOptions]):
         strength = options.values.anchor
         matrix = sums.gram.clone()
         matrix.diagonal().add_(strength)
-        plain = Hessian(matrix, act_order=options.act_order, dtype=self.solver_dtype(options))
-        return GroupHessian(plain, sums.mean, sums.weight + strength)
+        plain = solver.hessian.Hessian(
+            matrix, act_order=options.act_order, dtype=self.solver_dtype(options)
+        )
+        return solver.hessian.GroupHessian(plain, sums.mean, sums.weight + strength)
 
     def problem(
         self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: EpmqOptions

@@ -5,12 +5,14 @@ earlier layers is in those inputs already, so here the layer is asked for what i
 unquantized path: ``Y_t = Z_t W_m^T``. That problem is solved exactly, anchored at ``W_m``.
 """
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from epmq_deploy.calibration.statistics import GroupSums
 from epmq_deploy.options.quantization import CalibratedOptions
+from epmq_deploy.quantization import solver
 from epmq_deploy.quantization.anchored import anchored_problem
 from epmq_deploy.quantization.base import (
     Guide,
@@ -19,7 +21,10 @@ from epmq_deploy.quantization.base import (
     QuantizationMethod,
     fits_jointly,
 )
-from epmq_deploy.quantization.solver.hessian import GroupHessian, Hessian
+
+if TYPE_CHECKING:
+    from epmq_deploy.calibration.statistics import GroupSums
+    from epmq_deploy.quantization.solver.hessian import GroupHessian
 
 
 class GptaqOptions(CalibratedOptions):
@@ -48,8 +53,10 @@ class Gptaq(QuantizationMethod[GptaqOptions]):
         """See base."""
         matrix = sums.gram.clone()
         matrix.diagonal().add_(_strength(sums, options))
-        return GroupHessian(
-            Hessian(matrix, act_order=options.act_order, dtype=self.solver_dtype(options)),
+        return solver.hessian.GroupHessian(
+            solver.hessian.Hessian(
+                matrix, act_order=options.act_order, dtype=self.solver_dtype(options)
+            ),
             sums.mean,
             sums.weight,
         )

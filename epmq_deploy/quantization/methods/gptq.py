@@ -1,19 +1,24 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): reproduce the merged layer on its own inputs."""
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
+
 from pydantic import Field
 
-from epmq_deploy.calibration.statistics import GroupSums
+from epmq_deploy.lazy import torch
 from epmq_deploy.options.quantization import CalibratedOptions
+from epmq_deploy.quantization import solver
 from epmq_deploy.quantization.base import (
     LayerProblem,
     LayerWeights,
     QuantizationMethod,
     fits_jointly,
 )
-from epmq_deploy.quantization.solver.hessian import GroupHessian, Hessian
+
+if TYPE_CHECKING:
+    from epmq_deploy.calibration.statistics import GroupSums
+    from epmq_deploy.quantization.solver.hessian import GroupHessian
 
 
 class GptqOptions(CalibratedOptions):
@@ -35,8 +40,10 @@ class Gptq(QuantizationMethod[GptqOptions]):
         """See base."""
         matrix = sums.gram.clone()
         matrix.diagonal().add_(options.damping * float(matrix.diagonal().mean()))
-        plain = Hessian(matrix, act_order=options.act_order, dtype=self.solver_dtype(options))
-        return GroupHessian(plain, sums.mean, sums.weight)
+        plain = solver.hessian.Hessian(
+            matrix, act_order=options.act_order, dtype=self.solver_dtype(options)
+        )
+        return solver.hessian.GroupHessian(plain, sums.mean, sums.weight)
 
     def problem(
         self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: GptqOptions

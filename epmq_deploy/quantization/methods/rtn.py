@@ -1,13 +1,17 @@
 """Round to nearest: the merged weights, every column on its own."""
 
-from typing import Literal
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, Literal
 
-from epmq_deploy.calibration.statistics import GroupSums
+from epmq_deploy.lazy import torch
 from epmq_deploy.options.quantization import QuantizeOptions
+from epmq_deploy.quantization import solver
 from epmq_deploy.quantization.base import LayerProblem, LayerWeights, QuantizationMethod
-from epmq_deploy.quantization.solver.hessian import GroupHessian, Identity
+
+if TYPE_CHECKING:
+    from epmq_deploy.calibration.statistics import GroupSums
+    from epmq_deploy.quantization.solver.hessian import GroupHessian
 
 
 class RtnOptions(QuantizeOptions):
@@ -24,8 +28,8 @@ class Rtn(QuantizationMethod[RtnOptions]):
 
     def hessian(self, sums: GroupSums, options: RtnOptions) -> GroupHessian:
         """See base."""
-        identity = Identity(len(sums.mean), sums.mean.device)
-        return GroupHessian(identity, sums.mean, sums.weight)
+        identity = solver.hessian.Identity(len(sums.mean), sums.mean.device)
+        return solver.hessian.GroupHessian(identity, sums.mean, sums.weight)
 
     def problem(
         self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: RtnOptions
