@@ -17,7 +17,7 @@ created in processes of their own, too. Writes ``benchmarks/results/deploy.json`
 
 import os
 
-# Read when torch is imported; see epmq_deploy.cli.
+# Read when torch is imported; see epmq_deploy.cli.process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse

@@ -10,7 +10,7 @@ each sweep of refinement gains. Prints Markdown and writes ``benchmarks/results/
 
 import os
 
-# Read when torch is imported; see epmq_deploy.cli.
+# Read when torch is imported; see epmq_deploy.cli.process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse

@@ -14,7 +14,7 @@ where other methods' rows stay.
 
 import os
 
-# Read when torch is imported; see epmq_deploy.cli.
+# Read when torch is imported; see epmq_deploy.cli.process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse

@@ -11,7 +11,7 @@ methods' rows stay, and prints the table as Markdown.
 
 import os
 
-# Read when torch is imported; see epmq_deploy.cli.
+# Read when torch is imported; see epmq_deploy.cli.process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse

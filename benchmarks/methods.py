@@ -13,7 +13,7 @@ merges and sample counts stay, and prints the table as Markdown.
 
 import os
 
-# Read when torch is imported; see epmq_deploy.cli.
+# Read when torch is imported; see epmq_deploy.cli.process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse

@@ -9,7 +9,7 @@ that an interrupted run goes on where it stopped, and prints the tables as Markd
 
 import os
 
-# Read when torch is imported; see epmq_deploy.cli.
+# Read when torch is imported; see epmq_deploy.cli.process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import argparse

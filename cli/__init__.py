@@ -1,7 +1,5 @@
-"""The ``epmq`` command line: thin wrappers around the stages."""
+"""The ``epmq`` command line: parsing of arguments and printing of results, around the stages.
 
-import os
-
-# Read when torch is imported, which comes later. Threads that wait by spinning make torch dozens
-# of times slower wherever there are fewer free cores than threads: containers, shared machines.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+Importing it changes nothing; ``epmq_deploy.cli.main.main`` is the entry point, and what it sets for
+the whole process is in ``epmq_deploy.cli.process``.
+"""

@@ -1,75 +1,76 @@
-"""What a person sees: progress and log on stderr, results on stdout."""
+"""Terminal output: progress and logs on stderr, results on stdout.
+
+``rich`` is imported when something is printed, so that commands start without it.
+"""
+
+from __future__ import annotations
 
 import json
-import logging
-import os
 import sys
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-from rich.console import Console, RenderableType
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as RichProgress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from epmq_deploy.progress import length_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Terminal:
-    """How a command reports: nothing but errors when quiet, plain JSON on request."""
+    """Where a command reports: nothing but errors when quiet, plain JSON on request.
+
+    Attributes:
+        as_json: print results as JSON instead of tables.
+        quiet: show neither progress nor tables.
+    """
 
     as_json: bool
     quiet: bool
 
-    def __post_init__(self) -> None:
-        logger = logging.getLogger("epmq_deploy")
-        handler = RichHandler(console=_stderr(), show_path=False, show_time=False)
-        logger.handlers = [handler]
-        logger.setLevel(logging.ERROR if self.quiet else logging.INFO)
-        logger.propagate = False
-        _quieten_libraries()
-
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-        """A progress bar on stderr; off when quiet or not a terminal."""
-        console = _stderr()
+        """Yield ``items`` under a progress bar, unless quiet or stderr is not a terminal."""
+        console = stderr_console()
         if self.quiet or not console.is_terminal:
             yield from items
             return
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
         columns = (
             TextColumn("{task.description:>16}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        with RichProgress(*columns, console=console, transient=True) as bars:
+        with Progress(*columns, console=console, transient=True) as bars:
             yield from bars.track(items, total=length_of(items, total), description=description)
 
-    def result(self, data: dict[str, Any], shown: RenderableType) -> None:
-        """Print a command's result to stdout, as JSON or for a person."""
+    def result(self, data: Mapping[str, Any], table: RenderableType) -> None:
+        """Print a command's result to stdout: ``data`` as JSON, or ``table``."""
         if self.as_json:
             print(json.dumps(data, indent=2))
         elif not self.quiet:
-            Console().print(shown)
+            from rich.console import Console
+
+            Console().print(table)
 
 
-def fail(message: str) -> None:
+def print_error(message: str) -> None:
     """Print an error to stderr."""
     print(f"error: {message}", file=sys.stderr)
 
 
-def _stderr() -> Console:
+def stderr_console() -> Console:
+    """Return a console on stderr."""
+    from rich.console import Console
+
     return Console(stderr=True)
-
-
-def _quieten_libraries() -> None:
-    """Keep other libraries' notices off the terminal; what matters is reported by this one."""
-    # Read when transformers is imported, which happens later.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")
-    for name in ("transformers", "datasets", "torch.onnx", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from epmq_deploy.artifacts.card import Evaluation, write_card
 from epmq_deploy.artifacts.folders import atomic_text
-from epmq_deploy.artifacts.manifest import read_manifest
 from epmq_deploy.artifacts.names import MANIFEST
-from epmq_deploy.cli import common
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
+from epmq_deploy.cli.options import CommonOptions, RecipeFile, recipe_of
+from epmq_deploy.cli.process import silence_onnxruntime
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import EvalOptions, Recipe
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from epmq_deploy.runtime.report.model import EvalReport
 
 EVAL_FILE = "eval.json"
-_FATAL = 4
 
 
 @with_flags([EvalOptions])
@@ -31,12 +29,9 @@ def command(
         Path | None,
         typer.Option("--output", "-o", help="JSON file to write; DIR/eval.json when absent."),
     ] = None,
-    recipe: common.RecipeFile = None,
-    device: common.Device = "auto",
-    overwrite: common.Overwrite = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
+    recipe: RecipeFile = None,
     *,
+    common: CommonOptions,
     flags: dict[str, Any],
 ) -> None:
     """Run every exported graph in onnxruntime on every task and compare.
@@ -50,9 +45,16 @@ def command(
       epmq eval exported --max-drop 0.5 --max-size 60 --threads 1,2 --overwrite
       epmq eval exported --diagnose --provider cuda -o cuda.json
     """
-    terminal = Terminal(as_json, quiet)
-    chosen = common.recipe_of(recipe, exported, "export", "eval", flags)
-    evaluate_to(output or exported / EVAL_FILE, chosen, exported, device, overwrite, terminal)
+    terminal = common.terminal()
+    silence_onnxruntime()
+    evaluate_to(
+        output or exported / EVAL_FILE,
+        recipe_of(recipe, exported, "export", "eval", flags),
+        exported,
+        common.device,
+        common.overwrite,
+        terminal,
+    )
 
 
 def evaluate_to(
@@ -64,12 +66,8 @@ def evaluate_to(
     terminal: Terminal,
 ) -> None:
     """Evaluate, write ``file`` and what is made from it, show the table, then hold the gates."""
-    import onnxruntime
-
     from epmq_deploy.runtime.evaluation.stage import evaluate
 
-    # A provider that cannot be started is reported below, in one sentence.
-    onnxruntime.set_default_logger_severity(_FATAL)
     for target in (file, *views_of(file)):
         refuse_existing_file(target, overwrite)
     # A device asked for goes for the graphs as well, unless they have a provider of their own.
@@ -85,6 +83,8 @@ def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None
 
     An export's own report is shown in its model card, too.
     """
+    from epmq_deploy.artifacts.card import Evaluation, write_card
+    from epmq_deploy.artifacts.manifest import read_manifest
     from epmq_deploy.cli.eval_table import eval_table
     from epmq_deploy.models import family_of
     from epmq_deploy.runtime.evaluation.gates import check_gates

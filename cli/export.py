@@ -5,43 +5,50 @@ from typing import Annotated, Any
 
 import typer
 
-from epmq_deploy.cli import common
-from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
-from epmq_deploy.cli.tables import export_table
-from epmq_deploy.device import pick_device
+from epmq_deploy.cli.options import CommonOptions, OutputFolder, RecipeFile, needed, recipe_of
 from epmq_deploy.recipe import ExportOptions
 
 
 @with_flags([ExportOptions])
 def command(
-    quantized: Annotated[Path, typer.Argument(help="Output of `epmq quantize`.")],
-    output: common.Output,
-    recipe: common.RecipeFile = None,
-    device: common.Device = "auto",
-    overwrite: common.Overwrite = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
+    quantized: Annotated[Path | None, typer.Argument(help="Output of `epmq quantize`.")] = None,
+    output: OutputFolder = None,
+    recipe: RecipeFile = None,
+    list_formats: Annotated[
+        bool, typer.Option("--list", help="List all formats and deployment targets and exit.")
+    ] = False,
     *,
+    common: CommonOptions,
     flags: dict[str, Any],
 ) -> None:
-    """Pack the exact codes into ONNX files, with the fp32 merged model beside them.
+    """Pack the exact codes into ONNX files, next to the merged model in fp32.
 
     \b
     Examples:
       epmq export quantized -o exported
+      epmq export quantized -o exported --target cpu
       epmq export quantized -o exported --formats matmulnbits --accuracy-level 4
+      epmq export --list
     """
+    terminal = common.terminal()
+    if list_formats:
+        from epmq_deploy.cli.listings import formats_data, formats_tables
+
+        data = formats_data()
+        terminal.result(data, formats_tables(data))
+        return
+    from epmq_deploy.cli.tables import export_table
     from epmq_deploy.exporters.stage import export
 
-    terminal = Terminal(as_json, quiet)
+    source, folder = needed(quantized, "QUANTIZED"), needed(output, "--output")
     manifest = export(
-        common.recipe_of(recipe, quantized, "quantize", "export", flags),
-        quantized,
-        output,
-        overwrite=overwrite,
-        device=pick_device(device),
+        recipe_of(recipe, source, "quantize", "export", flags),
+        source,
+        folder,
+        overwrite=common.overwrite,
+        device=common.torch_device(),
         progress=terminal,
     )
-    data = {"output": str(output), **manifest.details}
-    terminal.result(data, export_table(manifest, str(output)))
+    data = {"output": str(folder), **manifest.details}
+    terminal.result(data, export_table(manifest, str(folder)))

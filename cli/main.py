@@ -1,26 +1,23 @@
-"""The ``epmq`` command.
+"""The ``epmq`` command."""
 
-Exit codes: 0 done, 1 unexpected error, 2 usage or recipe, 3 inputs do not fit together,
-4 numbers do not agree, 5 no low-bit graph meets the gates.
-"""
-
-import signal
 import sys
 from typing import Annotated
 
 import typer
 
 from epmq_deploy.cli import demo, evaluate, export, merge, quantize, run
-from epmq_deploy.cli.console import fail
-from epmq_deploy.errors import EpmqError, RecipeError
+from epmq_deploy.cli.console import print_error
+from epmq_deploy.cli.errors import USAGE, exit_code, exit_codes_text
+from epmq_deploy.cli.process import prepare_process
+from epmq_deploy.errors import EpmqError
 from epmq_deploy.version import __version__
 
 app = typer.Typer(
     name="epmq",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=exit_codes_text(),
 )
 app.command("merge")(merge.command)
 app.command("quantize")(quantize.command)
@@ -30,8 +27,8 @@ app.command("run")(run.command)
 app.command("demo")(demo.command)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit
 
@@ -39,27 +36,29 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Merge fine-tuned experts, quantize the result, deploy it as ONNX and prove its accuracy.
-
-    Exit codes: 0 done, 1 unexpected error, 2 usage or recipe, 3 inputs do not fit together,
-    4 numbers do not agree, 5 no low-bit graph meets the gates.
-    """
+    """Merge fine-tuned experts, quantize the result, deploy it as ONNX and measure its accuracy."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its documented code."""
-    # Ending by an exception lets temporary folders be removed.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Run the command line and exit with its documented code.
+
+    Args:
+        arguments: of the command line; None takes the process's own.
+    """
+    prepare_process()
     try:
         app(arguments)
     except EpmqError as error:
-        fail(str(error))
-        sys.exit(error.exit_code)
+        print_error(str(error))
+        sys.exit(exit_code(error))
     except OSError as error:
         if error.filename is None:
             raise
-        fail(f"{error.filename}: {error.strerror}")
-        sys.exit(RecipeError.exit_code)
+        print_error(f"{error.filename}: {error.strerror}")
+        sys.exit(USAGE)

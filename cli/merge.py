@@ -4,25 +4,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from epmq_deploy.cli import common
-from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
-from epmq_deploy.cli.tables import stage_table
-from epmq_deploy.device import pick_device
+from epmq_deploy.cli.options import CommonOptions, needed
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.options import split_entries
-from epmq_deploy.options.merging import MergeOptions
 from epmq_deploy.recipe import Recipe, absolute_paths, load_recipe, override, parse_recipe
+from epmq_deploy.registry import MERGE_METHODS
 
 
-@with_flags(
-    (method.options for method in MERGE_METHODS.values()),
-    {name: f"{method.summary} ({method.source})" for name, method in MERGE_METHODS.items()},
-)
+@with_flags(method.options for method in MERGE_METHODS.values())
 def command(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).")] = None,
     output: Annotated[
@@ -36,16 +27,13 @@ def command(
     ] = None,
     expert: Annotated[
         list[str] | None,
-        typer.Option(help=f"An expert as name=path, path being as of --base; {SEVERAL_HELP}."),
+        typer.Option(help=f"An expert as name=path, path as for --base; {SEVERAL_HELP}."),
     ] = None,
     list_methods: Annotated[
-        bool, typer.Option("--list", help="Explain all merge methods and their options, and end.")
+        bool, typer.Option("--list", help="List all merge methods and exit.")
     ] = False,
-    device: common.Device = "auto",
-    overwrite: common.Overwrite = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
     *,
+    common: CommonOptions,
     flags: dict[str, Any],
 ) -> None:
     """Merge experts into one Hugging Face folder.
@@ -58,71 +46,50 @@ def command(
       epmq merge recipe.yaml -o merged --method iso_c --search
       epmq merge --list
     """
+    terminal = common.terminal()
+    if list_methods:
+        from epmq_deploy.cli.listings import methods_data, methods_table
+        from epmq_deploy.options.merging import MergeOptions
+
+        sources = {name: method.source for name, method in MERGE_METHODS.items()}
+        data = methods_data(MERGE_METHODS, MergeOptions, sources)
+        terminal.result(data, methods_table("merge methods", data))
+        return
+    from epmq_deploy.cli.tables import stage_table
     from epmq_deploy.merging.stage import merge
 
-    terminal = Terminal(as_json, quiet)
-    if list_methods:
-        terminal.result(_methods(), _methods_table())
-        return
-    if output is None:
-        raise typer.BadParameter("needed to merge", param_hint="--output")
-    chosen = override(_recipe(recipe, base, expert or []), "merge", flags)
+    folder = needed(output, "--output")
     manifest = merge(
-        chosen, output, overwrite=overwrite, device=pick_device(device), progress=terminal
+        override(_recipe(recipe, base, expert or []), "merge", flags),
+        folder,
+        overwrite=common.overwrite,
+        device=common.torch_device(),
+        progress=terminal,
     )
-    data = {"output": str(output), **manifest.details}
-    terminal.result(data, stage_table(manifest, str(output)))
-
-
-def _methods() -> dict[str, Any]:
-    """All methods and their own options, as plain data."""
-    return {
-        "methods": [
-            {
-                "name": method.name,
-                "summary": method.summary,
-                "source": method.source,
-                "options": {
-                    name: {"default": field.default, "description": field.description}
-                    for name, field in method.options.model_fields.items()
-                    if name not in MergeOptions.model_fields
-                },
-            }
-            for method in MERGE_METHODS.values()
-        ]
-    }
-
-
-def _methods_table() -> Table:
-    """All methods, a line each."""
-    table = Table(title="merge methods", caption="--json has their options; --help explains them")
-    for title in ("name", "what it does", "source"):
-        table.add_column(title, no_wrap=title == "name")
-    for method in MERGE_METHODS.values():
-        table.add_row(method.name, escape(method.summary), escape(method.source))
-    return table
+    data = {"output": str(folder), **manifest.details}
+    terminal.result(data, stage_table(manifest, str(folder)))
 
 
 def _recipe(file: Path | None, base: str | None, experts: list[str]) -> Recipe:
-    """The recipe, or one made of flags alone; flags win over the file."""
-    pairs = dict(_pair(text) for text in split_entries(experts, start=r"[\w-]+="))
+    """Return the recipe of a file, of flags alone, or of both, in which case flags win."""
+    paths = dict(_named_path(text) for text in split_entries(experts, start=r"[\w-]+="))
     if file is None:
-        if base is None or not pairs:
+        if base is None or not paths:
             raise RecipeError("give a recipe, or --base and at least one --expert name=path")
         content: dict[str, Any] = {
             "base": {"path": base},
-            "tasks": {name: {"expert": path} for name, path in pairs.items()},
+            "tasks": {name: {"expert": path} for name, path in paths.items()},
         }
         return absolute_paths(parse_recipe(content, "flags"), Path.cwd())
     content = load_recipe(file).model_dump(exclude_unset=True)
     if base is not None:
         content["base"]["path"] = base
-    for name, path in pairs.items():
+    for name, path in paths.items():
         content["tasks"].setdefault(name, {})["expert"] = path
     return absolute_paths(parse_recipe(content, "flags"), Path.cwd())
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _named_path(text: str) -> tuple[str, str]:
     name, separator, path = text.partition("=")
     if not (name and separator and path):
         raise RecipeError(f"--expert {text}: expected name=path")

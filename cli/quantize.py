@@ -5,27 +5,21 @@ from typing import Annotated, Any
 
 import typer
 
-from epmq_deploy.cli import common
-from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
-from epmq_deploy.cli.tables import stage_table
-from epmq_deploy.device import pick_device
-from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
+from epmq_deploy.cli.options import CommonOptions, OutputFolder, RecipeFile, needed, recipe_of
+from epmq_deploy.registry import QUANTIZATION_METHODS
 
 
-@with_flags(
-    (target.options for target in QUANTIZATION_METHODS.values()),
-    {name: target.summary for name, target in QUANTIZATION_METHODS.items()},
-)
+@with_flags(method.options for method in QUANTIZATION_METHODS.values())
 def command(
-    merged: Annotated[Path, typer.Argument(help="Output of `epmq merge`.")],
-    output: common.Output,
-    recipe: common.RecipeFile = None,
-    device: common.Device = "auto",
-    overwrite: common.Overwrite = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
+    merged: Annotated[Path | None, typer.Argument(help="Output of `epmq merge`.")] = None,
+    output: OutputFolder = None,
+    recipe: RecipeFile = None,
+    list_methods: Annotated[
+        bool, typer.Option("--list", help="List all quantization methods and exit.")
+    ] = False,
     *,
+    common: CommonOptions,
     flags: dict[str, Any],
 ) -> None:
     """Quantize a merged model to low-bit codes.
@@ -35,17 +29,27 @@ def command(
       epmq quantize merged -o quantized
       epmq quantize merged -o quantized --method gptq --bits 3 --group-size 32
       epmq quantize merged -o quantized --anchor 0.2 --skip '*.layers.0.*'
+      epmq quantize --list
     """
+    terminal = common.terminal()
+    if list_methods:
+        from epmq_deploy.cli.listings import methods_data, methods_table
+        from epmq_deploy.options.quantization import QuantizeOptions
+
+        data = methods_data(QUANTIZATION_METHODS, QuantizeOptions)
+        terminal.result(data, methods_table("quantization methods", data))
+        return
+    from epmq_deploy.cli.tables import stage_table
     from epmq_deploy.quantization.stage import quantize
 
-    terminal = Terminal(as_json, quiet)
+    source, folder = needed(merged, "MERGED"), needed(output, "--output")
     manifest = quantize(
-        common.recipe_of(recipe, merged, "merge", "quantize", flags),
-        merged,
-        output,
-        overwrite=overwrite,
-        device=pick_device(device),
+        recipe_of(recipe, source, "merge", "quantize", flags),
+        source,
+        folder,
+        overwrite=common.overwrite,
+        device=common.torch_device(),
         progress=terminal,
     )
-    data = {"output": str(output), **manifest.details}
-    terminal.result(data, stage_table(manifest, str(output)))
+    data = {"output": str(folder), **manifest.details}
+    terminal.result(data, stage_table(manifest, str(folder)))

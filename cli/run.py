@@ -6,12 +6,11 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from epmq_deploy.cli import common
-from epmq_deploy.cli.console import Terminal
-from epmq_deploy.cli.flags import SEVERAL_HELP
+from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
+from epmq_deploy.cli.options import CommonOptions
+from epmq_deploy.cli.process import silence_onnxruntime
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.options import split_entries
-from epmq_deploy.pipeline import run_all
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
 Assignments = Annotated[
@@ -20,14 +19,13 @@ Assignments = Annotated[
 ]
 
 
+@with_flags()
 def command(
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all stages.")],
     assignments: Assignments = None,
-    device: common.Device = "auto",
-    overwrite: common.Overwrite = False,
-    as_json: common.Json = False,
-    quiet: common.Quiet = False,
+    *,
+    common: CommonOptions,
 ) -> None:
     """Merge, quantize, export and evaluate; stages already done with the same inputs are skipped.
 
@@ -36,8 +34,12 @@ def command(
       epmq run recipe.yaml -o out
       epmq run recipe.yaml -o out --set quantize.bits=3 --set eval.max_drop=1 --overwrite
     """
-    chosen = assign(load_recipe(recipe), assignments or [])
-    run_all(chosen, output, device, overwrite, Terminal(as_json, quiet))
+    from epmq_deploy.pipeline import run_all
+
+    terminal = common.terminal()
+    silence_onnxruntime()
+    changed = assign(load_recipe(recipe), assignments or [])
+    run_all(changed, output, common.device, common.overwrite, terminal)
 
 
 def assign(recipe: Recipe, assignments: list[str]) -> Recipe:
@@ -59,6 +61,6 @@ def assign(recipe: Recipe, assignments: list[str]) -> Recipe:
             flags.setdefault(section, {})[option] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise RecipeError(f"--set {text}: {value!r} is not YAML; quote it") from error
-    for section, given in flags.items():
-        recipe = override(recipe, section, given)
+    for section, options in flags.items():
+        recipe = override(recipe, section, options)
     return recipe

@@ -1,10 +1,11 @@
 """Picking the torch device."""
 
+from __future__ import annotations
+
 from typing import Literal
 
-import torch
-
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.lazy import torch
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 

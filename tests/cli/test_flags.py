@@ -90,3 +90,48 @@ def test_assignments_in_one_flag(
     settings = settings.replace("bits=5", "bits=3")
     assert run("run", tiny.recipe, "-o", tmp_path / "out", "--set", settings) == 2
     assert "eval.margin: " in capsys.readouterr().err
+
+
+def test_help_groups_flags_by_method() -> None:
+    """Where methods describe an option differently, each has its say."""
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    flags = {section: {item.name: item for item in commands[section].params} for section in MODELS}
+    panels = {
+        (section, name): getattr(flags[section][name], "rich_help_panel", None)
+        for section, name in (
+            ("merge", "output"),
+            ("merge", "method"),
+            ("merge", "scaling"),
+            ("merge", "mask_lambda"),
+            ("merge", "beta"),
+            ("quantize", "bits"),
+            ("quantize", "anchor"),
+            ("quantize", "samples"),
+            ("export", "formats"),
+        )
+    }
+    assert list(panels.values()) == [
+        None,
+        "Options of every method",
+        "Options of several methods",
+        "Options of consensus",
+        "Options of breadcrumbs, breadcrumbs_ties",
+        "Options of every method",
+        "Options of epmq",
+        "Options of epmq, gptaq, gptq",
+        "Options of the recipe",
+    ]
+    assert "(adamerging | average | " in flags["merge"]["method"].help
+    assert "iso_c, iso_cts: factor on the merged" in flags["merge"]["scaling"].help
+    assert "(breadcrumbs, breadcrumbs_ties, consensus" in flags["merge"]["search_samples"].help
+    assert flags["merge"]["mask_lambda"].help.startswith("how strict masks are")
+
+
+def test_an_option_may_be_called_as_a_parameter_of_the_command(
+    tiny: TinyZoo, tmp_path: Path
+) -> None:
+    """``--common`` is an option of iso_cts."""
+    flags = ["--method", "iso_cts", "--common", "0.5", "-q"]
+    assert run("merge", tiny.recipe, "-o", tmp_path / "m", *flags) == 0
+    manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
+    assert manifest["recipe"]["merge"]["common"] == 0.5
