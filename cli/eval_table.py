@@ -1,4 +1,4 @@
-"""An evaluation for people."""
+"""Evaluation reports as terminal tables."""
 
 import math
 from dataclasses import dataclass
@@ -12,21 +12,27 @@ from epmq_deploy.runtime.evaluation.gates import advice, misses, verdicts
 from epmq_deploy.runtime.report.markdown import cost_lines
 from epmq_deploy.runtime.report.model import EvalReport
 
-# Longer ones are wrapped before models go to another table.
-_NARROWEST_LABELS = 16
+# Of the task column: longer labels are wrapped before models move to another table.
+_LABEL_WIDTH = 16
 
 
 def eval_table(report: EvalReport) -> RenderableType:
-    """A column per model: accuracies with intervals, drop and costs; below it what follows."""
-    found = [f"{name}: {said}" for name, said in verdicts(report).items()]
-    missed = [f"gate missed: {text}" for text in misses(report)]
-    lines = [*found, *_blamed(report), *missed, advice(report)]
+    """Return one column per model, with verdicts, missed gates and the recommendation below.
+
+    Rows are accuracies with their intervals, the drop against fp32 merged, and costs.
+    """
+    lines = [
+        *(f"{name}: {verdict}" for name, verdict in verdicts(report).items()),
+        *_diagnoses(report),
+        *(f"gate missed: {text}" for text in misses(report)),
+        advice(report),
+    ]
     return Group(_Models(report), *(Text(line) for line in lines))
 
 
 @dataclass(frozen=True)
 class _Models:
-    """Models side by side, in several tables of about as many where the terminal is narrow."""
+    """Models side by side, in several tables of similar width if the terminal is narrow."""
 
     report: EvalReport
 
@@ -34,33 +40,34 @@ class _Models:
         sections = _sections(self.report)
         lines = [line for section in sections for line in section]
         titles = [row.title for row in self.report.rows]
+        cells = [*titles, *(cell for _, row in lines for cell in row)]
         # With a border and a space on either side.
-        widest = 3 + max(len(cell) for cell in [*titles, *(c for _, cells in lines for c in cells)])
-        labels = 4 + min(_NARROWEST_LABELS, max(len(label) for label, _ in lines))
-        fitting = max(1, (options.max_width - labels) // widest)
-        tables = math.ceil(len(titles) / fitting)
-        each = math.ceil(len(titles) / tables)
-        for first in range(0, len(titles), each):
-            chosen = slice(first, first + each)
+        model_width = 3 + max(len(cell) for cell in cells)
+        label_width = 4 + min(_LABEL_WIDTH, max(len(label) for label, _ in lines))
+        models_per_line = max(1, (options.max_width - label_width) // model_width)
+        tables = math.ceil(len(titles) / models_per_line)
+        models_per_table = math.ceil(len(titles) / tables)
+        for first in range(0, len(titles), models_per_table):
+            columns = slice(first, first + models_per_table)
             table = Table(title=f"{self.report.measure} %" if first == 0 else None)
             table.add_column("task", overflow="fold")
-            for title in titles[chosen]:
+            for title in titles[columns]:
                 table.add_column(title, justify="right", no_wrap=True)
             for section in sections:
-                for label, cells in section:
-                    table.add_row(escape(label), *cells[chosen])
+                for label, row in section:
+                    table.add_row(escape(label), *row[columns])
                 table.add_section()
             yield table
         yield Text(
             f"graphs on {self.report.provider}; experts in torch, each on its own task\n"
             "+ and -: significantly better or worse than fp32 merged"
-            + "".join(f"\n{said}" for said in self.report.other_metrics),
+            + "".join(f"\n{metric}" for metric in self.report.other_metrics),
             style="dim italic",
         )
 
 
 def _sections(report: EvalReport) -> list[list[tuple[str, list[str]]]]:
-    """Labels and one cell per model: accuracies, what they come to, costs."""
+    """Return labels with one cell per model: accuracies, averages, costs."""
     accuracies = [
         (task, [f"{row.accuracy[task]:.1f}{row.mark(task) or ' '}" for row in report.rows])
         for task in report.samples
@@ -75,20 +82,20 @@ def _sections(report: EvalReport) -> list[list[tuple[str, list[str]]]]:
     return [accuracies, averages, cost_lines(report)]
 
 
-def _blamed(report: EvalReport) -> list[str]:
-    """One line per diagnosed graph."""
+def _diagnoses(report: EvalReport) -> list[str]:
+    """Return one line per diagnosed graph, naming the layers that cost accuracy."""
     lines = []
-    for name, found in report.diagnoses.items():
+    for name, diagnosis in report.diagnoses.items():
         worst = ", ".join(
             f"{noise.layer} ({noise.own_db:.0f} dB)"
-            for noise in found.worst_first
-            if noise.layer in found.blamed
+            for noise in diagnosis.worst_first
+            if noise.layer in diagnosis.blamed
         )
         average = report.row(name).against_average
-        what = (
+        meaning = (
             "layers to blame"
             if average is not None and average.verdict == "worse"
             else "furthest from fp32 merged, on average at no significant loss"
         )
-        lines.append(f"{name}: {what}: {worst or 'no layer stands out'}")
+        lines.append(f"{name}: {meaning}: {worst or 'no layer stands out'}")
     return lines

@@ -1,6 +1,7 @@
 """The recipes in the repository: they are valid, and run on tiny models of their layout."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,8 @@ def test_recipes_run_on_local_folders_of_the_same_layout(file: Path, tmp_path: P
     report = json.loads((tmp_path / "out" / "exported" / "eval.json").read_text())
     assert report["samples"] == MODELS[file.stem][1]
     assert {row["name"] for row in report["rows"]} == {"experts", "fp32", "matmulnbits", "qdq"}
+
+
+def test_the_bundled_recipe_shows_the_format_to_ship_on_a_cpu_last() -> None:
+    recipe = load_recipe(Path(str(files("epmq_deploy") / "zoo" / "recipe.yaml")))
+    assert recipe.export.formats == ("matmulnbits", "qdq", "int8-expand")
