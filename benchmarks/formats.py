@@ -110,11 +110,11 @@ def exported_logits(
     """Name of a format, how it was exported, logits of its graph."""
     folder = work / f"exported{way.addition.replace(' ', '_')}"
     made = export(override(recipe, "export", way.options), quantized, folder)
-    for entry in made.details["graphs"]:
+    for entry in made.graphs:
         # The fp32 graph is always written.
-        if entry["format"] in way.options["formats"]:
+        if entry.format in way.options["formats"]:
             graph = Graph.exported(folder, entry, provider="cpu", threads=THREADS)
-            yield entry["format"], entry["format"] + way.addition, graph_logits(suite, graph)
+            yield entry.format, entry.format + way.addition, graph_logits(suite, graph)
 
 
 def measure(suite: Suite, bits: int, work: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def measure(recipe: Recipe, scored: Scored, variant: str, held: int | None) -> d
         "seconds": round(seconds, 2),
         "tasks": accuracies,
         "options": chosen.merge.model_dump(mode="json"),
-        "details": dict(manifest.details),
+        "details": manifest.reported,
     }
 
 

@@ -103,7 +103,7 @@ def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None
             table,
             family_of(file.parent).task_type,
             {row.name: row.accuracy for row in report.rows if row.files},
-            report.metrics,
+            report.hub_metrics,
         )
         write_card(file.parent, read_manifest(file.parent, "export"), told)
     terminal.result(content, eval_table(report))

@@ -50,5 +50,5 @@ def command(
         device=common.torch_device(),
         progress=terminal,
     )
-    data = {"output": str(folder), **manifest.details}
+    data = {"output": str(folder), **manifest.reported}
     terminal.result(data, export_table(manifest, str(folder)))

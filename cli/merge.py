@@ -66,7 +66,7 @@ def command(
         device=common.torch_device(),
         progress=terminal,
     )
-    data = {"output": str(folder), **manifest.details}
+    data = {"output": str(folder), **manifest.reported}
     terminal.result(data, stage_table(manifest, str(folder)))
 
 

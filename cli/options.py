@@ -14,6 +14,8 @@ from epmq_deploy.recipe import Recipe, load_recipe, override
 if TYPE_CHECKING:
     import torch
 
+    from epmq_deploy.artifacts.manifest import Stage
+
 OutputFolder = Annotated[
     Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")
 ]
@@ -79,7 +81,7 @@ def needed(path: Path | None, name: str) -> Path:
 
 
 def recipe_of(
-    file: Path | None, source: Path, stage: str, section: str, flags: dict[str, Any]
+    file: Path | None, source: Path, stage: "Stage", section: str, flags: dict[str, Any]
 ) -> Recipe:
     """Return the recipe given, or else the input folder's, with a section's options from flags.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from epmq_deploy.artifacts.folders import refuse_existing
-from epmq_deploy.artifacts.manifest import Manifest, is_done
+from epmq_deploy.artifacts.manifest import AnyManifest, Stage
+from epmq_deploy.artifacts.outputs import is_done
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, write_and_show
 from epmq_deploy.device import DeviceName, pick_device
@@ -26,10 +27,10 @@ log = logging.getLogger(__name__)
 class _Stage:
     """One stage of the chain: what it is called, where it writes, what marks it done, the work."""
 
-    name: str
+    name: Stage
     folder: Path
     mark: str
-    work: Callable[[], Manifest]
+    work: Callable[[], AnyManifest]
 
     def is_done(self) -> bool:
         return is_done(self.folder, self.name, self.mark)

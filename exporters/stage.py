@@ -5,23 +5,24 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
 from epmq_deploy.artifacts.manifest import (
-    Manifest,
+    ExportDetails,
+    ExportManifest,
+    GraphEntry,
+    Parity,
+    QuantizeManifest,
     fingerprint,
-    model_inputs,
-    open_output,
-    write_manifest,
 )
+from epmq_deploy.artifacts.outputs import finish_output, open_output
 from epmq_deploy.checkpoints.checkpoint import Checkpoint, copy_settings
 from epmq_deploy.data.heads import class_names, heads_sha256, leaves_head_to_expert, save_heads
 from epmq_deploy.exporters.browser.page import check_demo, check_demo_model, write_demo
-from epmq_deploy.exporters.formats import all_formats
+from epmq_deploy.exporters.formats import FORMATS
 from epmq_deploy.exporters.formats.base import ExportContext
 from epmq_deploy.exporters.graphs.build import (
     ExportedGraph,
@@ -48,7 +49,6 @@ from epmq_deploy.exporters.targets.registry import (
 )
 from epmq_deploy.exporters.verification.parity import (
     Outputs,
-    Parity,
     ParityInputs,
     measure_parity,
     torch_outputs,
@@ -103,7 +103,7 @@ def export(
     overwrite: bool = False,
     device: torch.device | None = None,
     progress: Progress | None = None,
-) -> Manifest:
+) -> ExportManifest:
     """Write the fp32 merged model and every format of the recipe, with settings and heads.
 
     Raises:
@@ -142,22 +142,24 @@ def export(
         if options.demo:
             shown = next(graph for graph in graphs[0] if graph.format == chosen_formats(options)[0])
             write_demo(folder, family, classes, shown.path, options)
-        details = {
-            "merge": made.details.get("merge", {}),
-            "target": options.target and asdict(target_of(options.target)),
-            "classes": classes,
-            "graphs": [
-                _described(graph, parities[graph.path], folder, options)
+        details = ExportDetails(
+            merge=made.details.merge,
+            target=asdict(target_of(options.target)) if options.target else None,
+            classes=classes,
+            graphs=tuple(
+                _entry(graph, parities[graph.path], folder, options)
                 for of_part in graphs
                 for graph in of_part
-            ],
-            "parity_inputs": written.samples[0].kind,
-            "tasks_without_parity": dict(written.samples[0].missing),
-            "codes": written.codes,
-        }
-        inputs |= model_inputs(made)
+            ),
+            parity_inputs=written.samples[0].kind,
+            tasks_without_parity=written.samples[0].missing,
+            codes=written.codes,
+        )
         _explain_target(options)
-        return write_manifest(folder, Manifest("export", mark, recipe, inputs, details=details))
+        manifest = ExportManifest(
+            fingerprint=mark, recipe=recipe, inputs=inputs | made.models, details=details
+        )
+        return finish_output(folder, manifest)
 
 
 def _explain_target(options: ExportOptions) -> None:
@@ -172,7 +174,7 @@ def _explain_target(options: ExportOptions) -> None:
 
 def _write(
     recipe: Recipe,
-    made: Manifest,
+    made: QuantizeManifest,
     quantized: Path,
     place: Path,
     *,
@@ -218,21 +220,22 @@ def _write(
     return _Written(graphs, outputs, [part.samples for part in parts], heads, codes)
 
 
-def _described(
+def _entry(
     graph: ExportedGraph, parity: Parity, folder: Path, options: ExportOptions
-) -> dict[str, Any]:
-    """What the manifest says of a graph."""
-    return {
-        "format": graph.format,
-        "part": graph.part,
-        "file": graph.path.relative_to(folder).as_posix(),
-        "bytes": graph.bytes,
-        "opset": graph.opset,
-        "low_bit_nodes": graph.low_bit_nodes,
-        "session_config": session_config(options.accuracy_level),
-        "parity": asdict(parity),
-        "layers": graph.layers,
-    }
+) -> GraphEntry:
+    """Return what the manifest says of a graph."""
+    return GraphEntry(
+        format=graph.format,
+        part=graph.part,
+        file=graph.path.relative_to(folder).as_posix(),
+        bytes=graph.bytes,
+        opset=graph.opset,
+        low_bit=FORMATS[graph.format].low_bit,
+        low_bit_nodes=graph.low_bit_nodes,
+        session_options=session_config(options.accuracy_level),
+        parity=parity,
+        layers=graph.layers,
+    )
 
 
 def _torch_outputs(
@@ -255,12 +258,11 @@ def _parities(
     graphs: Sequence[Sequence[ExportedGraph]], written: _Written, options: ExportOptions
 ) -> dict[Path, Parity]:
     """Compare every graph with torch, by file."""
-    low_bit = {fmt.name for fmt in all_formats() if fmt.low_bit}
     parts = zip(graphs, written.outputs, written.samples, strict=True)
     return {
         graph.path: measure_parity(
             graph,
-            quantized if graph.format in low_bit else merged,
+            quantized if FORMATS[graph.format].low_bit else merged,
             inputs.batches,
             options.accuracy_level,
         )

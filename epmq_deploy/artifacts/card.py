@@ -1,24 +1,20 @@
 """Model cards: the ``README.md`` of a stage's folder, as the Hugging Face hub reads it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 
+from epmq_deploy.artifacts.manifest import AnyManifest, MergeManifest
 from epmq_deploy.artifacts.names import CARD
 from epmq_deploy.checkpoints.checkpoint import model_config
 from epmq_deploy.checkpoints.hub import hub_id
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.recipe import DataSource, Recipe
 from epmq_deploy.registry import MERGE_METHODS
-
-if TYPE_CHECKING:
-    from epmq_deploy.artifacts.manifest import Manifest
-    from epmq_deploy.recipe import DataSource, Recipe
 
 _LIBRARIES = {"merge": "transformers", "quantize": "epmq-deploy", "export": "onnx"}
 _RELATIONS = {"merge": "merge", "quantize": "quantized", "export": "quantized"}
@@ -42,7 +38,8 @@ class Evaluation:
         text: Markdown to show.
         kind: of the tasks, as the hub names them (``image-classification``).
         scores: percent by graph's name and task.
-        metrics: by task, what stands in for accuracy, where anything does.
+        metrics: by task, the metric as the hub names it (``spearmanr``); accuracy where none is
+            given.
     """
 
     text: str
@@ -52,7 +49,7 @@ class Evaluation:
 
 
 def model_card(
-    manifest: Manifest, license_name: str | None = None, evaluation: Evaluation | None = None
+    manifest: AnyManifest, license_name: str | None = None, evaluation: Evaluation | None = None
 ) -> str:
     """The card of a stage's folder.
 
@@ -83,7 +80,7 @@ def model_card(
     )
 
 
-def write_card(folder: Path, manifest: Manifest, evaluation: Evaluation | None = None) -> None:
+def write_card(folder: Path, manifest: AnyManifest, evaluation: Evaluation | None = None) -> None:
     """Write a stage's ``README.md``, or write it anew with an evaluation.
 
     Args:
@@ -121,7 +118,9 @@ def license_of(path_or_id: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _metadata(manifest: Manifest, license_name: str | None, evaluation: Evaluation | None) -> str:
+def _metadata(
+    manifest: AnyManifest, license_name: str | None, evaluation: Evaluation | None
+) -> str:
     recipe, stage = manifest.recipe, manifest.stage
     models = [recipe.base.path, *(task.expert for task in recipe.tasks.values())]
     sources = [
@@ -168,7 +167,7 @@ def _results(recipe: Recipe, evaluation: Evaluation) -> list[EvalResult]:
                     dataset_type=task if source is None else _shown(source.path),
                     dataset_name=task,
                     dataset_split=None if source is None else source.split,
-                    metric_type="spearmanr" if evaluation.metrics.get(task) else "accuracy",
+                    metric_type=evaluation.metrics.get(task, "accuracy"),
                     metric_name=graph,
                     metric_value=round(score, 2),
                 )
@@ -198,14 +197,14 @@ def _method(recipe: Recipe) -> str:
     return f"`{method.name}` ({method.source}): {method.summary}"
 
 
-def _options(manifest: Manifest) -> str:
+def _options(manifest: AnyManifest) -> str:
     content: dict[str, Mapping[str, Any]] = manifest.recipe.model_dump(mode="json")
-    chosen = {section: dict(content[section]) for section in _SECTIONS[manifest.stage]}
-    merged = manifest.details if manifest.stage == "merge" else manifest.details.get("merge", {})
-    if "scaling" in merged:
-        # What a search found stands in for what it began with.
-        chosen["merge"]["scaling"] = merged["scaling"]
-    return f"```yaml\n{yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)}```"
+    options = {section: dict(content[section]) for section in _SECTIONS[manifest.stage]}
+    merge = manifest.details if isinstance(manifest, MergeManifest) else manifest.details.merge
+    if merge.scaling is not None:
+        # The scaling that a search found, in place of the one it started from.
+        options["merge"]["scaling"] = merge.scaling
+    return f"```yaml\n{yaml.safe_dump(options, sort_keys=False, allow_unicode=True)}```"
 
 
 def _shown(path: str) -> str:

@@ -1,147 +1,291 @@
-"""Output folders of the stages: written atomically, each with a manifest of what made it."""
+"""Manifests: what made a stage's folder, and what the next stage may rely on."""
 
 import hashlib
 import json
-import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar, overload
 
-from epmq_deploy.artifacts.card import write_card
-from epmq_deploy.artifacts.names import CARD, MANIFEST
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from epmq_deploy.artifacts.names import MANIFEST
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.hashing import file_sha256
 from epmq_deploy.recipe import Recipe, parse_complete
 from epmq_deploy.version import __version__
 
 FORMAT_VERSION = 1
-_PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime-gpu", "onnxruntime")
+
+Stage = Literal["merge", "quantize", "export"]
 
 
-@dataclass(frozen=True)
-class Manifest:
+class _Record(BaseModel):
+    """Plain data of a manifest, frozen; keys of later versions are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+
+
+class ScalingLoss(_Record):
+    """One point of a searched scaling's curve."""
+
+    scaling: float
+    loss: float
+
+
+class MergeDetails(_Record):
+    """What a merge reports; methods that take data add values of their own.
+
+    Attributes:
+        method: merge method.
+        experts: number of experts.
+        merged_tensors: tensors that were merged.
+        copied_tensors: tensors that were taken from the base as they are.
+        scaling: found by a search, where there was one.
+        search: the search's curve.
+        search_standard_error: of the loss at the scaling found.
+        answers_by_experts: number of pseudo-labels by task, where data had no labels.
+    """
+
+    method: str = ""
+    experts: int = 0
+    merged_tensors: int = 0
+    copied_tensors: int = 0
+    scaling: float | None = None
+    search: tuple[ScalingLoss, ...] = ()
+    search_standard_error: float | None = None
+    answers_by_experts: Mapping[str, int] = Field(default_factory=dict)
+
+
+class QuantizeDetails(_Record):
+    """What a quantization reports.
+
+    Attributes:
+        merge: of the merged model.
+        layers: number of quantized layers.
+        kept: names of layers left in float.
+        status: number of layers by how they fared.
+        input_statistics: number of layers whose inputs calibration saw.
+        mean_error_before: mean relative error of layers after the solver.
+        mean_error_after: the same after refinement.
+        anchor: how a searched anchor was found.
+        bits: bits by layer that a budget gave.
+        distill: what distillation did.
+        answers_by_experts: number of pseudo-labels by task, where data had no labels.
+    """
+
+    merge: MergeDetails = MergeDetails()
+    layers: int = 0
+    kept: tuple[str, ...] = ()
+    status: Mapping[str, int] = Field(default_factory=dict)
+    input_statistics: int = 0
+    mean_error_before: float = 0.0
+    mean_error_after: float = 0.0
+    anchor: Mapping[str, Any] | None = None
+    bits: Mapping[str, Any] | None = None
+    distill: Mapping[str, Any] | None = None
+    answers_by_experts: Mapping[str, int] = Field(default_factory=dict)
+
+
+class Parity(_Record):
+    """How far a graph is from torch.
+
+    Attributes:
+        samples: compared; each counts for every run it takes part in.
+        max_abs: largest difference of any output.
+        relative: Euclidean norm of the differences over that of torch's values; the worst output's.
+        agreement: share of samples and tasks, or of tokens, with the same highest logit; None for
+            a graph without logits.
+        tolerance: the largest ``relative`` that passes.
+    """
+
+    samples: int
+    max_abs: float
+    relative: float
+    agreement: float | None
+    tolerance: float
+
+
+class GraphEntry(_Record):
+    """One exported graph.
+
+    Attributes:
+        format: name of its format.
+        part: of a model that needs several graphs, e.g. ``encoder``; empty for others.
+        file: relative to the export's folder.
+        bytes: size of the file, external data included.
+        opset: of the ONNX standard's operators.
+        low_bit: whether its format holds quantized layers; others are references.
+        low_bit_nodes: nodes that multiply by a linear layer's codes in the graph onnxruntime runs.
+        session_options: config entries that a session needs to compute as evaluated.
+        parity: how far it is from torch.
+        layers: what the format says of single layers.
+    """
+
+    format: str
+    part: str
+    file: str
+    bytes: int
+    opset: int
+    low_bit: bool
+    low_bit_nodes: int
+    session_options: Mapping[str, str] = Field(alias="session_config")
+    parity: Parity
+    layers: Mapping[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_before_low_bit(cls, content: Any) -> Any:
+        """Earlier versions did not write ``low_bit``; their only other formats are these two."""
+        if isinstance(content, dict) and "low_bit" not in content:
+            return content | {"low_bit": content.get("format") not in ("fp32", "fp16")}
+        return content
+
+
+class ExportDetails(_Record):
+    """What an export reports.
+
+    Attributes:
+        merge: of the merged model.
+        target: name, reasons and limits of the deployment target, where one was given.
+        classes: names by task, in label order; None where none are known.
+        graphs: all files, in the order they were written.
+        parity_inputs: what graphs were compared with torch on.
+        tasks_without_parity: by task, why it gave no samples for that.
+        codes: sha256 of every layer's codes, one byte per code, row by row.
+    """
+
+    merge: MergeDetails
+    target: Mapping[str, Any] | None
+    classes: Mapping[str, tuple[str, ...] | None]
+    graphs: tuple[GraphEntry, ...]
+    parity_inputs: Literal["calibration", "example"]
+    tasks_without_parity: Mapping[str, str]
+    codes: Mapping[str, str]
+
+
+Details = TypeVar("Details", bound=_Record)
+
+
+class Manifest(BaseModel, Generic[Details]):
     """What made a stage's folder.
 
     Attributes:
-        stage: ``merge``, ``quantize`` or ``export``.
+        stage: that wrote it.
         fingerprint: sha256 over stage, options and inputs; equal fingerprints mean equal outputs.
         recipe: the whole recipe, paths absolute, flags applied.
         inputs: sha256 by role, e.g. ``base``, ``expert:mnist``, ``merge``.
-        outputs: sha256 by file name, of every file beside the manifest and the model card.
+        outputs: sha256 by file name, of every file except the manifest and the model card.
         details: what the stage reports about its result.
         versions: of this package, Python and the libraries that shape the result.
         format_version: of this folder layout.
     """
 
-    stage: str
+    model_config = ConfigDict(frozen=True)
+
+    stage: Stage
     fingerprint: str
     recipe: Recipe
     inputs: Mapping[str, str]
-    outputs: Mapping[str, str] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str] = Field(default_factory=dict)
+    details: Details
+    versions: Mapping[str, str] = Field(default_factory=dict)
     format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data as the file holds it; details that were not reported are left out."""
+        content = self.model_dump(mode="json", exclude={"details"})
+        return content | {"details": self.reported}
+
+    @property
+    def reported(self) -> dict[str, Any]:
+        """The details as plain data, without those that were not reported."""
+        return self.details.model_dump(mode="json", exclude_unset=True, by_alias=True)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Hashes of base and experts, which every stage hands on to the next."""
+        return {
+            role: digest
+            for role, digest in self.inputs.items()
+            if role == "base" or role.startswith("expert:")
+        }
+
+
+class MergeManifest(Manifest[MergeDetails]):
+    """Manifest of a merged model."""
+
+    stage: Literal["merge"] = "merge"
+    details: MergeDetails = MergeDetails()
+
+
+class QuantizeManifest(Manifest[QuantizeDetails]):
+    """Manifest of a quantized model."""
+
+    stage: Literal["quantize"] = "quantize"
+    details: QuantizeDetails = QuantizeDetails()
+
+
+class ExportManifest(Manifest[ExportDetails]):
+    """Manifest of an export."""
+
+    stage: Literal["export"] = "export"
+
+    @property
+    def graphs(self) -> tuple[GraphEntry, ...]:
+        """All files, in the order they were written."""
+        return self.details.graphs
+
+
+AnyManifest = MergeManifest | QuantizeManifest | ExportManifest
+_KINDS: dict[str, type[AnyManifest]] = {
+    "merge": MergeManifest,
+    "quantize": QuantizeManifest,
+    "export": ExportManifest,
+}
 
 
 def fingerprint(stage: str, options: Any, inputs: Mapping[str, str]) -> str:
-    """sha256 over what decides a stage's result; ``options`` must be plain data."""
+    """Return a sha256 over what decides a stage's result; ``options`` must be plain data."""
     content = [FORMAT_VERSION, __version__, stage, options, dict(sorted(inputs.items()))]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder: Path, stage: str) -> Manifest:
-    """The manifest of a stage's folder.
+@overload
+def read_manifest(folder: Path, stage: Literal["merge"]) -> MergeManifest: ...
+@overload
+def read_manifest(folder: Path, stage: Literal["quantize"]) -> QuantizeManifest: ...
+@overload
+def read_manifest(folder: Path, stage: Literal["export"]) -> ExportManifest: ...
+@overload
+def read_manifest(folder: Path, stage: Stage) -> AnyManifest: ...
+def read_manifest(folder: Path, stage: Stage) -> AnyManifest:
+    """Read the manifest of a stage's folder.
 
     Raises:
         RecipeError: no manifest, another stage's, or one this version cannot read.
     """
     file = folder / MANIFEST
+    content = _read(folder, stage)
+    content["recipe"] = parse_complete(content.get("recipe"), str(file))
+    try:
+        return _KINDS[stage].model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{file}: damaged, or of another version of epmq-deploy") from error
+
+
+def _read(folder: Path, stage: str) -> dict[str, Any]:
+    """Read a manifest as plain data, and make sure that it is this stage's."""
+    file = folder / MANIFEST
     if not file.is_file():
         raise RecipeError(f"{folder}: no {MANIFEST}; expected the output of `epmq {stage}`")
     try:
         content = json.loads(file.read_text())
-        found, layout = content["stage"], content["format_version"]
+        writer, layout = content["stage"], content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{file}: not a manifest of epmq-deploy") from error
     if layout != FORMAT_VERSION:
         raise RecipeError(f"{file}: layout {layout}, this version reads {FORMAT_VERSION}")
-    if found != stage:
+    if writer != stage:
         raise RecipeError(
-            f"{folder} is the output of `epmq {found}`, expected that of `epmq {stage}`"
+            f"{folder} is the output of `epmq {writer}`, expected that of `epmq {stage}`"
         )
-    content["recipe"] = parse_complete(content["recipe"], str(file))
-    return Manifest(**content)
-
-
-def check_outputs(folder: Path, manifest: Manifest) -> None:
-    """Make sure a stage's files are those its manifest lists.
-
-    Raises:
-        RecipeError: names every missing or changed file.
-    """
-    wrong = []
-    for name, digest in manifest.outputs.items():
-        if not (folder / name).is_file():
-            wrong.append(f"{name} is missing")
-        elif file_sha256(folder / name) != digest:
-            wrong.append(f"{name} was changed")
-    if wrong:
-        raise RecipeError(
-            f"{folder}: {', '.join(wrong)} since {MANIFEST} was written; "
-            f"run `epmq {manifest.stage}` again"
-        )
-
-
-def open_output(folder: Path, stage: str) -> Manifest:
-    """The manifest of a stage's folder whose files are all as it lists them.
-
-    Raises:
-        RecipeError: see ``read_manifest`` and ``check_outputs``.
-    """
-    manifest = read_manifest(folder, stage)
-    check_outputs(folder, manifest)
-    return manifest
-
-
-def model_inputs(manifest: Manifest) -> dict[str, str]:
-    """Hashes of base and experts, which every stage hands on to the next."""
-    return {
-        role: digest
-        for role, digest in manifest.inputs.items()
-        if role == "base" or role.startswith("expert:")
-    }
-
-
-def is_done(folder: Path, stage: str, expected: str) -> bool:
-    """Whether ``folder`` already holds this stage's output for this fingerprint, intact."""
-    try:
-        return open_output(folder, stage).fingerprint == expected
-    except RecipeError:
-        return False
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Complete a manifest with output hashes and versions; write it and a card into ``folder``."""
-    outputs = {
-        file.relative_to(folder).as_posix(): file_sha256(file)
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != MANIFEST and file != folder / CARD
-    }
-    content = {**vars(manifest), "outputs": outputs, "versions": _versions()}
-    complete = Manifest(**content)
-    plain = asdict(complete) | {"recipe": manifest.recipe.model_dump(mode="json")}
-    (folder / MANIFEST).write_text(json.dumps(plain, indent=2) + "\n")
-    write_card(folder, complete)
-    return complete
-
-
-def _versions() -> dict[str, str]:
-    found = {"epmq-deploy": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return dict(content)

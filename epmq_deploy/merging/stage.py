@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
-from epmq_deploy.artifacts.manifest import Manifest, fingerprint, write_manifest
+from epmq_deploy.artifacts.manifest import MergeDetails, MergeManifest, fingerprint
+from epmq_deploy.artifacts.outputs import finish_output
 from epmq_deploy.data.agreement import Tuned
 from epmq_deploy.data.heads import heads_sha256
 from epmq_deploy.data.samples import data_sha256, missing_data
@@ -87,7 +88,7 @@ def merge(
     overwrite: bool = False,
     device: torch.device | None = None,
     progress: Progress | None = None,
-) -> Manifest:
+) -> MergeManifest:
     """Merge the recipe's experts into ``output``, a loadable Hugging Face folder.
 
     What is not merged (a CLIP base's text tower, unless asked for), optional tensors that no expert
@@ -143,8 +144,13 @@ def merge(
             check.finish()
             warn_about_what_is_not_merged(sources)
             inputs = sources.sha256()
-            mark = merge_fingerprint(recipe, inputs)
-            return write_manifest(folder, Manifest("merge", mark, recipe, inputs, details=details))
+            manifest = MergeManifest(
+                fingerprint=merge_fingerprint(recipe, inputs),
+                recipe=recipe,
+                inputs=inputs,
+                details=MergeDetails.model_validate(details),
+            )
+            return finish_output(folder, manifest)
 
 
 def _opened(recipe: Recipe) -> tuple[Sources, list[EpmqError]]:

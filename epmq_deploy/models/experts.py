@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.artifacts.manifest import Manifest
+from epmq_deploy.artifacts.manifest import AnyManifest
 from epmq_deploy.checkpoints.checkpoint import (
     Checkpoint,
     expert_files,
@@ -121,7 +121,7 @@ def _folders(recipe: Recipe) -> tuple[dict[str, Path], list[str]]:
     return folders, problems
 
 
-def check_unchanged(sources: Sources, manifest: Manifest) -> None:
+def check_unchanged(sources: Sources, manifest: AnyManifest) -> None:
     """Make sure base and experts are those a stage's output was made from.
 
     Raises:

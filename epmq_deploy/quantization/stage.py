@@ -13,13 +13,8 @@ from typing import Any, TypeGuard
 import torch
 
 from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
-from epmq_deploy.artifacts.manifest import (
-    Manifest,
-    fingerprint,
-    model_inputs,
-    open_output,
-    write_manifest,
-)
+from epmq_deploy.artifacts.manifest import QuantizeDetails, QuantizeManifest, fingerprint
+from epmq_deploy.artifacts.outputs import finish_output, open_output
 from epmq_deploy.data.heads import build_heads, heads_of_experts, heads_sha256
 from epmq_deploy.data.pseudo_labels import (
     answer_details,
@@ -114,7 +109,7 @@ def quantize(
     overwrite: bool = False,
     device: torch.device | None = None,
     progress: Progress | None = None,
-) -> Manifest:
+) -> QuantizeManifest:
     """Quantize the merged model in ``merged`` as the recipe says.
 
     Finished blocks are kept beside ``output`` until it is written: when interrupted, the same call
@@ -157,11 +152,14 @@ def quantize(
     with atomic_folder(output) as folder:
         shutil.copytree(merged, folder / MERGED_FOLDER, copy_function=_link_or_copy)
         save_artifact(folder, quantized)
-        inputs |= model_inputs(made)
         details = {"merge": made.details} | _summary(quantized) | plans
-        manifest = write_manifest(
-            folder, Manifest("quantize", mark, recipe, inputs, details=details)
+        manifest = QuantizeManifest(
+            fingerprint=mark,
+            recipe=recipe,
+            inputs=inputs | made.models,
+            details=QuantizeDetails.model_validate(details),
         )
+        manifest = finish_output(folder, manifest)
     finished.remove()
     return manifest
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from epmq_deploy.artifacts.manifest import Parity
 from epmq_deploy.data.samples import TextSamples, batches, load_samples
 from epmq_deploy.errors import EpmqError, NumericsError
 from epmq_deploy.exporters.formats import formats_of
@@ -42,26 +43,6 @@ class ParityInputs:
     kind: Literal["calibration", "example"]
     batches: Batches
     missing: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far a graph is from torch.
-
-    Attributes:
-        samples: compared; each counts for every run it takes part in.
-        max_abs: largest difference of any output.
-        relative: Euclidean norm of the differences over that of torch's values; the worst output's.
-        agreement: share of samples and tasks, or of tokens, with the same highest logit; None of a
-            graph without logits.
-        tolerance: the largest ``relative`` that passes.
-    """
-
-    samples: int
-    max_abs: float
-    relative: float
-    agreement: float | None
-    tolerance: float
 
 
 def parity_inputs(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.data.samples import Samples
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import EvalOptions
@@ -15,7 +16,7 @@ from epmq_deploy.runtime.evaluation.latency import Timing, measure_latency
 from epmq_deploy.runtime.evaluation.scoring import Scorer
 from epmq_deploy.runtime.ort.footprint import Footprint, measure_footprint, median_footprint
 from epmq_deploy.runtime.ort.providers import provider_named
-from epmq_deploy.runtime.report.model import REFERENCE, REFERENCES
+from epmq_deploy.runtime.report.model import REFERENCE
 
 _FOOTPRINTS = 3
 
@@ -36,7 +37,7 @@ class Bench:
     """
 
     exported: Path
-    formats: Mapping[str, tuple[Mapping[str, Any], ...]]
+    formats: Mapping[str, tuple[GraphEntry, ...]]
     scorer: Scorer[Any, Any]
     samples: Mapping[str, Samples]
     options: EvalOptions
@@ -54,8 +55,8 @@ class Bench:
         footprints = self._footprints()
         return {
             name: {
-                "files": tuple(entry["file"] for entry in entries),
-                "bytes": sum(entry["bytes"] for entry in entries),
+                "files": tuple(entry.file for entry in entries),
+                "bytes": sum(entry.bytes for entry in entries),
                 "timings": tuple(timings[name]),
                 "footprint": footprints[name],
             }
@@ -81,11 +82,11 @@ class Bench:
         for name in self.progress.track(turns, "measuring memory", total=len(turns)):
             entries = self.formats[name]
             footprint = measure_footprint(
-                [self.exported / entry["file"] for entry in entries],
+                [self.exported / entry.file for entry in entries],
                 one,
                 provider=provider_named(self.provider),
                 threads=self.threads[0],
-                session_config=entries[0]["session_config"],
+                session_config=entries[0].session_options,
                 special_tokens=self.scorer.special_tokens,
             )
             measured[name].append(footprint)
@@ -93,11 +94,11 @@ class Bench:
 
     def diagnoses(self) -> dict[str, Diagnosis]:
         """Layers of the low-bit graphs against those of fp32 merged, one graph a format."""
-        low = {name: entries[0] for name, entries in self.formats.items() if name not in REFERENCES}
+        low = {name: graphs[0] for name, graphs in self.formats.items() if graphs[0].low_bit}
         return diagnose(
-            self.exported / self.formats[REFERENCE][0]["file"],
-            {name: self.exported / entry["file"] for name, entry in low.items()},
-            {name: entry["session_config"] for name, entry in low.items()},
+            self.exported / self.formats[REFERENCE][0].file,
+            {name: self.exported / entry.file for name, entry in low.items()},
+            {name: entry.session_options for name, entry in low.items()},
             list(self._few()),
             provider=self.provider,
             threads=self.threads[0],

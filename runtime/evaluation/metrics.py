@@ -21,9 +21,11 @@ class Score(ABC):
 
     Attributes:
         metric: what it is, for notes; empty for accuracy.
+        hub_name: the metric as the Hugging Face hub names it.
     """
 
     metric: ClassVar[str] = ""
+    hub_name: ClassVar[str] = "accuracy"
 
     @property
     @abstractmethod

@@ -36,6 +36,7 @@ class RankCorrelation(Score):
     truth: Floats
 
     metric = "Spearman's rank correlation with the truth, times 100"
+    hub_name = "spearmanr"
 
     @property
     def percent(self) -> float:

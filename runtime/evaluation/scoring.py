@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.data.accuracy import embeddings
 from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.models import ModelFamily, TaskHead
@@ -61,7 +62,7 @@ class Scorer(ABC, Generic[Model, Family]):
 
     family: Family
     folder: Path
-    entries: Sequence[Mapping[str, Any]]
+    entries: Sequence[GraphEntry]
     provider: str
     batch_size: int
 
@@ -104,7 +105,7 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
     def open(self, threads: int | None) -> Mapping[str, Graph]:
         """See base."""
         return {
-            entry["format"]: Graph.exported(
+            entry.format: Graph.exported(
                 self.folder, entry, provider=self.provider, threads=threads
             )
             for entry in self.entries

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from epmq_deploy.artifacts.manifest import Manifest, fingerprint, open_output
+from epmq_deploy.artifacts.manifest import ExportManifest, GraphEntry, fingerprint
+from epmq_deploy.artifacts.outputs import open_output
 from epmq_deploy.data.heads import heads_of_experts, load_heads
 from epmq_deploy.data.samples import data_sha256
 from epmq_deploy.errors import MismatchError
@@ -66,14 +67,14 @@ def evaluate(
     family = family_of(exported)
     heads = {} if family.generates_text else load_heads(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
-    formats = by_format(made.details["graphs"])
+    formats = by_format(made.graphs)
     if REFERENCE not in formats:
         raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
     options, asked = recipe.eval, provider or recipe.eval.provider
     experts = _experts(recipe, made, device or torch.device("cpu"))
     if experts is not None and heads:
         heads = heads_of_experts(recipe, heads, experts.device)
-    scorer = _scorer(options, family, exported, made.details["graphs"], asked, heads, experts)
+    scorer = _scorer(options, family, exported, made.graphs, asked, heads, experts)
     bench = Bench(exported, formats, scorer, samples, options, asked, progress)
     models = scorer.open(bench.threads[0])
     predictions = {
@@ -95,6 +96,7 @@ def evaluate(
         fingerprint=eval_fingerprint(recipe, made.fingerprint),
         diagnoses=bench.diagnoses() if options.diagnose else {},
         metrics={task: found.score(REFERENCE).metric for task, found in predictions.items()},
+        hub_metrics={task: item.score(REFERENCE).hub_name for task, item in predictions.items()},
         layers=tuple(load_reports(exported)) if (exported / REPORT_FILE).is_file() else (),
     )
 
@@ -123,7 +125,7 @@ def _scorer(
     options: EvalOptions,
     family: ModelFamily,
     exported: Path,
-    graphs: Sequence[Mapping[str, Any]],
+    graphs: Sequence[GraphEntry],
     provider: str,
     heads: Mapping[str, TaskHead],
     experts: ExpertBackbone | None,
@@ -136,7 +138,7 @@ def _scorer(
     return ClassScorer(family, exported, graphs, provider, size, heads, experts)
 
 
-def _experts(recipe: Recipe, made: Manifest, device: torch.device) -> ExpertBackbone | None:
+def _experts(recipe: Recipe, made: ExportManifest, device: torch.device) -> ExpertBackbone | None:
     if not recipe.eval.experts:
         return None
     sources = open_sources(recipe)

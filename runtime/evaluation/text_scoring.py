@@ -7,12 +7,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.data.samples import Samples, TextSamples
 from epmq_deploy.models.experts import ExpertBackbone
 from epmq_deploy.models.text_generation.base import SpecialTokens, TextGenerationFamily
@@ -117,7 +117,7 @@ def _number(text: str) -> float:
 def open_writer(
     family: TextGenerationFamily,
     folder: Path,
-    entries: Sequence[Mapping[str, Any]],
+    entries: Sequence[GraphEntry],
     *,
     provider: str,
     threads: int | None,

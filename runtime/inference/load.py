@@ -8,11 +8,10 @@
 Needs onnxruntime and what preprocesses inputs: transformers, torch and Pillow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from epmq_deploy.artifacts.manifest import read_manifest
+from epmq_deploy.artifacts.manifest import GraphEntry, read_manifest
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.text_generation.base import TextGenerationFamily
@@ -22,7 +21,6 @@ from epmq_deploy.runtime.inference.classifier import LOGITS, DeployedClassifier
 from epmq_deploy.runtime.inference.text_generation import DeployedTextGenerator
 from epmq_deploy.runtime.ort.providers import AUTO
 from epmq_deploy.runtime.ort.sessions import Graph, by_format
-from epmq_deploy.runtime.report.model import REFERENCES
 
 
 def load(
@@ -63,7 +61,7 @@ def load(
     place = Path(folder)
     made = read_manifest(place, "export")
     family = family_of(place)
-    formats = by_format(made.details["graphs"])
+    formats = by_format(made.graphs)
     chosen = formats.get(format or _recommended(place, formats))
     if chosen is None:
         raise RecipeError(f"{place} has no graph of format {format!r}; it has {', '.join(formats)}")
@@ -79,11 +77,11 @@ def load(
         raise RecipeError(f"{place} classifies; max_tokens and scores are for models that write")
     graph = Graph.exported(place, chosen[0], provider=provider, threads=threads)
     if not any(name.startswith(LOGITS) for name in graph.output_names):
-        raise RecipeError(f"{place / chosen[0]['file']} gives no logits of any task")
-    return DeployedClassifier(graph, family, place, made.details["classes"], batch_size)
+        raise RecipeError(f"{place / chosen[0].file} gives no logits of any task")
+    return DeployedClassifier(graph, family, place, made.details.classes, batch_size)
 
 
-def _recommended(folder: Path, entries: Mapping[str, Any]) -> str:
+def _recommended(folder: Path, entries: Mapping[str, Sequence[GraphEntry]]) -> str:
     """The format the evaluation in the folder recommends, or the first low-bit one there is."""
     from epmq_deploy.runtime.evaluation.gates import NONE_RECOMMENDED, recommend
     from epmq_deploy.runtime.report.json import read_report
@@ -93,7 +91,7 @@ def _recommended(folder: Path, entries: Mapping[str, Any]) -> str:
         report = read_report(file)
     except RecipeError as error:
         raise RecipeError(f"{error}, or choose a graph with format=...") from error
-    low_bit = [name for name in entries if name not in REFERENCES]
+    low_bit = [name for name, graphs in entries.items() if graphs[0].low_bit]
     if report is None or not low_bit:
         return next(iter(low_bit or entries))
     advice = recommend(report)

@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from torch import Tensor
 
+from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.runtime.ort.providers import AUTO, RECORD_ASSIGNMENT, check_used, provider_named
 
@@ -63,7 +64,7 @@ class Graph:
 
     @classmethod
     def exported(
-        cls, folder: Path, entry: Mapping[str, Any], *, provider: str, threads: int | None
+        cls, folder: Path, entry: GraphEntry, *, provider: str, threads: int | None
     ) -> "Graph":
         """A graph of an export, with the session options it was exported for.
 
@@ -73,9 +74,11 @@ class Graph:
             provider: see class.
             threads: see class.
         """
-        config = entry["session_config"]
         return cls(
-            folder / entry["file"], provider=provider, threads=threads, session_config=config
+            folder / entry.file,
+            provider=provider,
+            threads=threads,
+            session_config=entry.session_options,
         )
 
     def run(
@@ -94,11 +97,9 @@ class Graph:
         return {name: value.numpy() for name, value in zip(self.input_names, inputs, strict=True)}
 
 
-def by_format(
-    entries: Iterable[Mapping[str, Any]],
-) -> dict[str, tuple[Mapping[str, Any], ...]]:
-    """What an export's manifest says of each format's graphs, in the order they run."""
-    found: dict[str, tuple[Mapping[str, Any], ...]] = {}
+def by_format(entries: Iterable[GraphEntry]) -> dict[str, tuple[GraphEntry, ...]]:
+    """Return the graphs of each format, in the order they run."""
+    graphs: dict[str, tuple[GraphEntry, ...]] = {}
     for entry in entries:
-        found[entry["format"]] = (*found.get(entry["format"], ()), entry)
-    return found
+        graphs[entry.format] = (*graphs.get(entry.format, ()), entry)
+    return graphs

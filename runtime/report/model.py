@@ -91,6 +91,7 @@ class EvalReport:
         diagnoses: by format, where asked for.
         layers: how each layer fared in quantization, where the export holds its report.
         metrics: by task, what stands in for accuracy; empty texts where nothing does.
+        hub_metrics: by task, the metric as the Hugging Face hub names it.
     """
 
     rows: tuple[Row, ...]
@@ -102,6 +103,7 @@ class EvalReport:
     diagnoses: Mapping[str, Diagnosis]
     layers: tuple[LayerReport, ...] = ()
     metrics: Mapping[str, str] = field(default_factory=dict)
+    hub_metrics: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def other_metrics(self) -> tuple[str, ...]:

@@ -10,10 +10,19 @@ from huggingface_hub import ModelCard
 from tiny_zoo import TASKS, TinyZoo
 
 from epmq_deploy.artifacts.card import Evaluation, license_of, model_card, write_card
-from epmq_deploy.artifacts.manifest import Manifest, is_done, open_output
+from epmq_deploy.artifacts.manifest import (
+    AnyManifest,
+    ExportDetails,
+    ExportManifest,
+    MergeDetails,
+    MergeManifest,
+    QuantizeDetails,
+    QuantizeManifest,
+)
 from epmq_deploy.artifacts.names import CARD
+from epmq_deploy.artifacts.outputs import is_done, open_output
 from epmq_deploy.merging.stage import merge
-from epmq_deploy.recipe import load_recipe, parse_recipe
+from epmq_deploy.recipe import Recipe, load_recipe, parse_recipe
 
 RECIPE = {
     "base": {"path": "openai/clip-vit-base-patch32"},
@@ -40,8 +49,30 @@ def metadata(card: str) -> dict[str, Any]:
     return found
 
 
+def manifest_of(
+    stage: str, recipe: Recipe, merge_details: MergeDetails | None = None
+) -> AnyManifest:
+    """A stage's manifest of this recipe."""
+    merge_details = merge_details or MergeDetails()
+    common = {"fingerprint": "mark", "recipe": recipe, "inputs": {}}
+    if stage == "merge":
+        return MergeManifest(**common, details=merge_details)
+    if stage == "quantize":
+        return QuantizeManifest(**common, details=QuantizeDetails(merge=merge_details))
+    details = ExportDetails(
+        merge=merge_details,
+        target=None,
+        classes={},
+        graphs=(),
+        parity_inputs="calibration",
+        tasks_without_parity={},
+        codes={},
+    )
+    return ExportManifest(**common, details=details)
+
+
 def card_of(stage: str, **given: str) -> str:
-    return model_card(Manifest(stage, "mark", parse_recipe(RECIPE, "test"), {}), **given)
+    return model_card(manifest_of(stage, parse_recipe(RECIPE, "test")), **given)
 
 
 def test_metadata_name_what_the_hub_can_link_to() -> None:
@@ -61,7 +92,7 @@ def test_metadata_name_what_the_hub_can_link_to() -> None:
     assert exported["base_model_relation"] == "quantized"
     assert "license" not in exported
     pinned = parse_recipe(RECIPE | {"base": {"path": "openai/clip@refs/pr/15"}}, "test")
-    card = model_card(Manifest("merge", "mark", pinned, {}))
+    card = model_card(MergeManifest(fingerprint="mark", recipe=pinned, inputs={}))
     assert metadata(card)["base_model"] == ["openai/clip", "someone/clip_sun"]
     assert "2 experts of openai/clip@refs/pr/15" in card
 
@@ -75,7 +106,7 @@ def test_local_models_are_not_called_by_their_whole_path() -> None:
     local = parse_recipe(
         {"base": {"path": "/models/clip"}, "tasks": {"a": {"expert": "/models/a"}}}, "test"
     )
-    found = metadata(model_card(Manifest("merge", "mark", local, {})))
+    found = metadata(model_card(MergeManifest(fingerprint="mark", recipe=local, inputs={})))
     assert not {"base_model", "base_model_relation", "datasets", "license"} & found.keys()
 
 
@@ -98,7 +129,9 @@ def test_a_card_tells_methods_options_and_evaluation() -> None:
 
 def test_metadata_hold_every_score_as_the_hub_reads_it() -> None:
     scores = {"fp32": {"sun": 60.0, "cars": 50.0}, "qdq": {"sun": 75.004, "cars": 40.0}}
-    told = Evaluation(TABLE, "image-classification", scores, {"sun": "", "cars": "Spearman's"})
+    told = Evaluation(
+        TABLE, "image-classification", scores, {"sun": "accuracy", "cars": "spearmanr"}
+    )
     data = ModelCard(card_of("export", evaluation=told)).data
     found = {
         (item.metric_name, item.dataset_name): (
@@ -119,9 +152,9 @@ def test_metadata_hold_every_score_as_the_hub_reads_it() -> None:
 
 def test_a_searched_scaling_stands_in_for_what_it_began_with() -> None:
     recipe = parse_recipe(RECIPE | {"merge": {"method": "ties", "search": True}}, "test")
-    found = {"scaling": 0.25}
-    for stage, details in (("merge", found), ("quantize", {"merge": found})):
-        card = model_card(Manifest(stage, "mark", recipe, {}, details=details))
+    merge_details = MergeDetails(scaling=0.25)
+    for stage in ("merge", "quantize"):
+        card = model_card(manifest_of(stage, recipe, merge_details))
         options = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
         assert options["merge"]["scaling"] == 0.25
 

@@ -5,14 +5,8 @@ from pathlib import Path
 import pytest
 
 from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
-from epmq_deploy.artifacts.manifest import (
-    Manifest,
-    check_outputs,
-    fingerprint,
-    is_done,
-    read_manifest,
-    write_manifest,
-)
+from epmq_deploy.artifacts.manifest import MergeManifest, fingerprint, read_manifest
+from epmq_deploy.artifacts.outputs import check_outputs, finish_output, is_done
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import parse_recipe
 
@@ -23,7 +17,9 @@ def write(folder: Path, text: str, overwrite: bool = False) -> None:
     refuse_existing(folder, "merge", overwrite=overwrite)
     with atomic_folder(folder) as temporary:
         (temporary / "data.txt").write_text(text)
-        write_manifest(temporary, Manifest("merge", "mark", RECIPE, {"base": "x"}))
+        finish_output(
+            temporary, MergeManifest(fingerprint="mark", recipe=RECIPE, inputs={"base": "x"})
+        )
 
 
 def test_manifest_round_trip(tmp_path: Path) -> None:

@@ -98,11 +98,11 @@ def test_they_count_as_labels_would(
         "calibration data without labels: experts' own answers take their place "
         "(first: 16, second: 16)"
     ]
-    details = read_manifest(tmp_path / "out", "quantize").details
+    details = read_manifest(tmp_path / "out", "quantize").reported
     assert details["answers_by_experts"] == {"first": 16, "second": 16}
     known = chosen(labelled_by_experts(merged_text_generator, tmp_path / "labelled"))
     assert found == codes(known, merged_text_generator, tmp_path / "known")
-    details = read_manifest(tmp_path / "known", "quantize").details
+    details = read_manifest(tmp_path / "known", "quantize").reported
     assert "answers_by_experts" not in details
     # The labels that were taken away are others.
     assert found != codes(
@@ -121,8 +121,9 @@ def test_merging_takes_them_too(
         merge(override(recipe, "merge", flags), tmp_path / name)
         for recipe, name in ((given, "out"), (known, "known"))
     )
-    assert found.details.pop("answers_by_experts") == {"first": 16, "second": 16}
-    assert found.details == expected.details
+    details = found.reported
+    assert details.pop("answers_by_experts") == {"first": 16, "second": 16}
+    assert details == expected.reported
     assert found.outputs["model.safetensors"] == expected.outputs["model.safetensors"]
 
 

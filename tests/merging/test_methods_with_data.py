@@ -191,7 +191,7 @@ def test_fisher_equals_the_plain_reference(tiny: TinyZoo, tmp_path: Path) -> Non
 
 def test_drawn_labels_give_the_expectation(tiny: TinyZoo, tmp_path: Path) -> None:
     norms = [
-        merge(recipe_of(tiny, "fisher", labels=labels), tmp_path / str(labels)).details[
+        merge(recipe_of(tiny, "fisher", labels=labels), tmp_path / str(labels)).reported[
             "fisher_norms"
         ]
         for labels in (0, 300)
@@ -232,8 +232,8 @@ def test_adamerging_lowers_the_entropy_it_reports(tiny: TinyZoo, tmp_path: Path)
         chances = logits.softmax(dim=1)
         assert torch.allclose(entropy(logits), -(chances * chances.log()).sum(dim=1), atol=1e-5)
         total += float(entropy(logits).mean())
-    assert manifest.details["entropy_after"] == pytest.approx(total / len(TASKS), rel=1e-4)
-    assert manifest.details["entropy_after"] < manifest.details["entropy_before"]
+    assert manifest.reported["entropy_after"] == pytest.approx(total / len(TASKS), rel=1e-4)
+    assert manifest.reported["entropy_after"] < manifest.reported["entropy_before"]
 
 
 def test_adamerging_steps_equal_plain_autograd(tiny: TinyZoo, tmp_path: Path) -> None:
@@ -354,6 +354,6 @@ def test_classifiers_bring_their_own_heads(
 ) -> None:
     flags = {"method": method, "samples": 4, **QUICK[method]}
     manifest = merge(override(load_recipe(tiny_text.recipe), "merge", flags), tmp_path / "merged")
-    assert manifest.details["method"] == method
+    assert manifest.reported["method"] == method
     found = load_file(tmp_path / "merged" / "model.safetensors")
     assert all(bool(torch.isfinite(value).all()) for value in found.values())

@@ -48,10 +48,10 @@ def test_reports_the_divergence_of_the_models_it_would_merge(
     flags = {"method": method, "search": True, "search_samples": 8, "layers": ["*.bias:scaling=0"]}
     searched = override(load_recipe(tiny.recipe), "merge", flags)
     manifest = merge(searched, tmp_path / "searched")
-    curve = {item["scaling"]: item["loss"] for item in manifest.details["search"]}
+    curve = {item["scaling"]: item["loss"] for item in manifest.reported["search"]}
     assert len(curve) >= 5
     assert list(curve) == sorted(curve)
-    found = manifest.details["scaling"]
+    found = manifest.reported["scaling"]
     start = searched.merge.model_dump()["scaling"]
     assert found == start or curve[found] == min(curve.values())
     assert measured(searched, tmp_path / "searched", 8) == pytest.approx(curve[found], rel=1e-3)
@@ -82,8 +82,8 @@ def test_other_objectives_judge_the_model_they_would_merge(
     flags = {"search": True, "search_samples": 8, "search_objective": objective}
     searched = override(load_recipe(tiny.recipe), "merge", flags)
     manifest = merge(searched, tmp_path / "searched")
-    curve = {item["scaling"]: item["loss"] for item in manifest.details["search"]}
-    found = manifest.details["scaling"]
+    curve = {item["scaling"]: item["loss"] for item in manifest.reported["search"]}
+    found = manifest.reported["scaling"]
     loss = measured(searched, tmp_path / "searched", 8, objective)
     assert loss == pytest.approx(curve[found], rel=1e-3)
 

@@ -42,7 +42,7 @@ def test_output_loads_as_clip_and_holds_the_formula_s_weights(
         found["vision_model.encoder.layers.0.mlp.fc1.weight"],
         base["vision_model.encoder.layers.0.mlp.fc1.weight"],
     )
-    assert manifest.details["merged_tensors"] == len(experts[0])
+    assert manifest.reported["merged_tensors"] == len(experts[0])
     assert (tmp_path / "merged" / "preprocessor_config.json").is_file()
 
 
@@ -73,7 +73,7 @@ def test_every_method_merges_checkpoints(tiny: TinyZoo, tmp_path: Path, method: 
         two = {name: recipe.tasks[name] for name in TASKS[:2]}
         recipe = recipe.model_copy(update={"tasks": two})
     manifest = merge(override(recipe, "merge", {"method": method}), tmp_path / "merged")
-    assert manifest.details["method"] == method
+    assert manifest.reported["method"] == method
     found = load_file(tmp_path / "merged" / "model.safetensors")
     base = load_file(tiny.base / "model.safetensors")
     assert found.keys() == base.keys()

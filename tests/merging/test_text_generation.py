@@ -228,7 +228,7 @@ def test_drawn_words_give_the_expectation(
         merge(
             recipe_of(merged_text_generator, "fisher", labels=labels, samples=2),
             tmp_path / str(labels),
-        ).details["fisher_norms"]
+        ).reported["fisher_norms"]
         for labels in (0, 60)
     ]
     for task in WRITER_TASKS:
@@ -240,7 +240,7 @@ def test_adamerging_lowers_the_entropy_it_reports(
     merged_text_generator: MergedTextGenerator, tmp_path: Path
 ) -> None:
     recipe = recipe_of(merged_text_generator, "adamerging", steps=10, learning_rate=0.02)
-    details = merge(recipe, tmp_path / "merged").details
+    details = merge(recipe, tmp_path / "merged").reported
     model = merged_text_generator.models.load(tmp_path / "merged")
     means = []
     for task in WRITER_TASKS:

@@ -62,7 +62,7 @@ def test_bits_of_its_own_stay_and_count(
     mean = sum(layer.bits * layer.codes.numel() for layer in layers.values()) / weights
     # The others differ in width, or there was no budget to spend.
     assert target["target_bits"] - 0.5 < mean <= target["target_bits"]
-    assert manifest.details["bits"]["mean_bits"] == pytest.approx(mean)
+    assert manifest.reported["bits"]["mean_bits"] == pytest.approx(mean)
 
 
 def test_chosen_bits_leave_a_layers_other_options(tiny: TinyZoo) -> None:

@@ -39,7 +39,7 @@ def with_head(recipe: Recipe, head: Head | None) -> Recipe:
 def test_codes_stay_and_the_divergence_falls(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
     quantize(distilling(tiny, 0), merged, tmp_path / "plain")
     manifest = quantize(distilling(tiny, 2), merged, tmp_path / "tuned")
-    found = manifest.details["distill"]
+    found = manifest.reported["distill"]
     assert found["kept"]
     assert found["after"] < found["before"]
     (plain, _), (tuned, replaced) = (load_artifact(tmp_path / name) for name in ("plain", "tuned"))
@@ -68,7 +68,7 @@ def test_the_model_is_what_is_stored_kept_or_undone(
     monkeypatch.setattr(distill_module, "apply_quantized", remember)
     monkeypatch.setattr(distill_module, "_RATE", rate)
     manifest = quantize(distilling(tiny, 2), merged, tmp_path / "out")
-    assert manifest.details["distill"]["kept"] == (rate < 1)
+    assert manifest.reported["distill"]["kept"] == (rate < 1)
     stored = family_of(merged).load(merged)
     apply_quantized(stored, *load_artifact(tmp_path / "out"))
     for name, value in stored.state_dict().items():
@@ -86,7 +86,7 @@ def test_what_does_not_help_is_undone_and_said(
     monkeypatch.setattr(distill_module, "_RATE", 1e3)
     with caplog.at_level(logging.WARNING):
         manifest = quantize(distilling(tiny, 1), merged, tmp_path / "out")
-    assert not manifest.details["distill"]["kept"]
+    assert not manifest.reported["distill"]["kept"]
     assert "undone" in caplog.text
     (plain, before), (tuned, after) = (load_artifact(tmp_path / name) for name in ("plain", "out"))
     assert all(torch.equal(plain[name].scales, tuned[name].scales) for name in plain)
@@ -149,5 +149,5 @@ def test_killed_while_distilling_it_goes_on_and_gives_the_same_files(
     resumed = quantize(recipe, merged, tmp_path / "resumed")
     # The report has times in it.
     assert {**resumed.outputs, "report.json": ""} == {**whole.outputs, "report.json": ""}
-    assert resumed.details == whole.details
+    assert resumed.details == whole.reported
     assert {item.name for item in tmp_path.iterdir()} == {"whole", "resumed"}

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from tiny_zoo import TinyZoo
 
-from epmq_deploy.artifacts.manifest import Manifest, read_manifest, write_manifest
+from epmq_deploy.artifacts.manifest import MergeManifest, read_manifest
+from epmq_deploy.artifacts.outputs import finish_output
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.quantization.methods.epmq import EpmqOptions
@@ -26,7 +27,7 @@ def recipe(**options: Any) -> Recipe:
 
 def carried(made: Recipe, folder: Path) -> Recipe:
     """The recipe as an earlier stage's manifest hands it on."""
-    write_manifest(folder, Manifest("merge", "mark", made, {}))
+    finish_output(folder, MergeManifest(fingerprint="mark", recipe=made, inputs={}))
     return read_manifest(folder, "merge").recipe
 
 

@@ -194,8 +194,8 @@ def test_target_bits_are_met_and_reported(tiny: TinyZoo, merged: Path, tmp_path:
     mean = sum(layer.bits * layer.codes.numel() for layer in layers.values()) / weights
     assert {layer.bits for layer in layers.values()} == {4, 8}
     assert 4.5 < mean <= 5
-    assert manifest.details["bits"]["mean_bits"] == pytest.approx(mean)
-    assert manifest.details["bits"]["layers"] == {n: item.bits for n, item in layers.items()}
+    assert manifest.reported["bits"]["mean_bits"] == pytest.approx(mean)
+    assert manifest.reported["bits"]["layers"] == {n: item.bits for n, item in layers.items()}
 
 
 def test_target_size_is_met(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_an_anchor_is_a_positive_number_or_auto(tiny: TinyZoo, anchor: object) -
 def test_anchor_auto_reports_its_curve(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
     recipe = override(load_recipe(tiny.recipe), "quantize", {"anchor": "auto"})
     manifest = quantize(recipe, merged, tmp_path / "out")
-    found = manifest.details["anchor"]
+    found = manifest.reported["anchor"]
     curve = dict(found["curve"])
     assert found["anchor"] in curve
     assert len(curve) >= 3
@@ -306,7 +306,7 @@ def test_without_data_targets_come_from_weights(
     assert len(layers) == 15
     assert not replaced
     assert load_inputs(tmp_path / "out") == {}
-    assert read_manifest(tmp_path / "out", "quantize").details["input_statistics"] == 0
+    assert read_manifest(tmp_path / "out", "quantize").reported["input_statistics"] == 0
     with pytest.raises(RecipeError, match="no calibration data"):
         override(bare, "quantize", {"alpha": 0.5})
 

@@ -28,7 +28,7 @@ def test_the_anchor_is_searched_on_samples_held_back(
 ) -> None:
     recipe = override(merged_text_generator.recipe, "quantize", {"anchor": "auto"})
     manifest = quantize(recipe, merged_text_generator.folder, tmp_path / "auto")
-    found = manifest.details["anchor"]
+    found = manifest.reported["anchor"]
     curve, start = dict(found["curve"]), PRESETS["outputs"].anchor
     assert len(curve) >= 3
     assert curve[found["anchor"]] <= curve[start]
@@ -57,8 +57,8 @@ def test_the_scaling_is_searched(
 ) -> None:
     recipe = override(merged_text_generator.recipe, "merge", {"search": True, "search_samples": 8})
     manifest = merge(recipe, tmp_path / "merged")
-    curve = {item["scaling"]: item["loss"] for item in manifest.details["search"]}
-    found = manifest.details["scaling"]
+    curve = {item["scaling"]: item["loss"] for item in manifest.reported["search"]}
+    found = manifest.reported["scaling"]
     assert len(curve) >= 5
     assert curve[found] <= curve[0.3]
     family = merged_text_generator.family
@@ -80,7 +80,7 @@ def test_distillation_lowers_the_divergence_and_leaves_codes(
         for epochs in (0, 2)
     )
     quantize(plain, merged_text_generator.folder, tmp_path / "plain")
-    found = quantize(tuned, merged_text_generator.folder, tmp_path / "tuned").details["distill"]
+    found = quantize(tuned, merged_text_generator.folder, tmp_path / "tuned").reported["distill"]
     assert found["kept"]
     assert found["after"] < found["before"]
     (before, _), (after, _) = (load_artifact(tmp_path / name) for name in ("plain", "tuned"))

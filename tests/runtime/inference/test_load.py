@@ -35,8 +35,8 @@ def exported(recipe: Recipe, folder: Path) -> Path:
 
 
 def graph_file(folder: Path, name: str) -> Path:
-    graphs = read_manifest(folder, "export").details["graphs"]
-    return folder / next(graph["file"] for graph in graphs if graph["format"] == name)
+    graphs = read_manifest(folder, "export").graphs
+    return folder / next(graph.file for graph in graphs if graph.format == name)
 
 
 @pytest.fixture(scope="module")
