@@ -149,5 +149,5 @@ def test_killed_while_distilling_it_goes_on_and_gives_the_same_files(
     resumed = quantize(recipe, merged, tmp_path / "resumed")
     # The report has times in it.
     assert {**resumed.outputs, "report.json": ""} == {**whole.outputs, "report.json": ""}
-    assert resumed.details == whole.reported
+    assert resumed.reported == whole.reported
     assert {item.name for item in tmp_path.iterdir()} == {"whole", "resumed"}
