@@ -1,11 +1,15 @@
-"""What an ``epmq`` command costs: seconds, and bytes of memory by several readings.
+"""What an ``epmq`` command costs, and how soon it answers.
 
-python benchmarks/command_cost.py export quantized -o exported
+    python benchmarks/command_cost.py
+    python benchmarks/command_cost.py export quantized -o exported
 
-Prints one line of JSON last: ``bytes`` is the largest peak of any one process, the command's own or
-one it starts; ``together`` the largest sum of them all at one moment, looked at every few
-milliseconds; ``imports`` what was resident before the command began. Imports nothing but the
-command: whatever else is loaded would count.
+Without arguments: the seconds that answers without computation take, each the shortest of several
+runs, and their ratios to ``python -c pass``, measured in turns.
+
+With a command's arguments: the last line is JSON. ``seconds`` is the command's time; ``bytes`` the
+largest peak of any one process, the command's own or one it starts; ``together`` the largest sum of
+them all at one moment, sampled every few milliseconds; ``imports`` what was resident before the
+command began. Nothing but the command is imported: whatever else is loaded would count.
 """
 
 import os
@@ -14,14 +18,11 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import json
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-
-# A command imports its stage when it starts.
-import epmq_deploy.exporters.stage  # noqa: F401
-from epmq_deploy.cli.main import main
 
 _INTERVAL = 0.005
 
@@ -80,20 +81,56 @@ def _text(file: Path) -> str:
         return ""
 
 
-if __name__ == "__main__":
+_PASS = "python -c pass"
+_EPMQ = "import sys; from epmq_deploy.cli.main import main; main(sys.argv[1:])"
+_STARTS = {
+    _PASS: ("pass",),
+    "import epmq_deploy": ("import epmq_deploy",),
+    "epmq --version": (_EPMQ, "--version"),
+    "epmq --help": (_EPMQ, "--help"),
+    "epmq merge --help": (_EPMQ, "merge", "--help"),
+    "epmq merge --wrong": (_EPMQ, "merge", "--wrong"),
+}
+_RUNS = 15
+
+
+def start_costs() -> dict[str, dict[str, float]]:
+    """Return seconds of every start, and their ratio to Python's own; runs take turns."""
+    seconds = dict.fromkeys(_STARTS, float("inf"))
+    for _ in range(_RUNS):
+        for name, arguments in _STARTS.items():
+            started = time.perf_counter()
+            # A wrong flag is meant to fail.
+            subprocess.run([sys.executable, "-c", *arguments], capture_output=True, check=False)
+            seconds[name] = min(seconds[name], time.perf_counter() - started)
+    return {
+        name: {"seconds": round(best, 3), "ratio": round(best / seconds[_PASS], 1)}
+        for name, best in seconds.items()
+    }
+
+
+def command_cost(arguments: list[str]) -> dict[str, float]:
+    """Run a command in this process and return what it cost."""
+    # A command imports its stage when it starts.
+    import epmq_deploy.exporters.stage  # noqa: F401
+    from epmq_deploy.cli.main import main
+
     imports = resident()
     children = Children()
     children.start()
     started = time.perf_counter()
     try:
-        main(sys.argv[1:])
+        main(arguments)
     except SystemExit as end:
         if end.code:
             raise
-    cost = {
+    return {
         "seconds": time.perf_counter() - started,
         "bytes": max(peak(), children.largest),
         "together": children.together,
         "imports": imports,
     }
-    print(json.dumps(cost))
+
+
+if __name__ == "__main__":
+    print(json.dumps(command_cost(sys.argv[1:]) if sys.argv[1:] else start_costs()))

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 class Options(BaseModel):
     """Frozen options; unknown keys are errors. Recipe keys and CLI flags both come from these."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Validators are built when first used: command lines read the fields of all models only.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 def without_effect(section: str, idle: Mapping[str, str]) -> list[str]:
