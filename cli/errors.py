@@ -26,9 +26,9 @@ USAGE = 2
 EXIT_CODES = (
     ExitCode(0, "done"),
     ExitCode(1, "unexpected error", EpmqError),
-    ExitCode(USAGE, "wrong usage, recipe or option, or an output in the way", RecipeError),
+    ExitCode(USAGE, "wrong usage or recipe", RecipeError),
     ExitCode(3, "inputs do not fit together", MismatchError),
-    ExitCode(4, "numbers do not agree or cannot be computed", NumericsError),
+    ExitCode(4, "numbers do not agree or could not be computed", NumericsError),
     ExitCode(5, "no low-bit graph meets the gates", GateError),
 )
 
