@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from epmq_deploy.calibration.cache import ActivationCache, Kept
+from epmq_deploy.compat import map_instances
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.quantization.norms import pre_affine
+from epmq_deploy.models.modules import first_input
+from epmq_deploy.models.norms import pre_affine
 
 # See ``Block.passes_on``.
 PassedOn = tuple[tuple[int, int], ...]
@@ -48,7 +49,7 @@ class BlockBatch:
     def run(self, block: nn.Module) -> tuple[Any, ...]:
         """What the block gives for this batch, hidden states first."""
         hidden = self.hidden.value()
-        args, kwargs = tree_map_only(Kept, Kept.peek, (self.args, self.kwargs))
+        args, kwargs = map_instances(Kept, Kept.peek, (self.args, self.kwargs))
         low = self.products == torch.bfloat16
         with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=low):
             output = block(hidden, *args, **kwargs)
@@ -90,7 +91,7 @@ def capture_block_batch(
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop("hidden_states")
-        more, named = tree_map_only(Tensor, kept, (args[1:], rest))
+        more, named = map_instances(Tensor, kept, (args[1:], rest))
         captured.append(BlockBatch(cache.keep(hidden, dtype), more, named, products))
         raise _Reached
 
@@ -127,7 +128,7 @@ def input_of(
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(args[0] if args else next(iter(kwargs.values())))
+        seen.append(first_input(args, kwargs))
         raise _Reached
 
     handle = inner.register_forward_pre_hook(keep, with_kwargs=True)

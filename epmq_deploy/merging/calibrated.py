@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from epmq_deploy.calibration.block_runner import ModuleSource
     from epmq_deploy.models import ModelFamily
     from epmq_deploy.models.predictions import Predictions
     from epmq_deploy.progress import Progress
@@ -28,6 +29,11 @@ class CalibrationData(Protocol):
         ...
 
     @property
+    def experts(self) -> ModuleSource:
+        """The experts, on the device; each is valid until the next is asked for."""
+        ...
+
+    @property
     def progress(self) -> Progress:
         """Shows how far a long pass got."""
         ...
@@ -42,14 +48,6 @@ class CalibrationData(Protocol):
 
     def backbone(self) -> nn.Module:
         """A model of its own with the base's weights, float32, on the device."""
-        ...
-
-    def expert(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
-        """An expert, but for the modules ``without``, until the next call of this or ``module``."""
-        ...
-
-    def module(self, task: str, name: str) -> nn.Module:
-        """One module with an expert's weights, until the next call of this or ``expert``."""
         ...
 
 

@@ -1,6 +1,6 @@
 """The calibration samples, heads and experts a recipe names, loaded for merging."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,14 +79,6 @@ class RecipeData:
         return replace(
             self, samples=with_answers(self.samples, written), details=answer_details(written)
         )
-
-    def expert(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
-        """An expert, but for the modules ``without``, until the next call."""
-        return self.experts.become(task, without=without)
-
-    def module(self, task: str, name: str) -> nn.Module:
-        """One module with an expert's weights, until the next call."""
-        return self.experts.module(task, name)
 
 
 def load_data(

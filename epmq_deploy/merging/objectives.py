@@ -44,7 +44,9 @@ def losses(data: RecipeData, options: ScaledOptions) -> Callable[[nn.Module], Sc
     """
     folder, heads = data.sources.base.folder, data.heads
     if options.search_objective == "experts":
-        return Judge.of_experts(data.family, folder, data.samples, heads, data.expert, heads).scores
+        return Judge.of_experts(
+            data.family, folder, data.samples, heads, data.experts.become, heads
+        ).scores
     labels = {}
     if options.search_objective == "labels":
         labels = {task: samples.labels() for task, samples in data.samples.items()}

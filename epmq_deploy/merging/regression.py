@@ -4,7 +4,7 @@ RegMean (Jin et al., arXiv 2212.09849) and RegMean++ (arXiv 2508.03121): the mer
 that comes closest to every expert's outputs on that expert's inputs.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.activations import BlockBatch, advance, capture_block_batch
+from epmq_deploy.calibration.block_runner import BlockRunner, SameForAllTasks
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.merging.base import Context, TaskVectors
 from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 from epmq_deploy.models import Block
+from epmq_deploy.models.modules import first_input
 from epmq_deploy.models.tokens import TokenWeights
 from epmq_deploy.options.merging import RegressionOptions
 
@@ -70,9 +71,16 @@ class _Sums:
     mean: dict[str, Tensor] = field(default_factory=dict)
     cross: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, gram: Tensor, vectors: Mapping[str, Tensor], share: float, factors: Any) -> None:
-        # Answers of a word or two give Gram matrices of low rank. In directions without inputs only
-        # damping divides, so that what float32 would round away there came back a million times.
+    def add(
+        self,
+        gram: Tensor,
+        vectors: Mapping[str, Tensor],
+        share: float,
+        factors: Mapping[str, float],
+    ) -> None:
+        # One- or two-word answers give Gram matrices of low rank. In directions without inputs
+        # only the damping is left in the denominator, so float32 rounding errors would be
+        # amplified a millionfold.
         gram = gram.to(torch.float64)
         self.gram = gram if self.gram is None else self.gram.add_(gram)
         for name, vector in vectors.items():
@@ -83,81 +91,83 @@ class _Sums:
                 self.cross[name].add_(product)
                 self.mean[name].add_(vector, alpha=share)
 
+    def solve(self, name: str, factor: float) -> Tensor:
+        """Return one layer's merged task vector.
 
-class _Pass:
-    """Takes every task's batches through the model block by block, merging on the way."""
+        Raises:
+            ValueError: no expert was added.
+            NumericsError: the sums do not decide the problem; names the layer.
+        """
+        if self.gram is None:
+            raise ValueError("no expert to merge")
+        gram = shrink_off_diagonal(self.gram, factor)
+        try:
+            return regression_mean(self.mean[name], self.cross[name], gram)
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
+
+
+class _Regression:
+    """Merges the linear layers of one block after the other.
+
+    Args:
+        data: samples and experts.
+        vectors: the experts' task vectors.
+        options: of the method.
+        runner: holds the batches.
+        merged: the model that the batches run through, whose blocks become the merged ones
+            (RegMean++); None where they run through each task's expert.
+    """
 
     def __init__(
         self,
         data: CalibrationData,
         vectors: TaskVectors,
         options: RegressionOptions,
+        runner: BlockRunner,
         merged: nn.Module | None,
     ) -> None:
-        self._data, self._vectors, self._options, self._merged = data, vectors, options, merged
-        limit = options.cache_limit
-        self._cache = ActivationCache(None if limit is None else int(limit * 2**30))
-        # By stream, batch by batch.
-        self._tokens: dict[str, list[dict[str, TokenWeights]]] = {}
-        self._batches: dict[str, list[BlockBatch]] = {}
+        self._data, self._vectors, self._options = data, vectors, options
+        self._runner, self._merged = runner, merged
         self._held = set(vectors.names)
 
-    def run(self, blocks: Sequence[Block]) -> dict[str, Tensor]:
-        """The merged task vectors of all blocks' linear layers, by name."""
-        streams = {block.stream for block in blocks}
-        solved: dict[str, Tensor] = {}
-        entered = None
-        for index, block in enumerate(self._data.progress.track(blocks, "merging blocks")):
-            if block.stream != entered:
-                self._enter(block, [later.name for later in blocks[index:]], streams)
-                entered = block.stream
-            solved |= self._merge_block(block)
-        return solved
-
-    def _enter(self, first: Block, ahead: Sequence[str], streams: Collection[str]) -> None:
-        """Run what comes before a stream's blocks, in the experts or in the merged model."""
-        family = self._data.family
-        for task in self._data.tasks:
-            self._tokens[task], self._batches[task] = [], []
-            model = self._merged or self._data.expert(task, without=ahead)
-            module = model.get_submodule(first.name)
-            for inputs in self._data.batches(task, self._options.batch_size):
-                self._tokens[task].append(
-                    {stream: family.tokens(*inputs, stream=stream) for stream in streams}
-                )
-                run = partial(family.embed, model, *inputs)
-                self._batches[task].append(capture_block_batch(module, run, self._cache))
-
-    def _merge_block(self, block: Block) -> dict[str, Tensor]:
-        """The merged task vectors of a block's linear layers; all batches go on to the next."""
+    def merge_block(self, block: Block) -> dict[str, Tensor]:
+        """Return merged task vectors of a block's linear layers; batches go on to the next one."""
+        self._runner.enter(block)
         groups = [
             [name for layer in group.layers if (name := f"{layer}.weight") in self._held]
             for group in block.groups
         ]
         sums = [_Sums() for _ in groups]
         for index, task in enumerate(self._data.tasks):
-            for known, names, gram in zip(sums, groups, self._grams(task, block), strict=True):
-                self._add(known, names, gram, index)
-        solved = {}
-        for known, names in zip(sums, groups, strict=True):
-            for name in names:
-                assert known.gram is not None, "there is at least one expert"
-                gram = shrink_off_diagonal(known.gram, self._factor(name))
-                try:
-                    solved[name] = regression_mean(known.mean[name], known.cross[name], gram)
-                except NumericsError as error:
-                    raise NumericsError(f"{name}: {error}") from error
+            for group_sums, names, gram in zip(sums, groups, self._grams(task, block), strict=True):
+                self._add(group_sums, names, gram, index)
+        solved: dict[str, Tensor] = {}
+        for group_sums, names in zip(sums, groups, strict=True):
+            solved |= {name: group_sums.solve(name, self._factor(name)) for name in names}
         if self._merged is not None:
             inside = [name for name in self._held if name.startswith(f"{block.name}.")]
             _add_to(self._merged, self._vectors, inside, solved)
-            module = self._merged.get_submodule(block.name)
-            for batches in self._batches.values():
-                for batch in batches:
-                    advance(module, batch, self._cache, passed_on=block.passes_on)
+            self._runner.advance(block)
         return solved
 
-    def _factor(self, name: str) -> float:
-        return self._options.for_tensor(name).off_diagonal
+    def _grams(self, task: str, block: Block) -> list[Tensor]:
+        """Mean over tokens of ``x x^T`` of what each group of an expert's layers receives."""
+        expert = self._data.experts.module(task, block.name)
+        sums = [Accumulator() for _ in block.groups]
+        firsts = [expert.get_submodule(block.inner(group.layers[0])) for group in block.groups]
+        for batch in self._runner.batches[task]:
+            tokens = [batch.tokens[block.stream_of(group)] for group in block.groups]
+            with _accumulating(firsts, sums, tokens):
+                if self._merged is None:
+                    self._runner.step(block, expert, batch.student)
+                else:
+                    with torch.inference_mode():
+                        batch.student.run(expert)
+        try:
+            return [accumulator.statistics().gram for accumulator in sums]
+        except NumericsError as error:
+            raise NumericsError(f"{block.name}: task {task!r}: {error}") from error
 
     def _add(self, sums: _Sums, names: list[str], gram: Tensor, index: int) -> None:
         vectors = {
@@ -167,44 +177,26 @@ class _Pass:
         factors = {name: self._factor(name) for name in names}
         sums.add(gram, vectors, 1 / len(self._data.tasks), factors)
 
-    def _grams(self, task: str, block: Block) -> list[Tensor]:
-        """Mean over tokens of ``x x^T`` of what each group of an expert's layers receives."""
-        expert = self._data.module(task, block.name)
-        sums = [Accumulator() for _ in block.groups]
-        firsts = [
-            expert.get_submodule(group.layers[0].removeprefix(f"{block.name}."))
-            for group in block.groups
-        ]
-        streams = [block.stream if group.stream is None else group.stream for group in block.groups]
-        for tokens, batch in zip(self._tokens[task], self._batches[task], strict=True):
-            with _watching(firsts, sums, [tokens[stream] for stream in streams]):
-                if self._merged is None:
-                    advance(expert, batch, self._cache, passed_on=block.passes_on)
-                else:
-                    with torch.inference_mode():
-                        batch.run(expert)
-        try:
-            return [accumulator.statistics().gram for accumulator in sums]
-        except NumericsError as error:
-            raise NumericsError(f"{block.name}: task {task!r}: {error}") from error
+    def _factor(self, name: str) -> float:
+        return self._options.for_tensor(name).off_diagonal
 
 
 @contextmanager
-def _watching(
+def _accumulating(
     layers: Sequence[nn.Module], sums: Sequence[Accumulator], tokens: Sequence[TokenWeights]
 ) -> Iterator[None]:
     """Add what layers receive to their sums; padding does not count."""
 
-    def hook(accumulator: Accumulator, real: TokenWeights) -> Any:
+    def hook(accumulator: Accumulator, counted: TokenWeights) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = args[0] if args else next(iter(kwargs.values()))
-            accumulator.add(inputs, real.weights(inputs.shape, 1.0, inputs.device))
+            inputs = first_input(args, kwargs)
+            accumulator.add(inputs, counted.weights(inputs.shape, 1.0, inputs.device))
 
         return add
 
     handles = [
-        layer.register_forward_pre_hook(hook(accumulator, real), with_kwargs=True)
-        for layer, accumulator, real in zip(layers, sums, tokens, strict=True)
+        layer.register_forward_pre_hook(hook(accumulator, counted), with_kwargs=True)
+        for layer, accumulator, counted in zip(layers, sums, tokens, strict=True)
     ]
     try:
         yield
@@ -246,7 +238,19 @@ def merge_linear_layers(
         inside = tuple(f"{block.name}." for block in blocks)
         outside = [name for name in vectors.names if not name.startswith(inside)]
         _add_to(merged, vectors, outside, {})
-    return Calibrated(_Pass(data, vectors, options, merged).run(blocks))
+    runner = BlockRunner(
+        data.family,
+        blocks,
+        {task: partial(data.batches, task, options.batch_size) for task in data.tasks},
+        data.experts if merged is None else SameForAllTasks(merged),
+        cache=ActivationCache(options.cache_bytes),
+        device=next(model.parameters()).device,
+    )
+    regression = _Regression(data, vectors, options, runner, merged)
+    solved: dict[str, Tensor] = {}
+    for block in data.progress.track(blocks, "merging blocks"):
+        solved |= regression.merge_block(block)
+    return Calibrated(solved)
 
 
 def regressed_or_mean(base: Tensor, task_vectors: Tensor, context: Context) -> Tensor:

@@ -51,3 +51,11 @@ class Block:
     def layers(self) -> tuple[str, ...]:
         """All linear layers, in the order they run."""
         return tuple(name for group in self.groups for name in group.layers)
+
+    def stream_of(self, group: Group) -> str:
+        """Return whose tokens the input of one of its groups holds."""
+        return self.stream if group.stream is None else group.stream
+
+    def inner(self, name: str) -> str:
+        """Return the name within the block of a module named from the model's root."""
+        return name.removeprefix(f"{self.name}.")

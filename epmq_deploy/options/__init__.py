@@ -3,6 +3,7 @@
 from epmq_deploy.options.base import (
     Options,
     given_for,
+    in_bytes,
     shared_fields,
     union_by_method,
     without_effect,
@@ -19,6 +20,7 @@ __all__ = [
     "SEVERAL",
     "Options",
     "given_for",
+    "in_bytes",
     "layers_from_text",
     "numbers_from_text",
     "shared_fields",

@@ -44,3 +44,8 @@ def given_for(layers: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, A
         if fnmatchcase(name, pattern):
             own |= given
     return own
+
+
+def in_bytes(gibibytes: float | None) -> int | None:
+    """Convert GiB to bytes; None, for no limit, stays None."""
+    return None if gibibytes is None else int(gibibytes * 2**30)

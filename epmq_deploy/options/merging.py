@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from epmq_deploy.options import Options, given_for, layers_from_text, texts_read_by
+from epmq_deploy.options import Options, given_for, in_bytes, layers_from_text, texts_read_by
 
 
 class MergeOptions(Options):
@@ -187,3 +187,8 @@ class RegressionOptions(DataOptions):
     def deciding(self) -> dict[str, Any]:
         """The options that decide the merged weights; where activations are kept does not."""
         return self.model_dump(mode="json", exclude={"cache_limit"})
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """``cache_limit`` in bytes, None for no limit."""
+        return in_bytes(self.cache_limit)

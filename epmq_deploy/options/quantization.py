@@ -5,7 +5,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from epmq_deploy.options import SEVERAL, Options, given_for, layers_from_text, texts_read_by
+from epmq_deploy.options import (
+    SEVERAL,
+    Options,
+    given_for,
+    in_bytes,
+    layers_from_text,
+    texts_read_by,
+)
 
 
 def _runs_somewhere(value: int) -> int:
@@ -154,5 +161,5 @@ class CalibratedOptions(QuantizeOptions):
 
     @property
     def cache_bytes(self) -> int | None:
-        """``cache_limit`` in bytes."""
-        return None if self.cache_limit is None else int(self.cache_limit * 2**30)
+        """``cache_limit`` in bytes, None for no limit."""
+        return in_bytes(self.cache_limit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from epmq_deploy.compat import has_bfloat16_units
 from epmq_deploy.lazy import torch
 
 
@@ -24,15 +25,10 @@ class Arithmetic:
     def products_dtype(self) -> torch.dtype:
         """``products`` as torch's."""
         if self.products == "auto":
-            return torch.bfloat16 if _has_bfloat16_units() else torch.float32
+            return torch.bfloat16 if has_bfloat16_units() else torch.float32
         return torch.bfloat16 if self.products == "bfloat16" else torch.float32
 
     @property
     def solver_dtype(self) -> torch.dtype:
         """``solver`` as torch's."""
         return torch.float64 if self.solver == "float64" else torch.float32
-
-
-def _has_bfloat16_units() -> bool:
-    """Whether this processor multiplies bfloat16 matrices faster than float32 ones."""
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,13 +1,15 @@
-"""Where guided targets get weights and modules from, a piece at a time."""
+"""Where quantization methods get the weights they aim at, a piece at a time."""
 
 from collections.abc import Collection
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from epmq_deploy.calibration.block_runner import ModuleSource, SameForAllTasks
 
 
-class Experts(Protocol):
-    """Where guided targets get base and experts from, a piece at a time."""
+class ExpertWeights(Protocol):
+    """Tensors of base and experts by name."""
 
     @property
     def tasks(self) -> Collection[str]:
@@ -15,46 +17,27 @@ class Experts(Protocol):
         ...
 
     def base_tensor(self, name: str) -> Tensor:
-        """One of the base's tensors, float32, on the model's device."""
+        """Return one of the base's tensors, float32, on the model's device."""
         ...
 
     def tensor(self, task: str, name: str) -> Tensor:
-        """One of an expert's tensors, float32, on the model's device."""
-        ...
-
-    def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
-        """A model with an expert's weights, but for the modules ``without``."""
-        ...
-
-    def module(self, task: str, name: str) -> nn.Module:
-        """One module with an expert's weights."""
+        """Return one of an expert's tensors, float32, on the model's device."""
         ...
 
 
-class MergedAsExpert:
-    """The unquantized merged model in the place of every expert, for targets that aim at it.
+class ExpertSource(ExpertWeights, ModuleSource, Protocol):
+    """Tensors of base and experts, and the experts themselves."""
 
-    Args:
-        model: the merged model; not modified.
-    """
+
+class MergedAsExpert(SameForAllTasks):
+    """The unquantized merged model in the place of every expert."""
 
     tasks: Collection[str] = ()
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
     def base_tensor(self, name: str) -> Tensor:
-        """One of the merged model's tensors."""
+        """Return one of the merged model's tensors."""
         return self._model.get_parameter(name)
 
     def tensor(self, task: str, name: str) -> Tensor:
-        """One of the merged model's tensors."""
+        """Return one of the merged model's tensors."""
         return self._model.get_parameter(name)
-
-    def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
-        """The merged model."""
-        return self._model
-
-    def module(self, task: str, name: str) -> nn.Module:
-        """One of the merged model's modules."""
-        return self._model.get_submodule(name)

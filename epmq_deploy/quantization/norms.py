@@ -1,9 +1,20 @@
 """Calibrating gains and biases of norms: a ridge fit per channel (FeatCal, arXiv 2605.13030)."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from epmq_deploy.calibration.activations import input_of
+from epmq_deploy.calibration.block_runner import BlockRunner
+from epmq_deploy.calibration.cache import ActivationCache, Kept
+from epmq_deploy.models import Block
+from epmq_deploy.models.modules import bias_of
+from epmq_deploy.models.norms import pre_affine
+from epmq_deploy.models.tokens import counted
+from epmq_deploy.quantization.expert_features import Features
+from epmq_deploy.quantization.expert_source import ExpertWeights
 
 
 @dataclass
@@ -95,9 +106,136 @@ def fit_affine(
     return new_gain.to(torch.float32), new_bias.to(torch.float32)
 
 
-def pre_affine(norm: nn.Module, inputs: Tensor) -> Tensor:
-    """What a LayerNorm or RMSNorm multiplies with its gain, ``[..., K]``."""
-    plain = {name: torch.zeros_like(value) for name, value in norm.named_parameters()}
-    plain["weight"] = torch.ones_like(plain["weight"])
-    output: Tensor = torch.func.functional_call(norm, plain, (inputs,))
-    return output
+@dataclass(frozen=True)
+class RefittedNorm:
+    """A norm whose gain and bias were re-fitted, and what it received.
+
+    Attributes:
+        name: dotted name.
+        norm: the norm itself, with its new parameters.
+        inputs: by task, batch by batch.
+        gain: new gain, float32 ``[K]``.
+        bias: new bias, float32 ``[K]``; None for a norm without one.
+        error_before: relative error of its outputs with the parameters it had.
+        error_after: the same with the new ones.
+    """
+
+    name: str
+    norm: nn.Module
+    inputs: Mapping[str, Sequence[Kept]]
+    gain: Tensor
+    bias: Tensor | None
+    error_before: float
+    error_after: float
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The new parameters by dotted name, on the CPU."""
+        parameters = {f"{self.name}.weight": self.gain.cpu()}
+        if self.bias is not None:
+            parameters[f"{self.name}.bias"] = self.bias.cpu()
+        return parameters
+
+    def output(self, task: str, index: int) -> Tensor:
+        """Return what the norm gives for a batch: the input of the layers after it."""
+        with torch.inference_mode():
+            output: Tensor = self.norm(self.inputs[task][index].value())
+        return output
+
+
+class NormRefit:
+    """Re-fits norms so that their outputs on the student's inputs come closer to the experts'.
+
+    Args:
+        model: whose norms are changed in place.
+        runner: holds the batches.
+        experts: whose gains and biases the outputs aimed at are computed with.
+        cache: keeps what norms receive.
+        mix: share of the experts' own features in those outputs.
+        damping: pull of gains and biases towards those they have.
+        unpooled: weight, in the last block, of tokens that no head reads.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        runner: BlockRunner,
+        experts: ExpertWeights,
+        cache: ActivationCache,
+        *,
+        mix: float,
+        damping: float,
+        unpooled: float,
+    ) -> None:
+        self._model = model
+        self._runner = runner
+        self._experts = experts
+        self._cache = cache
+        self._mix = mix
+        self._damping = damping
+        self._unpooled = unpooled
+
+    def refit(
+        self,
+        block: Block,
+        name: str,
+        features: Features,
+        *,
+        pooled: bool,
+        done: Mapping[str, nn.Module],
+    ) -> RefittedNorm:
+        """Re-fit one norm in place.
+
+        Args:
+            block: it belongs to, where the batches are.
+            name: its dotted name.
+            features: what experts' norms gave.
+            pooled: whether only what it gives for pooled tokens reaches the heads.
+            done: layers whose outputs will not change any more; see ``input_of``.
+        """
+        norm = self._model.get_submodule(name)
+        gain, bias = norm.get_parameter("weight"), bias_of(norm)
+        sums = NormSums.zeros(gain.shape[0], gain.device)
+        inputs: dict[str, list[Kept]] = {}
+        for task in self._runner.batches:
+            task_sums, inputs[task] = self._of_task(
+                task, block, name, features.get(task, ()), pooled=pooled, done=done
+            )
+            sums.add_mean(task_sums)
+        new_gain, new_bias = fit_affine(sums, gain, bias, self._damping)
+        before, after = sums.error(gain, bias), sums.error(new_gain, new_bias)
+        norm.get_parameter("weight").data = new_gain
+        if new_bias is not None:
+            norm.get_parameter("bias").data = new_bias
+        return RefittedNorm(name, norm, inputs, new_gain, new_bias, before, after)
+
+    def _of_task(
+        self,
+        task: str,
+        block: Block,
+        name: str,
+        features: Sequence[Mapping[str, Kept]],
+        *,
+        pooled: bool,
+        done: Mapping[str, nn.Module],
+    ) -> tuple[NormSums, list[Kept]]:
+        """Sums over one task's tokens, and what the norm received, batch by batch."""
+        student = self._model.get_submodule(block.name)
+        norm = self._model.get_submodule(name)
+        gain = self._experts.tensor(task, f"{name}.weight")
+        bias = None if bias_of(norm) is None else self._experts.tensor(task, f"{name}.bias")
+        sums = NormSums.zeros(gain.shape[0], gain.device)
+        received = []
+        for index, batch in enumerate(self._runner.batches[task]):
+            inputs = input_of(student, norm, batch.student, done, self._cache)
+            received.append(self._cache.keep(inputs))
+            unpooled = self._unpooled if pooled else 1.0
+            weights = batch.token_weights(block.stream, inputs, unpooled)
+            activations, token_weights = counted(pre_affine(norm, inputs), weights)
+            target = activations
+            if self._mix and features:
+                feature, _ = counted(features[index][name].peek(), weights)
+                target = torch.lerp(activations, feature.to(activations.dtype), self._mix)
+            target = target * gain
+            sums.add(activations, target if bias is None else target + bias, token_weights)
+        return sums, received

@@ -1,30 +1,47 @@
 """Quantizing a model block by block, in the order its layers run."""
 
-from collections.abc import Collection, Iterable, Mapping
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from epmq_deploy.calibration.activations import input_of
+from epmq_deploy.calibration.block_runner import BlockRunner, SameForAllTasks, TaskBatches
+from epmq_deploy.calibration.cache import ActivationCache
+from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models import Block, ModelFamily
+from epmq_deploy.models import Block, Group, ModelFamily
+from epmq_deploy.models.modules import linear_layer
 from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.quantization.base import QuantizationMethod
+from epmq_deploy.quantization.base import Guide, QuantizationMethod
 from epmq_deploy.quantization.embeddings import is_quantizable, quantize_outer
-from epmq_deploy.quantization.expert_source import Experts
+from epmq_deploy.quantization.expert_features import ExpertRecorder, Features
+from epmq_deploy.quantization.expert_source import ExpertSource, MergedAsExpert
+from epmq_deploy.quantization.group import GroupQuantizer
+from epmq_deploy.quantization.group_statistics import (
+    ActivationStatistics,
+    GroupInput,
+    StatisticsSource,
+    WeightStatistics,
+    sum_over_tasks,
+)
 from epmq_deploy.quantization.layer import LayerReport
+from epmq_deploy.quantization.norms import NormRefit, RefittedNorm
 from epmq_deploy.quantization.quantized_linear import QuantizedLinear
 from epmq_deploy.quantization.quantized_model import QuantizedModel
-from epmq_deploy.quantization.walk import TaskBatches, Walk
 
 
-class Finished(Protocol):
+class FinishedBlocks(Protocol):
     """Blocks that an interrupted run has finished."""
 
     def load(self, index: int) -> QuantizedModel | None:
-        """A block's result, or None when it is still to be done."""
+        """Return a block's result, or None when it is still to be done."""
         ...
 
     def save(self, index: int, result: QuantizedModel) -> None:
@@ -32,17 +49,209 @@ class Finished(Protocol):
         ...
 
 
+class BlockQuantizer:
+    """Quantizes a model in place, one block at a time.
+
+    Args:
+        model: the merged model.
+        family: its family.
+        blocks: its blocks; they are quantized or skipped in this order.
+        method: the method.
+        options: the method's options.
+        batches: per task, a function that yields batches of model inputs.
+        experts: base and experts, for methods that use them.
+        rounding: quantize; otherwise layers get the method's weights in float32.
+        probe: by layer, widths in bits at which its error is measured in addition.
+        scratch: folder for activations on disk; default: the system's temporary folder.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        family: ModelFamily,
+        blocks: Sequence[Block],
+        method: QuantizationMethod[Any],
+        options: QuantizeOptions,
+        batches: TaskBatches,
+        experts: ExpertSource | None,
+        *,
+        rounding: bool = True,
+        probe: Mapping[str, Collection[int]] | None = None,
+        scratch: Path | None = None,
+    ) -> None:
+        self._model, self._method, self._options = model, method, options
+        self._cache = ActivationCache(getattr(options, "cache_bytes", None), scratch)
+        dtype = getattr(torch, getattr(options, "cache_dtype", "float32"))
+        products = method.products_dtype(options)
+        mix, unpooled = method.mix(options), method.unpooled_weight(options)
+        self._experts = source = _expert_source(model, method, experts)
+        running = source if mix else None
+        self._runner = BlockRunner(
+            family,
+            blocks,
+            {} if method.is_data_free(options) else batches,
+            SameForAllTasks(model),
+            experts=running,
+            cache=self._cache,
+            device=next(model.parameters()).device,
+            dtype=dtype,
+            products=products,
+        )
+        self._recorder = ExpertRecorder(
+            self._runner, running, self._cache, dtype=dtype, products=products
+        )
+        self._norms: NormRefit | None = None
+        norm_mix = method.norm_mix(options)
+        if norm_mix is not None and source is not None:
+            self._norms = NormRefit(
+                model,
+                self._runner,
+                source,
+                self._cache,
+                mix=norm_mix,
+                damping=method.norm_damping(options),
+                unpooled=unpooled,
+            )
+        self._statistics: StatisticsSource
+        if method.is_data_free(options) and source is not None:
+            self._statistics = WeightStatistics(source)
+        else:
+            self._statistics = ActivationStatistics(
+                self._runner,
+                source,
+                mix=mix,
+                unpooled=unpooled,
+                accumulator=partial(Accumulator, products),
+            )
+        self._groups = GroupQuantizer(
+            model, method, options, source, rounding=rounding, probe=probe
+        )
+
+    def quantize(self, block: Block) -> QuantizedModel:
+        """Quantize a block's layers in the order they run, and go on to the next block.
+
+        Raises:
+            NumericsError: a layer could not be solved as asked; names it.
+        """
+        self._runner.enter(block)
+        result = self._quantize_layers(block)
+        self._runner.advance(block, self._layers(block.layers))
+        return result
+
+    def skip(self, block: Block) -> None:
+        """Go on to the next block; the weights of this one are final."""
+        self._runner.enter(block)
+        self._runner.advance_experts(block)
+        self._runner.advance(block)
+
+    def _quantize_layers(self, block: Block) -> QuantizedModel:
+        layers, norms = self._quantized(block.layers), self._norms_of(block)
+        features = self._recorder.record(block, layers, norms)
+        result = QuantizedModel()
+        done: dict[str, nn.Module] = {}
+        for group in block.groups:
+            self._quantize_group(block, group, features, done, result)
+            done |= self._layers(group.layers)
+        self._refit(block, block.norm, block.groups[-1].pooled, features, done, result)
+        return result
+
+    def _quantize_group(
+        self,
+        block: Block,
+        group: Group,
+        features: Features,
+        done: Mapping[str, nn.Module],
+        result: QuantizedModel,
+    ) -> None:
+        """Re-fit the norm before a group, quantize its layers, and add both to the result."""
+        norm = self._refit(block, group.norm, group.pooled, features, done, result)
+        names = self._quantized(group.layers)
+        if not names:
+            return
+        inputs = norm.output if norm else self._input_of(block, names[0], done)
+        sums = sum_over_tasks(
+            self._model,
+            names,
+            self._statistics.tasks,
+            lambda task: self._statistics.of_task(task, block, group, names, inputs, features),
+            self._experts,
+            self._method,
+            self._options,
+        )
+        result.extend(self._groups.quantize(names, sums))
+
+    def _refit(
+        self,
+        block: Block,
+        name: str | None,
+        pooled: bool,
+        features: Features,
+        done: Mapping[str, nn.Module],
+        result: QuantizedModel,
+    ) -> RefittedNorm | None:
+        """Re-fit a norm, if there is one and the method does, and add it to the result."""
+        if name is None or self._norms is None:
+            return None
+        norm = self._norms.refit(block, name, features, pooled=pooled, done=done)
+        result.replaced |= norm.parameters
+        result.reports.append(
+            LayerReport(
+                name, "refitted", error_before=norm.error_before, error_after=norm.error_after
+            )
+        )
+        return norm
+
+    def _input_of(self, block: Block, name: str, done: Mapping[str, nn.Module]) -> GroupInput:
+        """What a layer receives from the student with all earlier layers quantized."""
+        student = self._model.get_submodule(block.name)
+        layer = linear_layer(self._model, name)
+
+        def received(task: str, index: int) -> Tensor:
+            batch = self._runner.batches[task][index].student
+            return input_of(student, layer, batch, done, self._cache)
+
+        return received
+
+    def _quantized(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if not self._options.skips(name)]
+
+    def _layers(self, names: Iterable[str]) -> dict[str, nn.Module]:
+        return {name: linear_layer(self._model, name) for name in names}
+
+    def _norms_of(self, block: Block) -> list[str]:
+        """Names of the norms of a block that are re-fitted."""
+        norms = [*(group.norm for group in block.groups), block.norm]
+        return [norm for norm in norms if norm] if self._norms else []
+
+
+def _expert_source(
+    model: nn.Module, method: QuantizationMethod[Any], experts: ExpertSource | None
+) -> ExpertSource | None:
+    """Whose weights and outputs a method aims at.
+
+    Raises:
+        ValueError: it needs experts and there are none.
+    """
+    if method.guide is Guide.MERGED:
+        return MergedAsExpert(copy.deepcopy(model))
+    if method.guide is Guide.NOTHING:
+        return None
+    if experts is None:
+        raise ValueError(f"quantization method {method.name} needs experts")
+    return experts
+
+
 def quantize_model(
     model: nn.Module,
     family: ModelFamily,
-    target: QuantizationMethod[Any],
+    method: QuantizationMethod[Any],
     options: QuantizeOptions,
     *,
     batches: TaskBatches,
-    experts: Experts | None = None,
+    experts: ExpertSource | None = None,
     rounding: bool = True,
     probe: Mapping[str, Collection[int]] | None = None,
-    finished: Finished | None = None,
+    finished: FinishedBlocks | None = None,
     progress: Progress | None = None,
     scratch: Path | None = None,
 ) -> QuantizedModel:
@@ -55,16 +264,16 @@ def quantize_model(
     Args:
         model: the merged model, on the device to work on.
         family: its family.
-        target: the method.
+        method: the method.
         options: the method's options.
         batches: per task, a function that yields batches of model inputs.
-        experts: required by guided targets.
-        rounding: quantize; otherwise layers get the target's own weights, unrounded, to tell what
-            the target gives from what rounding costs.
-        probe: by layer, widths in bits at which its error is measured besides.
+        experts: base and experts, for methods that use them.
+        rounding: quantize; otherwise layers get the method's own weights, unrounded, to tell what
+            the method gives from what rounding costs.
+        probe: by layer, widths in bits at which its error is measured in addition.
         finished: results of blocks done before; further ones are added to it.
         progress: shows one step per block.
-        scratch: folder for activations on disk; the system's temporary folder when absent.
+        scratch: folder for activations on disk; default: the system's temporary folder.
 
     Raises:
         NumericsError: a layer could not be solved as asked; names it.
@@ -78,17 +287,25 @@ def quantize_model(
         # First, so that calibration sees what the blocks will receive.
         layers, reports = quantize_outer(model, inside, options)
         whole.extend(QuantizedModel(layers, reports=reports))
-    walk = Walk(
-        model, family, target, options, experts, rounding=rounding, probe=probe, scratch=scratch
+    quantizer = BlockQuantizer(
+        model,
+        family,
+        blocks,
+        method,
+        options,
+        batches,
+        experts,
+        rounding=rounding,
+        probe=probe,
+        scratch=scratch,
     )
-    walk.start(blocks, batches)
     for index, block in enumerate(progress.track(blocks, "quantizing")):
         result = finished.load(index) if finished else None
         if result is not None:
             apply_quantized(model, result.layers, result.replaced)
-            walk.skip_block(block)
+            quantizer.skip(block)
         else:
-            result = walk.quantize_block(block)
+            result = quantizer.quantize(block)
             if finished:
                 finished.save(index, result)
         whole.extend(result)

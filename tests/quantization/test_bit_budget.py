@@ -12,8 +12,8 @@ from epmq_deploy.models import family_of
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.bit_budget import BitBudget, bit_budget
 from epmq_deploy.quantization.planning import CalibrationContext, with_bits
+from epmq_deploy.quantization.sequential import BlockQuantizer
 from epmq_deploy.quantization.stage import quantize
-from epmq_deploy.quantization.walk import Walk
 from epmq_deploy.recipe import load_recipe, override
 
 
@@ -93,7 +93,7 @@ def test_the_least_possible_is_named_before_anything_is_calibrated(
     def never(*_: object) -> None:
         raise AssertionError("calibrated")
 
-    monkeypatch.setattr(Walk, "start", never)
+    monkeypatch.setattr(BlockQuantizer, "quantize", never)
     recipe = override(load_recipe(tiny.recipe), "quantize", options)
     with pytest.raises(RecipeError) as caught:
         quantize(recipe, merged, tmp_path / "out")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from epmq_deploy.quantization.norms import NormSums, fit_affine, pre_affine
+from epmq_deploy.models.norms import pre_affine
+from epmq_deploy.quantization.norms import NormSums, fit_affine
 
 CHANNELS = 5
 

@@ -14,8 +14,8 @@ from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import Block
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.sequential import BlockQuantizer
 from epmq_deploy.quantization.stage import quantize
-from epmq_deploy.quantization.walk import Walk
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
 Change = Callable[[pytest.MonkeyPatch], None]
@@ -34,16 +34,16 @@ def blocks_done(
 ) -> list[list[Path]]:
     """Quantize; for every block quantized, the files in the run's scratch folder at its end."""
     found = []
-    original = Walk.quantize_block
+    original = BlockQuantizer.quantize
 
-    def remember(self: Walk, block: Block) -> QuantizedModel:
+    def remember(self: BlockQuantizer, block: Block) -> QuantizedModel:
         result = original(self, block)
         scratch = output.with_name(f".{output.name}.unfinished") / "scratch"
         found.append([file for file in scratch.rglob("*") if file.is_file()])
         return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "quantize_block", remember)
+        patch.setattr(BlockQuantizer, "quantize", remember)
         quantize(recipe, merged, output)
     return found
 

@@ -19,8 +19,8 @@ from epmq_deploy.quantization.data_free import weight_statistics
 from epmq_deploy.quantization.methods.epmq import EpmqOptions
 from epmq_deploy.quantization.planning import CalibrationContext
 from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.sequential import BlockQuantizer
 from epmq_deploy.quantization.stage import calibration_samples, quantize
-from epmq_deploy.quantization.walk import Walk
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
 FC2 = "vision_model.encoder.layers.1.mlp.fc2"
@@ -72,10 +72,12 @@ def test_a_killed_run_goes_on_and_gives_the_same_codes(
     quantize(recipe, merged, tmp_path / "whole")
     killed_in(block, recipe, merged, tmp_path / "resumed", monkeypatch)
     done = []
-    original = Walk.quantize_block
+    original = BlockQuantizer.quantize
     with monkeypatch.context() as patch:
         patch.setattr(
-            Walk, "quantize_block", lambda self, block: done.append(block) or original(self, block)
+            BlockQuantizer,
+            "quantize",
+            lambda self, block: done.append(block) or original(self, block),
         )
         quantize(recipe, merged, tmp_path / "resumed")
     assert len(done) == 2 - block
@@ -145,7 +147,7 @@ def test_nothing_is_left_in_the_cache(
 
     monkeypatch.setattr(ActivationCache, "__init__", remember)
     run(load_recipe(tiny.recipe), merged)
-    # Only the hidden states after the last block may be alive, until the walk is collected.
+    # Only the hidden states after the last block may be alive, until the runner is collected.
     import gc
 
     gc.collect()

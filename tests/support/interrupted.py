@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.sequential import BlockQuantizer
 from epmq_deploy.quantization.stage import quantize
-from epmq_deploy.quantization.walk import Walk
 from epmq_deploy.recipe import Recipe
 
 
@@ -15,16 +15,16 @@ def killed_in(
 ) -> None:
     """Quantize into ``output``, but be killed in a block, counted from 0."""
     begun = []
-    original = Walk.quantize_block
+    original = BlockQuantizer.quantize
 
-    def killed(self: Walk, chosen: object) -> QuantizedModel:
+    def killed(self: BlockQuantizer, chosen: object) -> QuantizedModel:
         begun.append(chosen)
         if len(begun) > block:
             raise KeyboardInterrupt
         return original(self, chosen)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Walk, "quantize_block", killed)
+        patch.setattr(BlockQuantizer, "quantize", killed)
         with pytest.raises(KeyboardInterrupt):
             quantize(recipe, merged, output)
     assert not output.exists()

@@ -154,7 +154,7 @@ def collect(data: CalibrationData, vectors: TaskVectors, options: FisherOptions)
     folder = tempfile.TemporaryDirectory(prefix="epmq-fisher-")
     tensors, norms = [], []
     for task in data.progress.track(data.tasks, "squared gradients"):
-        expert = data.expert(task)
+        expert = data.experts.become(task)
         found = diagonal_fisher(
             expert,
             partial(_logits, data, task, expert),

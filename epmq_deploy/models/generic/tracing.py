@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import Block, Group
-from epmq_deploy.quantization.norms import pre_affine
+from epmq_deploy.models.modules import first_input
+from epmq_deploy.models.norms import pre_affine
 
 # What tells two tensors apart: memory, layout and how often it was written to.
 _Identity = tuple[int, tuple[int, ...], tuple[int, ...], int]
@@ -121,14 +122,14 @@ def _watch_block(name: str, trace: _Trace) -> Callable[..., None]:
 
 def _watch_layer(name: str, trace: _Trace) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-        trace.layers.append((name, _first(args, kwargs)))
+        trace.layers.append((name, first_input(args, kwargs)))
 
     return hook
 
 
 def _watch_norm(name: str, trace: _Trace) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-        trace.norms.append((name, _first(args, kwargs), output))
+        trace.norms.append((name, first_input(args, kwargs), output))
 
     return hook
 
@@ -138,11 +139,6 @@ def _is_affine(norm: nn.Module, entered: Tensor, left: Tensor) -> bool:
     plain = pre_affine(norm, entered) * norm.get_parameter("weight")
     bias = dict(norm.named_parameters()).get("bias")
     return torch.allclose(plain if bias is None else plain + bias, left, atol=1e-5)
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    value: Tensor = args[0] if args else next(iter(kwargs.values()))
-    return value
 
 
 def _is_norm(module: nn.Module) -> bool:
