@@ -27,14 +27,14 @@ def command(
     exported: Annotated[Path, typer.Argument(help="Output of `epmq export`.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="JSON file to write; DIR/eval.json when absent."),
+        typer.Option("--output", "-o", help="JSON file to write; default: eval.json in EXPORTED."),
     ] = None,
     recipe: RecipeFile = None,
     *,
     common: CommonOptions,
     flags: dict[str, Any],
 ) -> None:
-    """Run every exported graph in onnxruntime on every task and compare.
+    """Run every exported graph in onnxruntime on every task and compare them.
 
     Writes eval.json, eval.md and report.html. Ends with exit code 5 when no low-bit graph
     meets all gates (--max-drop, --max-latency-ratio, --max-size).
@@ -65,12 +65,18 @@ def evaluate_to(
     overwrite: bool,
     terminal: Terminal,
 ) -> None:
-    """Evaluate, write ``file`` and what is made from it, show the table, then hold the gates."""
+    """Evaluate, write the report next to ``file`` in all its forms, print it, check the gates.
+
+    Raises:
+        RecipeError: a file to write cannot be written, or an option is not allowed.
+        MismatchError: data or models do not fit.
+        GateError: no low-bit graph meets all gates.
+    """
     from epmq_deploy.runtime.evaluation.stage import evaluate
 
     for target in (file, *views_of(file)):
         refuse_existing_file(target, overwrite)
-    # A device asked for goes for the graphs as well, unless they have a provider of their own.
+    # --device also selects the provider, unless one is given explicitly.
     provider = device if recipe.eval.provider == "auto" else recipe.eval.provider
     report = evaluate(
         recipe, exported, provider=provider, device=pick_device(device), progress=terminal
@@ -79,9 +85,12 @@ def evaluate_to(
 
 
 def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None:
-    """Write a report as JSON, Markdown and a page, print it, then hold its gates.
+    """Write a report as JSON, Markdown and HTML, print it, then check its gates.
 
-    An export's own report is shown in its model card, too.
+    The report in an export's folder is also shown in the model card there.
+
+    Raises:
+        GateError: no low-bit graph meets all gates.
     """
     from epmq_deploy.artifacts.card import Evaluation, write_card
     from epmq_deploy.artifacts.manifest import read_manifest
@@ -99,34 +108,34 @@ def write_and_show(file: Path, report: "EvalReport", terminal: Terminal) -> None
     atomic_text(markdown, table)
     atomic_text(page, html_page(report))
     if file.name == EVAL_FILE and (file.parent / MANIFEST).is_file():
-        told = Evaluation(
+        evaluation = Evaluation(
             table,
             family_of(file.parent).task_type,
             {row.name: row.accuracy for row in report.rows if row.files},
             report.hub_metrics,
         )
-        write_card(file.parent, read_manifest(file.parent, "export"), told)
+        write_card(file.parent, read_manifest(file.parent, "export"), evaluation)
     terminal.result(content, eval_table(report))
     check_gates(report)
 
 
 def views_of(file: Path) -> tuple[Path, Path]:
-    """Where the Markdown table and the page of a report go: beside it.
+    """Return the paths of a report's Markdown table and HTML page, next to its JSON file.
 
     Raises:
-        RecipeError: the report itself is to go there.
+        RecipeError: ``file`` has the name of one of these.
     """
     if file.suffix in (".md", ".html"):
-        raise RecipeError(f"{file}: name the JSON file; the others are written beside it")
+        raise RecipeError(f"{file}: name the JSON file; the others are written next to it")
     page = "report.html" if file.name == EVAL_FILE else f"{file.stem}.html"
     return file.with_suffix(".md"), file.with_name(page)
 
 
 def refuse_existing_file(file: Path, overwrite: bool) -> None:
-    """Stop before any work when a file cannot be written.
+    """Raise before any work if a file cannot be written.
 
     Raises:
-        RecipeError: it is a folder, lies in no folder, or may not be replaced.
+        RecipeError: it is a folder, its folder does not exist, or it may not be replaced.
     """
     if file.is_dir() or not file.parent.is_dir():
         raise RecipeError(f"{file}: expected a file in an existing folder")

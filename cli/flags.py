@@ -101,13 +101,23 @@ class _Flag:
         spellings = [f"--{flag}/--no-{flag}" if parsed_as is bool else f"--{flag}"]
         if isinstance(self.field.json_schema_extra, dict):  # another spelling
             spellings.append(str(self.field.json_schema_extra["flag"]))
-        option = typer.Option(*spellings, help=text, show_default=False, rich_help_panel=self.panel)
+        option = typer.Option(
+            *spellings,
+            help=text,
+            show_default=False,
+            rich_help_panel=self.panel,
+            autocompletion=self.complete if self.choices else None,
+        )
         return inspect.Parameter(
             self.name,
             inspect.Parameter.KEYWORD_ONLY,
             default=None,
             annotation=Annotated[parsed_as | None, option],
         )
+
+    def complete(self, incomplete: str) -> list[str]:
+        """Return the choices that begin with what a shell wants completed."""
+        return [choice for choice in self.choices if choice.startswith(incomplete)]
 
 
 def _flags(models: list[type[Options]]) -> list[_Flag]:

@@ -89,3 +89,27 @@ def test_quiet_and_loud_commands_do_not_disturb_each_other(
     for arguments in (["merge", "--list", "-q"], ["merge", "--list"], ["merge", "--list", "-q"]):
         assert run(*arguments) == 0
         assert bool(capsys.readouterr().out) == ("-q" not in arguments)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("epmq merge --method dar", ["dare", "dare_ties"]),
+        ("epmq quantize --preset fe", ["features"]),
+    ],
+)
+def test_shells_complete_choices(words: str, expected: list[str]) -> None:
+    code = "import sys; sys.argv = ['epmq']; from epmq_deploy.cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={
+            **os.environ,
+            "_EPMQ_COMPLETE": "complete_bash",
+            "COMP_WORDS": words,
+            "COMP_CWORD": "3",
+        },
+    )
+    assert done.stdout.split() == expected
