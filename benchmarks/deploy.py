@@ -48,7 +48,7 @@ from transformers import CLIPImageProcessorPil
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.graphs.layers import DOMAIN, OP_TYPE, add_initializer
 from epmq_deploy.exporters.packing.packed_linear import pack_linear
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 RESULTS = Path(__file__).parent / "results" / "deploy.json"
 COMMAND = str(Path(__file__).with_name("command_cost.py"))

@@ -57,7 +57,7 @@ from epmq_deploy.models import TaskHead, family_of
 from epmq_deploy.models.experts import check_unchanged, open_sources
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact, load_inputs
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.stage import MERGED_FOLDER
 from epmq_deploy.recipe import ExportOptions, Recipe
 from epmq_deploy.runtime.ort.graph_runs import session_config

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints.memory_map import MappedFile
 from epmq_deploy.checkpoints.tensors import tensors_of_file
-from epmq_deploy.quantization.layer import LayerReport
-from epmq_deploy.quantization.layer_inputs import LayerInputs
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import (
+    LayerInputs,
+    LayerReport,
+    QuantizedLinear,
+    QuantizedModel,
+)
 
 CODES_FILE = "quantized.safetensors"
 REPLACED_FILE = "replaced.safetensors"

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from epmq_deploy.options.quantization import QuantizeOptions
-from epmq_deploy.quantization.layer import LayerReport
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import LayerReport, QuantizedLinear
 from epmq_deploy.quantization.solver.gptq import round_to_nearest
 from epmq_deploy.quantization.solver.grid import fit_grid
 

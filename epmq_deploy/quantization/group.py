@@ -12,9 +12,8 @@ from epmq_deploy.models.modules import linear_layer
 from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.quantization.base import LayerProblem, LayerWeights, QuantizationMethod
 from epmq_deploy.quantization.expert_source import ExpertWeights
-from epmq_deploy.quantization.layer import quantize_layer, refit_bias
-from epmq_deploy.quantization.layer_inputs import layer_inputs
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.layer import layer_inputs, quantize_layer, refit_bias
+from epmq_deploy.quantization.results import QuantizedModel
 
 log = logging.getLogger(__name__)
 

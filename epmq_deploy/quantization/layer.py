@@ -2,8 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +11,12 @@ from epmq_deploy.calibration.statistics import GroupSums
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.options.quantization import CalibratedOptions, QuantizeOptions
 from epmq_deploy.quantization.base import LayerProblem
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import (
+    LayerInputs,
+    LayerReport,
+    QuantizedLayer,
+    QuantizedLinear,
+)
 from epmq_deploy.quantization.solver.gptq import (
     Solution,
     Status,
@@ -21,52 +25,8 @@ from epmq_deploy.quantization.solver.gptq import (
     solve,
 )
 from epmq_deploy.quantization.solver.grid import Grid, fit_grid
+from epmq_deploy.quantization.solver.hessian import Hessian
 from epmq_deploy.quantization.solver.refine import refine
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How one layer fared.
-
-    Attributes:
-        layer: dotted name.
-        status: the solver's; ``kept`` for a layer left in float; ``refitted`` for a norm.
-        reason: why it was kept or not solved as asked; empty otherwise.
-        bits: bits per weight, 0 when kept.
-        group_size: columns per scale, 0 when kept.
-        error_before: ``tr((Q - W*) H (Q - W*)^T)`` of ``W*`` rounded to nearest on the first grid,
-            relative to ``tr(W* H W*^T)``.
-        error_after: the same of the codes and grid chosen, with the damping added.
-        added_damping: what the solver added to the Hessian's diagonal.
-        tokens: calibration tokens used.
-        seconds: time spent on the layer, without gathering statistics.
-    """
-
-    layer: str
-    status: Status | Literal["kept", "refitted"]
-    reason: str = ""
-    bits: int = 0
-    group_size: int = 0
-    error_before: float = 0.0
-    error_after: float = 0.0
-    added_damping: float = 0.0
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class QuantizedLayer:
-    """One layer's result.
-
-    Attributes:
-        linear: codes and grid, on the CPU.
-        bias: re-fitted bias, float32 ``[N]``, or None where it stays as it was.
-        report: how it fared.
-    """
-
-    linear: QuantizedLinear
-    bias: Tensor | None
-    report: LayerReport
 
 
 def quantize_layer(
@@ -185,6 +145,20 @@ def fit_bias(
     anchor = (bias if problem.bias_anchor is None else problem.bias_anchor).to(torch.float64)
     missing = target - dequantized.to(torch.float64) @ sums.mean + problem.bias_damping * anchor
     return (missing / (sums.weight + problem.bias_damping)).to(torch.float32)
+
+
+def layer_inputs(sums: GroupSums, weight: Tensor) -> LayerInputs | None:
+    """What is known of the inputs of a layer with weight ``[N, K]``; None without activations."""
+    if sums.low is None or sums.high is None:
+        return None
+    # Codes are on the CPU, statistics where models run.
+    energy = Hessian(sums.gram, dtype=weight.dtype).quadratic(weight.to(sums.gram.device))
+    return LayerInputs(
+        sums.low.cpu(),
+        sums.high.cpu(),
+        (sums.gram.diagonal() / sums.weight).to(torch.float32).cpu(),
+        energy / sums.weight,
+    )
 
 
 def _group_size(weight: Tensor, options: QuantizeOptions) -> int:

@@ -22,7 +22,7 @@ from epmq_deploy.quantization.anchor_search import search_anchor
 from epmq_deploy.quantization.bit_budget import BitBudget, bit_budget
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 from epmq_deploy.quantization.methods.epmq import EpmqOptions
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import quantize_model
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from epmq_deploy.quantization.artifact import (
     load_reports,
     save_artifact,
 )
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import QuantizedModel
 
 log = logging.getLogger(__name__)
 

@@ -31,10 +31,8 @@ from epmq_deploy.quantization.group_statistics import (
     WeightStatistics,
     sum_over_tasks,
 )
-from epmq_deploy.quantization.layer import LayerReport
 from epmq_deploy.quantization.norms import NormRefit, RefittedNorm
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import LayerReport, QuantizedLinear, QuantizedModel
 
 
 class FinishedBlocks(Protocol):

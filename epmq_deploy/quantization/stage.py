@@ -34,7 +34,7 @@ from epmq_deploy.quantization.distillation import distill
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 from epmq_deploy.quantization.methods.epmq import EpmqOptions
 from epmq_deploy.quantization.planning import CalibrationContext, plan_anchor, plan_bits, with_bits
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.resume import FinishedWork
 from epmq_deploy.recipe import Recipe
 

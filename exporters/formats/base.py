@@ -8,8 +8,7 @@ from typing import Any, ClassVar
 import onnx_ir as ir
 
 from epmq_deploy.models.blocks import Group
-from epmq_deploy.quantization.layer_inputs import LayerInputs
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import LayerInputs, QuantizedLinear
 from epmq_deploy.recipe import ExportOptions
 
 

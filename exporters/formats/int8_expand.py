@@ -43,7 +43,7 @@ from epmq_deploy.exporters.lowering.int8.plan import (
 from epmq_deploy.exporters.lowering.int8.smoothing import divide_input
 from epmq_deploy.exporters.packing.integer_tensors import SIGNED, integer_tensor, read_layer
 from epmq_deploy.exporters.packing.packed_linear import unpack_linear
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 log = logging.getLogger(__name__)
 

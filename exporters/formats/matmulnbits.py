@@ -7,7 +7,7 @@ import onnx_ir as ir
 from epmq_deploy.exporters.formats.base import GraphFormat
 from epmq_deploy.exporters.graphs.layers import low_bit_nodes, read_packed
 from epmq_deploy.exporters.packing.packed_linear import unpack_linear
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 
 class MatMulNBitsFormat(GraphFormat):

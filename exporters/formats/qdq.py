@@ -25,7 +25,7 @@ from epmq_deploy.exporters.packing.integer_tensors import (
     read_layer,
 )
 from epmq_deploy.exporters.packing.packed_linear import unpack_linear
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 _ZERO = "epmq_deploy.zero"
 

@@ -32,7 +32,7 @@ from epmq_deploy.exporters.verification.kernels import (
     verify_valid,
 )
 from epmq_deploy.models.base import Deployable
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.runtime.ort.graph_runs import INT8_LEVEL
 
 FP32_FORMAT = "fp32"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from epmq_deploy.exporters.memory import large_blocks_returned
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.sequential import apply_quantized
 
 

@@ -13,7 +13,7 @@ from epmq_deploy.exporters.verification.parity import ParityInputs, parity_input
 from epmq_deploy.models import Deployable, ModelFamily, MultiTaskModel, TaskHead
 from epmq_deploy.models.text_generation.base import TextGenerationFamily
 from epmq_deploy.progress import Progress
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.recipe import Task
 
 

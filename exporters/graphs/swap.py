@@ -11,7 +11,7 @@ from epmq_deploy.exporters.graphs.layers import DOMAIN, LAYER_KEY, OP_TYPE
 from epmq_deploy.exporters.lowering.int8.modules import Int8Conv2d, Int8Embedding
 from epmq_deploy.exporters.packing.packed_linear import PackedLinear
 from epmq_deploy.models.base import Deployable
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 D = TypeVar("D", bound=Deployable)
 

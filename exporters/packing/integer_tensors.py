@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 
 from epmq_deploy.exporters.packing.bytes import Bytes, pack_flat
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 SIGNED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}
 UNSIGNED = {4: ir.DataType.UINT4, 8: ir.DataType.UINT8}

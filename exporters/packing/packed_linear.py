@@ -14,7 +14,7 @@ from epmq_deploy.exporters.packing.bytes import (
     unpack_codes,
     unpack_zero_points,
 )
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 # What onnxruntime's CPU kernel accepts: powers of two in this range.
 _MIN_BLOCK = 16

@@ -9,7 +9,7 @@ from epmq_deploy.exporters.packing.packed_linear import block_size_for, containe
 from epmq_deploy.models import Block
 from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.quantization.embeddings import planned_outer
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.lowering.int8.rows import read_rows
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 FORMAT_KEY = "epmq_deploy.format"
 

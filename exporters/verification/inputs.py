@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.exporters.formats import GraphFormat
 from epmq_deploy.models.base import Deployable
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.recipe import OPSETS
 
 _BITS = (2, 3, 4, 8)

@@ -16,7 +16,7 @@ from epmq_deploy.exporters.graphs.files import weightless
 from epmq_deploy.exporters.graphs.layers import DOMAIN, OP_TYPE
 from epmq_deploy.exporters.lowering.int8.matmul import INT8_SUFFIX
 from epmq_deploy.exporters.verification.codes import stored_layers
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.solver.grid import expand_groups
 from epmq_deploy.runtime.ort.graph_runs import write_optimized
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from epmq_deploy.quantization.layer import LayerReport
+from epmq_deploy.quantization.results import LayerReport
 from epmq_deploy.runtime.evaluation.comparison import Difference
 from epmq_deploy.runtime.evaluation.diagnosis import Diagnosis
 from epmq_deploy.runtime.evaluation.latency import Timing

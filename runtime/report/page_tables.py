@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from epmq_deploy.quantization.layer import LayerReport
+from epmq_deploy.quantization.results import LayerReport
 from epmq_deploy.runtime.evaluation.diagnosis import Diagnosis
 from epmq_deploy.runtime.report.markdown import cost_lines
 from epmq_deploy.runtime.report.markup import Markup, element

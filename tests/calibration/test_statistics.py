@@ -8,7 +8,7 @@ from epmq_deploy.calibration import statistics as module
 from epmq_deploy.calibration.statistics import Accumulator, GroupSums
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.models.tokens import TokenWeights
-from epmq_deploy.quantization.layer_inputs import layer_inputs
+from epmq_deploy.quantization.layer import layer_inputs
 
 B, T, K, N = 3, 4, 10, 6
 

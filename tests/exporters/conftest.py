@@ -25,7 +25,7 @@ from epmq_deploy.exporters import (
 )
 from epmq_deploy.models import MultiTaskModel, TaskHead
 from epmq_deploy.models.encoders.clip import FAMILY
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.solver.grid import expand_groups, fit_grid, quantize_to_codes
 
 HIDDEN, MLP, PROJECTION = 64, 112, 32

@@ -13,7 +13,7 @@ from tiny_zoo import TinyZoo
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import Block
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import BlockQuantizer
 from epmq_deploy.quantization.stage import quantize
 from epmq_deploy.recipe import Recipe, load_recipe, override

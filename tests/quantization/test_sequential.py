@@ -21,7 +21,7 @@ from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.quantization import embeddings
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import apply_quantized, quantize_model
 from epmq_deploy.quantization.stage import calibration_samples, quantize
 from epmq_deploy.recipe import Recipe, load_recipe, override

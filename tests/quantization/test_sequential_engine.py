@@ -18,7 +18,7 @@ from epmq_deploy.quantization.artifact import load_artifact, load_inputs, load_r
 from epmq_deploy.quantization.data_free import weight_statistics
 from epmq_deploy.quantization.methods.epmq import EpmqOptions
 from epmq_deploy.quantization.planning import CalibrationContext
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import BlockQuantizer
 from epmq_deploy.quantization.stage import calibration_samples, quantize
 from epmq_deploy.recipe import Recipe, load_recipe, override

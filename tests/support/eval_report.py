@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from epmq_deploy.quantization.layer import LayerReport
+from epmq_deploy.quantization.results import LayerReport
 from epmq_deploy.runtime.evaluation.diagnosis import Diagnosis, LayerNoise
 from epmq_deploy.runtime.evaluation.latency import Timing
 from epmq_deploy.runtime.evaluation.scoring import Predictions

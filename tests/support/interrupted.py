@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import BlockQuantizer
 from epmq_deploy.quantization.stage import quantize
 from epmq_deploy.recipe import Recipe

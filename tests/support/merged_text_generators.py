@@ -16,7 +16,7 @@ from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.models.text_generation.base import TextGenerationFamily, TextPair
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
-from epmq_deploy.quantization.quantized_model import QuantizedModel
+from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import quantize_model
 from epmq_deploy.quantization.stage import calibration_samples
 from epmq_deploy.recipe import Recipe, load_recipe, override

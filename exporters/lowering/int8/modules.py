@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from epmq_deploy.exporters.graphs.layers import LAYER_KEY
 from epmq_deploy.exporters.lowering.int8.rows import DEQUANTIZE, LOOK_UP, ROWS_DOMAIN, signed_codes
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 
 class _Int8Rows(nn.Module):

@@ -19,7 +19,7 @@ from epmq_deploy.exporters.lowering.int8.matmul import (
     weight_source,
 )
 from epmq_deploy.exporters.lowering.int8.rows import row_layer
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.models.blocks import Group
-from epmq_deploy.quantization.layer_inputs import LayerInputs
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import LayerInputs, QuantizedLinear
 
 Activations = Literal["dynamic", "static"]
 

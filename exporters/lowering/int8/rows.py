@@ -28,7 +28,7 @@ from epmq_deploy.exporters.graphs.layers import (
     producer,
     refuse_repeated,
 )
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 
 # Placeholders that torch's exporter cannot fold: with constant ids it would turn a standard Gather
 # of a small table into a float initializer.

@@ -22,8 +22,7 @@ from epmq_deploy.exporters.lowering.int8.plan import Int8Plan, int8_error, plan_
 from epmq_deploy.exporters.lowering.int8.smoothing import divide_input
 from epmq_deploy.exporters.verification.kernels import verify_runs_low_bit
 from epmq_deploy.models.blocks import Group
-from epmq_deploy.quantization.layer_inputs import LayerInputs
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import LayerInputs, QuantizedLinear
 from epmq_deploy.quantization.solver.grid import expand_groups
 from epmq_deploy.recipe import ExportOptions
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from epmq_deploy.quantization.quantized_linear import QuantizedLinear
+from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.solver.gptq import round_to_nearest
 from epmq_deploy.quantization.solver.grid import expand_groups, fit_grid
 
