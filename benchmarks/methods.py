@@ -36,9 +36,10 @@ from epmq_deploy.data.samples import Samples, batches, load_samples
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
+from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.distillation import distill
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
-from epmq_deploy.quantization.planning import CalibrationContext, plan_anchor, plan_bits, with_bits
+from epmq_deploy.quantization.planning import plan_anchor, plan_bits, with_bits
 from epmq_deploy.quantization.sequential import quantize_model
 from epmq_deploy.quantization.stage import calibration_samples
 from epmq_deploy.recipe import Recipe, load_recipe, override

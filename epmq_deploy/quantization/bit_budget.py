@@ -9,7 +9,6 @@ from torch import nn
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import Block
 from epmq_deploy.options.quantization import QuantizeOptions
-from epmq_deploy.quantization.allocation import stored_bits
 from epmq_deploy.quantization.embeddings import planned_outer
 
 _MEGABYTE = 8e6
@@ -114,3 +113,16 @@ def _rounded_up(value: float) -> float:
     """To four digits, upwards: what is named can be asked for."""
     step = 10.0 ** (math.floor(math.log10(value)) - 3)
     return math.ceil(value / step) * step
+
+
+def stored_bits(rows: int, columns: int, bits: int, group_size: int) -> float:
+    """Size of a quantized ``[rows, columns]`` weight: codes, float32 scales, zero points.
+
+    Args:
+        rows: ``N``.
+        columns: ``K``.
+        bits: width of codes and zero points.
+        group_size: columns per scale, or -1 for all.
+    """
+    groups = 1 if group_size == -1 else -(-columns // group_size)
+    return rows * (columns * bits + groups * (32 + bits))

@@ -20,7 +20,7 @@ from epmq_deploy.data.samples import batches
 from epmq_deploy.models import TaskHead
 from epmq_deploy.models.predictions import Predictions, predictions
 from epmq_deploy.progress import NoProgress
-from epmq_deploy.quantization.planning import CalibrationContext
+from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.results import QuantizedLinear, QuantizedModel
 from epmq_deploy.quantization.sequential import apply_quantized
 from epmq_deploy.quantization.solver.grid import expand_groups

@@ -1,91 +1,45 @@
-"""Settling options that depend on the model: the anchor's strength and bits per layer."""
+"""Settling options that depend on the model: the anchor's strength and bits per layer.
+
+How strongly layers should be held to the anchor depends on the model, the merge and the number of
+samples, and nothing in the objective itself says so. Candidates are calibrated without rounding on
+part of every task's samples; what counts is how closely the model then predicts what the experts
+predict on the rest. No labels are needed.
+
+Bits per layer are chosen under a budget, from each layer's exact error at each width.
+"""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
-
-from epmq_deploy.data.agreement import Judge, Scores, mean_divergence
-from epmq_deploy.data.samples import Samples, batches
+from epmq_deploy.data.agreement import Scores, Tuned, mean_divergence, tune
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models import ModelFamily, TaskHead
-from epmq_deploy.models.experts import ExpertBackbone
+from epmq_deploy.models import TaskHead
 from epmq_deploy.options.quantization import LayerOptions, QuantizeOptions
-from epmq_deploy.progress import Progress
-from epmq_deploy.quantization.allocation import Choice, allocate
-from epmq_deploy.quantization.anchor_search import search_anchor
-from epmq_deploy.quantization.bit_budget import BitBudget, bit_budget
-from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
+from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.methods.epmq import EpmqOptions
-from epmq_deploy.quantization.results import QuantizedModel
-from epmq_deploy.quantization.sequential import quantize_model
 
 log = logging.getLogger(__name__)
 
 # Of every four samples of a task, three calibrate and one scores while the anchor is searched for.
 _HELD_BACK = 4
+# The search: factor between two strengths, and most steps in one direction.
+_FACTOR = 4.0
+_STEPS = 3
 
 
-@dataclass(frozen=True)
-class CalibrationContext:
-    """What a calibration runs on.
+def search_anchor(score: Callable[[float], Scores], start: float) -> Tuned:
+    """Walk from ``start`` in factors of four as long as the divergence falls.
 
-    Attributes:
-        family: the models' family.
-        folder: the merged model.
-        samples: calibration samples by task.
-        experts: base and experts, where the method needs them.
-        device: where to run.
-        progress: shows long work.
-        scratch: folder for activations on disk; the system's temporary folder when absent.
-        expert_heads: of tasks whose experts predict through other heads than the merged model.
+    Another strength than ``start`` is chosen only when it is better by more than one standard error
+    of the paired difference, so that noise does not decide.
+
+    Args:
+        score: divergence from the experts, sample by sample, for a strength.
+        start: strength to begin with.
     """
-
-    family: ModelFamily
-    folder: Path
-    samples: Mapping[str, Samples]
-    experts: ExpertBackbone | None
-    device: torch.device
-    progress: Progress | None = None
-    scratch: Path | None = None
-    expert_heads: Mapping[str, TaskHead] = field(default_factory=dict)
-
-    def bit_budget(self, options: QuantizeOptions) -> BitBudget:
-        """See there; the model is in memory no longer than this takes."""
-        model = self.family.load(self.folder)
-        return bit_budget(model, self.family.blocks(model), options)
-
-    def judge(self, samples: Mapping[str, Samples], heads: Mapping[str, TaskHead]) -> Judge:
-        """Judges models with these heads by the experts' predictions on these samples."""
-        assert self.experts is not None, "guided targets are given experts"
-        own = {**heads, **self.expert_heads}
-        become = self.experts.become
-        return Judge.of_experts(self.family, self.folder, samples, heads, become, own)
-
-    def calibrate(self, options: QuantizeOptions, **how: Any) -> tuple[nn.Module, QuantizedModel]:
-        """The merged model after ``quantize_model`` with these options, and its result."""
-        model = self.family.load(self.folder).to(self.device)
-        size = getattr(options, "batch_size", 1)
-        result = quantize_model(
-            model,
-            self.family,
-            QUANTIZATION_METHODS[options.method],
-            options,
-            batches={
-                task: partial(batches, chosen, self.family, self.folder, size)
-                for task, chosen in self.samples.items()
-            },
-            experts=self.experts,
-            progress=self.progress,
-            scratch=self.scratch,
-            **how,
-        )
-        return model, result
+    return tune(score, start, factor=_FACTOR, steps=_STEPS)
 
 
 def plan_anchor(
@@ -123,6 +77,56 @@ def plan_anchor(
         "curve": [[strength, mean] for strength, mean in search.curve.items()],
         "standard_error": search.standard_error,
     }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer costs at each width.
+
+    Attributes:
+        errors: relative error of the layer's objective, by bits.
+        sizes: bits stored with scales and zero points, by bits.
+    """
+
+    errors: Mapping[int, float]
+    sizes: Mapping[int, float]
+
+
+def allocate(layers: Mapping[str, Choice], budget: float) -> dict[str, int]:
+    """Bits per layer with the least summed error whose summed size is within ``budget``.
+
+    Starts from the smallest widths and spends what is left where it lowers the error most per bit
+    stored, along each layer's lower convex hull: what a Lagrangian multiplier would choose
+    (Shoham and Gersho, 1988), filled up to the budget.
+
+    Args:
+        layers: choices by layer.
+        budget: bits for all layers together.
+
+    Raises:
+        ValueError: even the smallest widths exceed the budget.
+    """
+    chosen = {
+        name: min(choice.sizes, key=lambda bits: choice.sizes[bits])
+        for name, choice in layers.items()
+    }
+    spent = sum(layers[name].sizes[bits] for name, bits in chosen.items())
+    if spent > budget:
+        raise ValueError(f"the smallest widths take {spent:g} bits, more than {budget:g}")
+    while True:
+        best, gain = None, 0.0
+        for name, choice in layers.items():
+            now = chosen[name]
+            for bits, size in choice.sizes.items():
+                extra = size - choice.sizes[now]
+                saved = choice.errors[now] - choice.errors[bits]
+                if extra > 0 and spent + extra <= budget and saved / extra > gain:
+                    best, gain = (name, bits), saved / extra
+        if best is None:
+            return chosen
+        name, bits = best
+        spent += layers[name].sizes[bits] - layers[name].sizes[chosen[name]]
+        chosen[name] = bits
 
 
 def plan_bits(options: QuantizeOptions, place: CalibrationContext) -> dict[str, Any]:

@@ -30,10 +30,11 @@ from epmq_deploy.options import without_effect
 from epmq_deploy.options.quantization import CalibratedOptions, QuantizeOptions
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.artifact import save_artifact
+from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.distillation import distill
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 from epmq_deploy.quantization.methods.epmq import EpmqOptions
-from epmq_deploy.quantization.planning import CalibrationContext, plan_anchor, plan_bits, with_bits
+from epmq_deploy.quantization.planning import plan_anchor, plan_bits, with_bits
 from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.resume import FinishedWork
 from epmq_deploy.recipe import Recipe

@@ -32,7 +32,7 @@ from epmq_deploy.data.samples import batches
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.merging.stage import merge, merge_fingerprint
 from epmq_deploy.models import TaskHead, family_of
-from epmq_deploy.quantization.planning import CalibrationContext
+from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.stage import quantize
 from epmq_deploy.recipe import DataSource, Recipe, override, parse_recipe
 

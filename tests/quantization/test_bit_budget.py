@@ -11,7 +11,8 @@ from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.bit_budget import BitBudget, bit_budget
-from epmq_deploy.quantization.planning import CalibrationContext, with_bits
+from epmq_deploy.quantization.context import CalibrationContext
+from epmq_deploy.quantization.planning import with_bits
 from epmq_deploy.quantization.sequential import BlockQuantizer
 from epmq_deploy.quantization.stage import quantize
 from epmq_deploy.recipe import load_recipe, override

@@ -11,7 +11,7 @@ from epmq_deploy.data.agreement import tune
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
-from epmq_deploy.quantization.planning import CalibrationContext
+from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.stage import calibration_samples
 from epmq_deploy.recipe import load_recipe, override

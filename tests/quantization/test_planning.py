@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.data.agreement import divergence, standard_error
-from epmq_deploy.quantization.allocation import Choice, allocate, stored_bits
-from epmq_deploy.quantization.anchor_search import search_anchor
+from epmq_deploy.quantization.bit_budget import stored_bits
+from epmq_deploy.quantization.planning import Choice, allocate, search_anchor
 
 
 def choices(seed: int, layers: int = 5) -> dict[str, Choice]:

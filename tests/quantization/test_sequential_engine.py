@@ -15,9 +15,9 @@ from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.quantization import stage as quantize_module
 from epmq_deploy.quantization.artifact import load_artifact, load_inputs, load_reports
+from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.data_free import weight_statistics
 from epmq_deploy.quantization.methods.epmq import EpmqOptions
-from epmq_deploy.quantization.planning import CalibrationContext
 from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import BlockQuantizer
 from epmq_deploy.quantization.stage import calibration_samples, quantize

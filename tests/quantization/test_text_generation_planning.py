@@ -11,8 +11,8 @@ from epmq_deploy.data.samples import load_samples
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.methods.epmq import PRESETS, EpmqOptions
-from epmq_deploy.quantization.planning import CalibrationContext
 from epmq_deploy.quantization.stage import calibration_samples, quantize
 from epmq_deploy.recipe import override
 
