@@ -7,7 +7,7 @@ import typer
 
 from epmq_deploy.cli import demo, evaluate, export, merge, quantize, run
 from epmq_deploy.cli.console import print_error
-from epmq_deploy.cli.errors import USAGE, exit_code, exit_codes_text
+from epmq_deploy.cli.errors import USAGE, error_text, exit_code, exit_codes_text
 from epmq_deploy.cli.process import prepare_process
 from epmq_deploy.errors import EpmqError
 from epmq_deploy.version import __version__
@@ -55,7 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except EpmqError as error:
-        print_error(str(error))
+        command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+        print_error(error_text(error, command))
         sys.exit(exit_code(error))
     except OSError as error:
         if error.filename is None:

@@ -18,7 +18,7 @@ def pick_device(name: DeviceName) -> torch.device:
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise RecipeError("--device cuda: no CUDA device is available to torch; use auto or cpu")
+        raise RecipeError("device cuda: no CUDA device is available to torch; use auto or cpu")
     if name == "auto":
         return torch.device("cuda" if available else "cpu")
     return torch.device(name)

@@ -1,19 +1,26 @@
-"""The errors a user can meet; each knows the exit code the command line ends with."""
+"""The errors a user can meet."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class EpmqError(Exception):
-    """Base of all expected errors; the message says what, where and what to do."""
+    """Base of all expected errors; the message says what, where and what to do.
 
-    exit_code = 1
+    Args:
+        message: what, where and what to do.
+        options: options that would help, with the value to give or None: recipe keys
+            (``quantize.group_size``) or keywords of every stage (``overwrite``).
+    """
+
+    def __init__(self, message: str = "", *, options: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.options = dict(options or {})
 
 
 class RecipeError(EpmqError):
-    """A recipe, flag or option is wrong, or an output is in the way."""
-
-    exit_code = 2
+    """A recipe or option is wrong, or an output is in the way."""
 
 
 class MismatchError(EpmqError):
@@ -22,30 +29,27 @@ class MismatchError(EpmqError):
     Args:
         subject: what was checked, for the first line.
         problems: one sentence each.
+        options: see ``EpmqError``.
     """
 
-    exit_code = 3
-
-    def __init__(self, subject: str, problems: Sequence[str]) -> None:
+    def __init__(
+        self, subject: str, problems: Sequence[str], *, options: Mapping[str, Any] | None = None
+    ) -> None:
         self.problems = tuple(problems)
-        super().__init__(listed(subject, self.problems))
+        super().__init__(listed(subject, self.problems), options=options)
 
 
 class NumericsError(EpmqError):
     """Numbers do not agree or could not be computed as asked."""
 
-    exit_code = 4
-
 
 class GateError(EpmqError):
     """No low-bit graph meets all gates: accuracy, latency and size."""
 
-    exit_code = 5
-
 
 @contextmanager
 def noted(errors: list[EpmqError]) -> Iterator[None]:
-    """Add an expected error to ``errors`` instead of raising it, so that others are found too."""
+    """Collect an expected error in ``errors`` instead of raising it, so that work goes on."""
     try:
         yield
     except EpmqError as error:
@@ -53,19 +57,23 @@ def noted(errors: list[EpmqError]) -> Iterator[None]:
 
 
 def joined(subject: str, errors: Sequence[EpmqError]) -> EpmqError:
-    """One error that says what all of these say; a single one stays as it is."""
-    if len(errors) == 1:
-        return errors[0]
+    """Return one error that says what all of these say; a single one stays as it is."""
+    return errors[0] if len(errors) == 1 else all_problems(subject, errors)
+
+
+def all_problems(subject: str, errors: Sequence[EpmqError]) -> MismatchError:
+    """Return one error with the problems of all of these."""
     problems = [
         text
         for error in errors
         for text in (error.problems if isinstance(error, MismatchError) else [str(error)])
     ]
-    return MismatchError(subject, problems)
+    options = {key: value for error in errors for key, value in error.options.items()}
+    return MismatchError(subject, problems, options=options)
 
 
 def listed(subject: str, problems: Sequence[str]) -> str:
-    """One problem as one sentence, several as a list with their number above it."""
+    """Return one problem as a sentence, several as a list below their number."""
     if len(problems) == 1:
         return f"{subject}: {problems[0]}"
     lines = "".join(f"\n  - {problem}" for problem in problems)

@@ -13,7 +13,7 @@ from epmq_deploy.artifacts.outputs import is_done
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, write_and_show
 from epmq_deploy.device import DeviceName, pick_device
-from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, all_problems, noted
 from epmq_deploy.models.experts import Sources, open_available
 from epmq_deploy.recipe import Recipe, Task
 
@@ -155,16 +155,14 @@ def preflight(recipe: Recipe) -> Sources:
         lambda: evaluation_samples(recipe, family, folder),
         check_model,
     )
-    found = list(unopened)
+    errors: list[EpmqError] = []
+    if unopened:
+        errors.append(MismatchError("models cannot be opened", unopened))
     for check in checks:
-        try:
+        with noted(errors):
             check()
-        except MismatchError as error:
-            found += error.problems
-        except EpmqError as error:
-            found.append(str(error))
-    if found:
-        raise MismatchError("the recipe's inputs", found)
+    if errors:
+        raise all_problems("the recipe's inputs", errors)
     return sources
 
 

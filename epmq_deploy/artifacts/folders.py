@@ -34,17 +34,20 @@ def refuse_existing(
             raise RecipeError(f"output {target} and input {source} must not contain each other")
     parent = next(folder for folder in place.parents if folder.exists())
     if not parent.is_dir():
-        raise RecipeError(f"output {target}: {parent} is no folder")
+        raise RecipeError(f"output {target}: {parent} is not a directory")
     if not os.access(parent, os.W_OK):
         raise RecipeError(f"output {target}: no permission to write into {parent}")
     if not place.exists():
         return
     if not place.is_dir():
-        raise RecipeError(f"output {target} exists and is no folder; choose another")
+        raise RecipeError(f"output {target} exists and is not a directory; choose another")
     if not any(place.iterdir()):
         return
     if not overwrite:
-        raise RecipeError(f"{target} already exists; choose another output or pass --overwrite")
+        raise RecipeError(
+            f"{target} already exists; choose another output or overwrite it",
+            options={"overwrite": True},
+        )
     if _stage_of(place) != stage:
         # Never delete what this command did not write.
         raise RecipeError(

@@ -229,7 +229,7 @@ def _dtype_problems(base: Checkpoint, expert: Checkpoint, names: Sequence[str]) 
     theirs, ours = expert.tensors[unlike[0]].dtype, base.tensors[unlike[0]].dtype
     return [
         f"{_listed(unlike)} stored as {theirs}, the base as {ours}; convert one of them or set "
-        "merge.mixed_dtypes: true (--mixed-dtypes)"
+        "merge.mixed_dtypes: true"
     ]
 
 

@@ -102,7 +102,7 @@ class ScaledOptions(MergeOptions):
     def idle(self) -> dict[str, str]:
         """What says how to search, where nothing is searched."""
         given = {"search_objective", "search_samples"} & self.model_fields_set
-        reason = "without merge.search (--search)"
+        reason = "without merge.search"
         return {} if self.search else dict.fromkeys(sorted(given), reason)
 
     def _with(self, own: dict[str, Any]) -> Self:

@@ -331,8 +331,8 @@ def check_patterns(model: nn.Module, blocks: tuple[Block, ...], options: Quantiz
     if outside:
         problems.append(
             f"quantize.layers: {', '.join(outside)} matches no layer in the blocks; those outside "
-            "always take 8 bits, or are left unquantized by name with quantize.skip (--skip), all "
-            "of them with quantize.outer: false (--no-outer)"
+            "always take 8 bits, or are left unquantized by name with quantize.skip, all "
+            "of them with quantize.outer: false"
         )
     if problems:
         raise RecipeError("; ".join(problems))

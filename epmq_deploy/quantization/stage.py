@@ -261,8 +261,8 @@ def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> di
         limit=options.samples,
         seed=options.seed,
         option="quantize.samples",
-        without=": add tasks.{task}.calibration to the recipe and pass it with --recipe, or use "
-        "--preset weights, which needs none",
+        without=": add tasks.{task}.calibration to the recipe, or use "
+        "quantize.preset: weights, which needs none",
     )
     if problems:
         raise MismatchError("calibration data", problems)

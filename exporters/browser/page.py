@@ -41,22 +41,24 @@ def check_demo(options: ExportOptions, family: ModelFamily) -> None:
     """Make sure that a page can be written, before any work.
 
     Raises:
-        RecipeError: the model writes texts, the target is no browser, or libraries are missing or
+        RecipeError: the model generates text, the target is no browser, or libraries are missing or
             of another version; names the command that installs them.
     """
     if not options.demo:
         return
     if family.generates_text:
-        raise RecipeError("--demo: the page classifies, and this model writes texts; leave it out")
+        raise RecipeError(
+            "export.demo: the page classifies, and this model generates text; leave it out"
+        )
     if options.target not in _MODULES:
-        raise RecipeError(f"--demo needs --target {' or '.join(_MODULES)}")
+        raise RecipeError(f"export.demo needs export.target {' or '.join(_MODULES)}")
     folder = _libraries(options)
     pinned = _pinned()
     wrong = [name for name, version in pinned.items() if _installed(folder, name) != version]
     if wrong:
         packages = " ".join(f"{name}@{version}" for name, version in pinned.items())
         raise RecipeError(
-            f"--demo: {' and '.join(wrong)} not found in {folder} in the version needed; run\n"
+            f"export.demo: {' and '.join(wrong)} not found in {folder} in the version needed; run\n"
             f"  npm install --ignore-scripts --prefix {folder} {packages}"
         )
 
@@ -78,7 +80,7 @@ def check_demo_model(
     if not options.demo:
         return
     if not tasks:
-        raise RecipeError("--demo: no task has a head, so there is nothing to show")
+        raise RecipeError("export.demo: no task has a head, so there is nothing to show")
     if isinstance(family, TextClassifierFamily):
         _fast_tokenizer(folder, family)
     else:
@@ -154,7 +156,9 @@ def image_settings(folder: Path) -> dict[str, Any]:
     if crop is not None and (size is None or max(crop.values()) > min(size.values())):
         problems.append(f"crop_size {crop} beyond size {size}, which pads")
     if problems:
-        raise RecipeError(f"--demo: the page cannot preprocess images with {', '.join(problems)}")
+        raise RecipeError(
+            f"export.demo: the page cannot preprocess images with {', '.join(problems)}"
+        )
     normalize = processor.get("do_normalize")
     return {
         "resize": size,
@@ -181,7 +185,7 @@ def _text_settings(folder: Path, family: TextClassifierFamily, target: Path) -> 
 def _fast_tokenizer(folder: Path, family: TextClassifierFamily) -> Any:
     tokenizer = family.tokenizer(folder)
     if not tokenizer.is_fast:
-        raise RecipeError(f"--demo: {type(tokenizer).__name__} has no form the page can run")
+        raise RecipeError(f"export.demo: {type(tokenizer).__name__} has no form the page can run")
     return tokenizer
 
 

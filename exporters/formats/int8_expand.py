@@ -75,7 +75,7 @@ class Int8ExpandFormat(GraphFormat):
         if context.options.int8_activations == "static" and not context.inputs:
             problems.append(
                 "static activations need calibration statistics, and these layers were quantized "
-                "without data; use --int8-activations dynamic"
+                "without data; use export.int8_activations: dynamic"
             )
         plans = plan_layers(
             layers,
@@ -87,7 +87,7 @@ class Int8ExpandFormat(GraphFormat):
         if layers and not context.inputs:
             log.warning(
                 "int8-expand: quantization saw no data, so that no layer's error in int8 is known; "
-                "all run in int8, whatever --int8-error-budget says"
+                "all run in int8, whatever export.int8_error_budget says"
             )
         return Int8ExpandFormat(plans, problems)
 

@@ -1,6 +1,5 @@
 """Making sure that a target can run a quantized model, and what to change where it cannot."""
 
-import shlex
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -35,8 +34,11 @@ def check_target(
         return
     target = target_of(options.target)
     if problems := _problems(target, layers):
-        flags = _flags(quantized, fitting(target, layers, quantized))
-        raise RecipeError(f"target {target.name}: {'; '.join(problems)}: quantize with {flags}")
+        helpful = changes(quantized, fitting(target, layers, quantized))
+        advice = ", ".join(_assignment(key, value) for key, value in helpful.items())
+        raise RecipeError(
+            f"target {target.name}: {'; '.join(problems)}: quantize with {advice}", options=helpful
+        )
 
 
 def _problems(target: Target, layers: Mapping[str, LayerGrid]) -> list[str]:
@@ -156,22 +158,27 @@ def _patterns(names: Sequence[str], layers: Collection[str]) -> list[str]:
     )
 
 
-def _flags(old: QuantizeOptions, new: QuantizeOptions) -> str:
-    """The flags of ``epmq quantize`` that lead from one to the other."""
-    flags = []
-    if new.bits != old.bits:
-        flags += ["--bits", str(new.bits)]
-    if new.target_bits != old.target_bits:
-        flags += ["--target-bits", f"{new.target_bits:g}"]
-    if new.group_size != old.group_size:
-        flags += ["--group-size", str(new.group_size)]
-    if new.symmetric != old.symmetric:
-        flags.append("--symmetric")
-    if new.layers != old.layers:
-        flags += ["--layers", ",".join(map(_assigned, new.layers, new.layers.values()))]
-    if new.skip != old.skip:
-        flags += ["--skip", ",".join(new.skip)]
-    return shlex.join(flags)
+def changes(old: QuantizeOptions, new: QuantizeOptions) -> dict[str, Any]:
+    """Return the options of quantization that lead from one to the other, by recipe key."""
+    names = ("bits", "target_bits", "group_size", "symmetric", "layers", "skip")
+    return {
+        f"quantize.{name}": getattr(new, name)
+        for name in names
+        if getattr(new, name) != getattr(old, name) and getattr(new, name) is not None
+    }
+
+
+def _assignment(key: str, value: Any) -> str:
+    """Return an option as a keyword with its value."""
+    if isinstance(value, Mapping):
+        value = ",".join(map(_assigned, value, value.values()))
+    elif isinstance(value, tuple):
+        value = ",".join(value)
+    elif isinstance(value, bool):
+        value = str(value).lower()
+    elif isinstance(value, float):
+        value = f"{value:g}"
+    return f"{key.rpartition('.')[2]}={value}"
 
 
 def _assigned(pattern: str, options: LayerOptions) -> str:

@@ -168,8 +168,9 @@ def chosen_two_bit_containers(options: ExportOptions) -> bool | None:
         return options.two_bit_containers
     if options.two_bit_containers:
         raise RecipeError(
-            f"target {options.target}: its kernels take no 2-bit containers; export with "
-            "--no-two-bit-containers"
+            f"target {options.target}: its kernels take no 2-bit containers; set "
+            "export.two_bit_containers: false",
+            options={"export.two_bit_containers": False},
         )
     return False
 
@@ -183,12 +184,14 @@ def check_export(options: ExportOptions) -> None:
     """
     formats = formats_of(chosen_formats(options))
     problems = _without_effect(options, formats)
+    helpful = {}
     try:
         chosen_two_bit_containers(options)
     except RecipeError as error:
         problems.insert(0, str(error))
+        helpful = error.options
     if problems:
-        raise RecipeError("; ".join(problems))
+        raise RecipeError("; ".join(problems), options=helpful)
 
 
 def _without_effect(options: ExportOptions, formats: Sequence[GraphFormat]) -> list[str]:
@@ -197,13 +200,13 @@ def _without_effect(options: ExportOptions, formats: Sequence[GraphFormat]) -> l
     found = []
     if options.two_bit_containers and not any(fmt.stores_two_bits for fmt in formats):
         found.append(
-            f"--two-bit-containers: no chosen format ({', '.join(names)}) can store 2 bits; add "
-            "matmulnbits or leave it out"
+            f"export.two_bit_containers: no chosen format ({', '.join(names)}) can store 2 bits; "
+            "add matmulnbits or leave it out"
         )
     if _INT8_FORMAT not in names:
         given = options.model_dump(exclude_defaults=True)
         found += [
-            f"--{name.replace('_', '-')} is for {_INT8_FORMAT}, which is not among the formats "
+            f"export.{name} is for {_INT8_FORMAT}, which is not among the formats "
             f"({', '.join(names)}); add it or leave the option out"
             for name in ("int8_activations", "int8_error_budget")
             if name in given

@@ -27,7 +27,7 @@ def evaluation_samples(
     """
     samples, problems = {}, []
     if recipe.eval.diagnose and family.generates_text:
-        problems.append("--diagnose compares layers of classifiers; leave it out (eval.diagnose)")
+        problems.append("eval.diagnose compares layers of classifiers; leave it out")
     for name, task in recipe.tasks.items():
         if task.evaluation is None:
             problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")

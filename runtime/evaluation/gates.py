@@ -79,16 +79,18 @@ def _misses(report: EvalReport, row: Row) -> list[str]:
             interval = f" (95% interval {-seen.high:.2f} to {-seen.low:.2f})"
         found.append(
             f"{row.name} lost {drop:.2f} points{interval} against fp32 merged, "
-            f"allowed {gates.max_drop:g} (--max-drop)"
+            f"allowed {gates.max_drop:g} (eval.max_drop)"
         )
     if gates.max_latency_ratio is not None and _ratio(row) > gates.max_latency_ratio:
         found.append(
             f"{row.name} takes {_ratio(row):.2f} of fp32 merged's time, "
-            f"allowed {gates.max_latency_ratio:g} (--max-latency-ratio)"
+            f"allowed {gates.max_latency_ratio:g} (eval.max_latency_ratio)"
         )
     megabytes = (row.bytes or 0) / 1e6
     if gates.max_size is not None and megabytes > gates.max_size:
-        found.append(f"{row.name} has {megabytes:.2f} MB, allowed {gates.max_size:g} (--max-size)")
+        found.append(
+            f"{row.name} has {megabytes:.2f} MB, allowed {gates.max_size:g} (eval.max_size)"
+        )
     return found
 
 

@@ -49,7 +49,7 @@ def test_failure_leaves_nothing_and_keeps_the_old_output(tmp_path: Path) -> None
 
 def test_existing_output_is_refused_then_replaced(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
-    with pytest.raises(RecipeError, match="--overwrite"):
+    with pytest.raises(RecipeError, match="already exists; choose another output or overwrite it"):
         write(tmp_path / "out", "new")
     assert (tmp_path / "out" / "data.txt").read_text() == "old"
     write(tmp_path / "out", "new", overwrite=True)
@@ -100,8 +100,8 @@ def test_only_this_stage_s_output_is_replaced(tmp_path: Path) -> None:
     for name, stage, message in (
         ("out", "export", "not the output of `epmq export`"),
         ("web", "merge", "not the output of `epmq merge`"),
-        ("file", "merge", "is no folder"),
-        ("file/below", "merge", "is no folder"),
+        ("file", "merge", "is not a directory"),
+        ("file/below", "merge", "is not a directory"),
     ):
         with pytest.raises(RecipeError, match=message):
             refuse_existing(tmp_path / name, stage, overwrite=True)

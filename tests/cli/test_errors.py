@@ -4,7 +4,7 @@ import pytest
 from command_line import run
 
 from epmq_deploy import errors
-from epmq_deploy.cli.errors import EXIT_CODES, exit_code
+from epmq_deploy.cli.errors import EXIT_CODES, error_text, exit_code
 
 
 def test_exit_codes_are_as_documented() -> None:
@@ -30,3 +30,24 @@ def test_help_explains_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert all(f"{item.code} {item.meaning}" in shown for item in EXIT_CODES)
+
+
+def test_messages_name_the_flags_that_would_help() -> None:
+    options = {
+        "overwrite": True,
+        "quantize.group_size": 64,
+        "quantize.outer": False,
+        "quantize.skip": ("*.fc1", "*.fc2"),
+        "quantize.target_bits": 4.0,
+        "export.target": None,
+    }
+    error = errors.RecipeError("it does not fit", options=options)
+    assert error_text(error, "quantize") == (
+        "it does not fit (--overwrite --group-size 64 --no-outer --skip '*.fc1,*.fc2' "
+        "--target-bits 4 --target)"
+    )
+    assert error_text(error, "run") == (
+        "it does not fit (--overwrite --set quantize.group_size=64 --set quantize.outer=false "
+        "--set 'quantize.skip=*.fc1,*.fc2' --set quantize.target_bits=4 --set export.target)"
+    )
+    assert error_text(errors.RecipeError("it does not fit"), "run") == "it does not fit"

@@ -82,7 +82,7 @@ def test_a_refused_model_quantized_as_advised_is_exported(
     assert run("export", first, "-o", tmp_path / "onnx", "--target", target) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    advice = shlex.split(message.rpartition(": quantize with ")[2])
+    advice = shlex.split(message.rpartition(" (")[2].rstrip(")\n"))
     assert run("quantize", merged, "-o", second, *wrong, *advice) == 0
     assert run("export", second, "-o", tmp_path / "onnx", "--target", target, "-q") == 0
 

@@ -92,7 +92,7 @@ def test_a_target_is_checked_before_any_work(
 ) -> None:
     setting = ["--set", "export.target=tensorrt"]
     assert run("run", tiny.recipe, "-o", tmp_path / "out", *setting) == 3
-    assert "--group-size 128" in capsys.readouterr().err
+    assert "--set quantize.group_size=128" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -378,7 +378,7 @@ def test_what_has_no_use_for_texts_is_refused_before_any_work(
     chain: Chain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("eval", chain.exported, "--diagnose", "-q", "--overwrite") == 3
-    assert "--diagnose compares layers of classifiers; leave it out" in capsys.readouterr().err
+    assert "eval.diagnose compares layers of classifiers; leave it out" in capsys.readouterr().err
     demo = "--demo: the page classifies, and this model writes texts; leave it out"
     command = ["export", chain.out / "quantized", "-o", tmp_path / "x", "-q"]
     assert run(*command, "--demo") == 2

@@ -11,6 +11,7 @@ from parsed_flags import parsed
 from pydantic import ValidationError
 from torch import nn
 
+from epmq_deploy.cli.errors import flags_text
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.exporters.formats import format_names
 from epmq_deploy.exporters.packing.packed_linear import pack_linear
@@ -43,13 +44,13 @@ def test_the_portable_grid_suits_every_target(target: str) -> None:
 @pytest.mark.parametrize(
     ("target", "layer", "message"),
     [
-        ("tensorrt", grid(block_size=32), "fc1 is stored in blocks of 32.*--group-size 128"),
-        ("tensorrt", grid(block_size=256), "64 or 128.*--group-size"),
-        ("tensorrt", grid(symmetric=False), "zero points.*--symmetric"),
-        ("tensorrt", grid(bits=8), "8 bits.*--bits 4"),
-        ("tensorrt", grid(bits=8, outer=True), "8 bits, it takes 4: quantize with --skip fc1$"),
-        ("qnn", grid(symmetric=False), "--symmetric"),
-        ("qnn", grid(bits=8), "--bits 4"),
+        ("tensorrt", grid(block_size=32), "fc1 is stored in blocks of 32.*group_size=128"),
+        ("tensorrt", grid(block_size=256), "64 or 128.*group_size="),
+        ("tensorrt", grid(symmetric=False), "zero points.*symmetric=true"),
+        ("tensorrt", grid(bits=8), "8 bits.*bits=4"),
+        ("tensorrt", grid(bits=8, outer=True), "8 bits, it takes 4: quantize with skip=fc1$"),
+        ("qnn", grid(symmetric=False), "symmetric=true"),
+        ("qnn", grid(bits=8), "bits=4"),
         ("openvino", grid(in_features=112, block_size=32), "blocks of 32.*divide 112 inputs"),
     ],
 )
@@ -104,7 +105,7 @@ class Model(nn.Module):
 def test_advice_followed_lets_a_target_run_every_layer(
     target: str, quantize: dict[str, Any]
 ) -> None:
-    """The flags named are read as a command reads them; some models need none."""
+    """The options named are read as a command reads its flags; some models need none."""
     options = ExportOptions(target=target)
     content = {"base": {"path": "b"}, "tasks": {"a": {"expert": "e"}}}
     followed = 0
@@ -114,8 +115,7 @@ def test_advice_followed_lets_a_target_run_every_layer(
         try:
             check_target(options, model.grids(recipe), recipe.quantize)
         except RecipeError as error:
-            flags = shlex.split(str(error).rpartition(": quantize with ")[2])
-            recipe = parsed(recipe, "quantize", flags)
+            recipe = parsed(recipe, "quantize", shlex.split(flags_text(error.options)))
             followed += 1
         check_target(options, model.grids(recipe), recipe.quantize)
         assert any(not recipe.quantize.skips(f"block.{name}") for name in model.block)
@@ -129,7 +129,7 @@ def test_bits_chosen_for_a_budget_are_changed_through_it(budget: dict[str, float
     content = {"base": {"path": "b"}, "tasks": {"a": {"expert": "e"}}, "quantize": quantize}
     recipe = parse_recipe(content, "test")
     layers = {"one": grid(), "two": grid(bits=8)}
-    with pytest.raises(RecipeError, match=r"two is stored in 8 bits.*with --target-bits 4$"):
+    with pytest.raises(RecipeError, match=r"two is stored in 8 bits.*with target_bits=4$"):
         check_target(ExportOptions(target="qnn"), layers, recipe.quantize)
     changed = parsed(recipe, "quantize", ["--target-bits", "4"]).quantize
     assert (changed.target_bits, changed.target_size) == (4, None)
@@ -139,10 +139,10 @@ def test_bits_a_layer_has_of_its_own_are_not_changed_through_a_budget() -> None:
     own = {"two": {"bits": 8}}
     options = RtnOptions.model_validate({"symmetric": True, "target_bits": 5, "layers": own})
     layers = {"one": grid(), "two": grid(bits=8)}
-    with pytest.raises(RecipeError, match=r"two is stored in 8 bits.*with --layers two:bits=4$"):
+    with pytest.raises(RecipeError, match=r"two is stored in 8 bits.*with layers=two:bits=4$"):
         check_target(ExportOptions(target="qnn"), layers, options)
     layers["one"] = grid(bits=8)
-    with pytest.raises(RecipeError, match=r"with --target-bits 4 --layers two:bits=4$"):
+    with pytest.raises(RecipeError, match=r"with target_bits=4, layers=two:bits=4$"):
         check_target(ExportOptions(target="qnn"), layers, options)
 
 
@@ -153,7 +153,7 @@ def test_layers_of_a_kind_are_skipped_by_one_pattern() -> None:
         "a.0.fc2": grid(in_features=32, block_size=32),
         "a.1.fc2": grid(),
     }
-    with pytest.raises(RecipeError, match=r"with --skip '\*\.fc1,a\.0\.fc2'$"):
+    with pytest.raises(RecipeError, match=r"with skip=\*\.fc1,a\.0\.fc2$"):
         check_target(ExportOptions(target="tensorrt"), layers, RtnOptions(symmetric=True))
 
 
@@ -192,7 +192,7 @@ def test_unknown_target() -> None:
 def test_two_bit_containers() -> None:
     assert chosen_two_bit_containers(ExportOptions(target="cpu")) is None
     assert chosen_two_bit_containers(ExportOptions(target="cuda")) is False
-    with pytest.raises(RecipeError, match="--no-two-bit-containers"):
+    with pytest.raises(RecipeError, match=r"export\.two_bit_containers: false"):
         check_export(ExportOptions(target="cuda", two_bit_containers=True))
 
 
@@ -206,11 +206,13 @@ def test_options_without_effect_are_refused_all_at_once() -> None:
         check_export(ExportOptions(formats=("qdq", "fp16"), **chosen))
     message = str(caught.value)
     for name in chosen:
-        assert f"--{name.replace('_', '-')}" in message
+        assert f"export.{name}" in message
     assert message.count("(qdq, fp16)") == 3
     check_export(ExportOptions(formats=("int8-expand", "matmulnbits"), **chosen))
     check_export(ExportOptions(target="cpu", **chosen))
-    with pytest.raises(RecipeError, match=r"take no 2-bit containers.*; --int8-activations is"):
+    with pytest.raises(
+        RecipeError, match=r"take no 2-bit containers.*; export\.int8_activations is"
+    ):
         check_export(ExportOptions(target="cuda", **chosen))
     # As a manifest carries options, all of them given.
     check_export(ExportOptions(**ExportOptions(formats=("qdq",)).model_dump()))

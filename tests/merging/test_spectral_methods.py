@@ -167,8 +167,8 @@ def test_wudi_says_once_when_adam_cannot_leave_the_sum_behind(
     assert record.levelname == "WARNING"
     assert f"steps * learning_rate = {0.99 * size:.2g}, " in record.message
     assert f"starts from are {size:.2g} (" in record.message
-    assert "--solver exact" in record.message
-    assert f"merge.learning_rate: {3 * size / 10:.2g} (" in record.message
+    assert "merge.solver: exact" in record.message
+    assert f"merge.learning_rate: {3 * size / 10:.2g}" in record.message
     caplog.clear()
     merged("wudi", vectors, steps=10, learning_rate=0.101 * size)
     merged("wudi", vectors, solver="exact")

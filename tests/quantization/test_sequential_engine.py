@@ -179,7 +179,8 @@ def test_options_for_no_layer_are_refused(tiny: TinyZoo, merged: Path) -> None:
     with pytest.raises(RecipeError, match=r"quantize\.layers: \*\.fc9 matches no layer"):
         run(load_recipe(tiny.recipe), merged, layers=["*.fc9:bits=8"])
     outside = (
-        r"^quantize\.layers: visual_projection matches no layer in the blocks; .*8 bits.*--skip"
+        r"^quantize\.layers: visual_projection matches no layer in the blocks; "
+        r".*8 bits.*quantize\.skip"
     )
     with pytest.raises(RecipeError, match=outside):
         run(load_recipe(tiny.recipe), merged, layers=["visual_projection:bits=4"])

@@ -88,7 +88,7 @@ def warn_of_short_reach(vectors: TaskVectors, options: WudiOptions) -> None:
                 "wudi: Adam moves no parameter further than steps * learning_rate = %.2g, but the "
                 "summed task vectors it starts from are %.2g (root mean square of the matrices), "
                 "so that the merge stays close to their plain sum; set merge.solver: exact "
-                "(--solver exact) or merge.learning_rate: %.2g (--learning-rate)",
+                "or merge.learning_rate: %.2g",
                 steps * rate,
                 size,
                 _AMPLE * size / steps,

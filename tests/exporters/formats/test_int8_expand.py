@@ -333,7 +333,7 @@ def test_errors_that_are_not_known_are_said(
 
 def test_static_ranges_need_statistics(case: Any, tools: Any, tmp_path: Path) -> None:
     context = ExportContext(ExportOptions(int8_activations="static"))
-    with pytest.raises(RecipeError, match="--int8-activations dynamic"):
+    with pytest.raises(RecipeError, match=r"export\.int8_activations: dynamic"):
         tools.export(case, [FORMAT], tmp_path, context=context)
 
 
