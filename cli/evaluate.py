@@ -36,8 +36,8 @@ def command(
 ) -> None:
     """Run every exported graph in onnxruntime on every task and compare them.
 
-    Writes eval.json, eval.md and report.html. Ends with exit code 5 when no low-bit graph
-    meets all gates (--max-drop, --max-latency-ratio, --max-size).
+    Writes eval.json, eval.md and report.html. Ends with exit code 5 if no
+    low-bit graph meets all gates (--max-drop, --max-latency-ratio, --max-size).
 
     \b
     Examples:

@@ -38,10 +38,10 @@ def command(
         data = formats_data()
         terminal.result(data, formats_tables(data))
         return
+    source, folder = needed(quantized, "QUANTIZED"), needed(output, "--output")
     from epmq_deploy.cli.tables import export_table
     from epmq_deploy.exporters.stage import export
 
-    source, folder = needed(quantized, "QUANTIZED"), needed(output, "--output")
     manifest = export(
         recipe_of(recipe, source, "quantize", "export", flags),
         source,

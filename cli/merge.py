@@ -42,7 +42,7 @@ def command(
     Examples:
       epmq merge recipe.yaml -o merged
       epmq merge recipe.yaml -o merged --method ties --density 0.1
-      epmq merge --base clip --expert cars=experts/cars --expert sun=experts/sun -o merged
+      epmq merge --base clip --expert cars=clip-cars --expert sun=clip-sun -o merged
       epmq merge recipe.yaml -o merged --method iso_c --search
       epmq merge --list
     """
@@ -55,12 +55,14 @@ def command(
         data = methods_data(MERGE_METHODS, MergeOptions, sources)
         terminal.result(data, methods_table("merge methods", data))
         return
+    folder = needed(output, "--output")
+    changed = override(_recipe(recipe, base, expert or []), "merge", flags)
+    # After the recipe was read, so that a wrong one is refused at once.
     from epmq_deploy.cli.tables import stage_table
     from epmq_deploy.merging.stage import merge
 
-    folder = needed(output, "--output")
     manifest = merge(
-        override(_recipe(recipe, base, expert or []), "merge", flags),
+        changed,
         folder,
         overwrite=common.overwrite,
         device=common.torch_device(),

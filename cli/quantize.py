@@ -39,10 +39,10 @@ def command(
         data = methods_data(QUANTIZATION_METHODS, QuantizeOptions)
         terminal.result(data, methods_table("quantization methods", data))
         return
+    source, folder = needed(merged, "MERGED"), needed(output, "--output")
     from epmq_deploy.cli.tables import stage_table
     from epmq_deploy.quantization.stage import quantize
 
-    source, folder = needed(merged, "MERGED"), needed(output, "--output")
     manifest = quantize(
         recipe_of(recipe, source, "merge", "quantize", flags),
         source,

@@ -32,13 +32,14 @@ def command(
     \b
     Examples:
       epmq run recipe.yaml -o out
-      epmq run recipe.yaml -o out --set quantize.bits=3 --set eval.max_drop=1 --overwrite
+      epmq run recipe.yaml -o out --set quantize.bits=3,eval.max_drop=1 --overwrite
     """
+    terminal = common.terminal()
+    changed = assign(load_recipe(recipe), assignments or [])
+    # After the recipe was read, so that a wrong one is refused at once.
     from epmq_deploy.pipeline import run_all
 
-    terminal = common.terminal()
     silence_onnxruntime()
-    changed = assign(load_recipe(recipe), assignments or [])
     run_all(changed, output, common.device, common.overwrite, terminal)
 
 

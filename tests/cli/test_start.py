@@ -16,6 +16,10 @@ ANSWERED_AT_ONCE = (
     ["merge", "--wrong"],
     ["merge", "--list"],
     ["quantize", "--list", "--json"],
+    ["quantize"],
+    ["export"],
+    ["merge", "missing.yaml", "-o", "merged"],
+    ["run", "missing.yaml", "-o", "out"],
 )
 
 
