@@ -17,7 +17,12 @@ class Options(BaseModel):
 
 
 def without_effect(section: str, idle: Mapping[str, str]) -> list[str]:
-    """One sentence for the options of a recipe's section that have none for the same reason."""
+    """Return one sentence per reason for the options of a section that have no effect.
+
+    Args:
+        section: of the recipe.
+        idle: reasons by option.
+    """
     sentences = []
     for why in dict.fromkeys(idle.values()):
         names = [f"{section}.{name}" for name, reason in idle.items() if reason == why]
@@ -27,23 +32,23 @@ def without_effect(section: str, idle: Mapping[str, str]) -> list[str]:
 
 
 def shared_fields(first: type[Options], second: type[Options]) -> set[str]:
-    """Options both classes inherit from a common base, so that they mean the same in both."""
+    """Return the options that both classes inherit from a common base: they mean the same."""
     common = set(first.__mro__) & set(second.__mro__)
     return {name for base in common if issubclass(base, Options) for name in base.model_fields}
 
 
 def union_by_method(members: Iterable[type[Options]]) -> Any:
-    """A pydantic type accepting any of ``members``, told apart by their ``method`` field."""
+    """Return a pydantic type that accepts any of ``members``, told apart by their ``method``."""
     return Annotated[reduce(or_, members), Field(discriminator="method")]
 
 
 def given_for(layers: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
-    """Options that patterns give to one name; of two that match the later one counts."""
-    own: dict[str, Any] = {}
-    for pattern, given in layers.items():
+    """Return the options that patterns give to one name; later patterns override earlier ones."""
+    options: dict[str, Any] = {}
+    for pattern, values in layers.items():
         if fnmatchcase(name, pattern):
-            own |= given
-    return own
+            options |= values
+    return options
 
 
 def in_bytes(gibibytes: float | None) -> int | None:

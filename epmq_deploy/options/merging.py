@@ -51,21 +51,21 @@ class MergeOptions(Options):
 
     @classmethod
     def by_layer(cls) -> tuple[str, ...]:
-        """The options that ``layers`` may hold: the method's own, less ``whole_model``."""
+        """Return the options that ``layers`` may hold: the method's own, less ``whole_model``."""
         shared = MergeOptions.model_fields.keys() | cls.whole_model
         return tuple(name for name in cls.model_fields if name not in shared)
 
     def for_tensor(self, name: str) -> Self:
-        """These options as they hold for one tensor."""
+        """Return these options as they apply to one tensor."""
         own = given_for(self.layers, name)
         return self._with(own) if own else self
 
     def idle(self) -> dict[str, str]:
-        """Options that were given but have no effect beside the others, and why not."""
+        """Return options that were given but have no effect next to the others, with the reason."""
         return {}
 
     def variants(self) -> tuple[Self, ...]:
-        """These options and those of every pattern in ``layers``."""
+        """Return these options and those of every pattern in ``layers``."""
         return (self, *(self._with(given) for given in self.layers.values()))
 
     def _with(self, own: dict[str, Any]) -> Self:
@@ -100,7 +100,7 @@ class ScaledOptions(MergeOptions):
         return self
 
     def idle(self) -> dict[str, str]:
-        """What says how to search, where nothing is searched."""
+        """Return the options of the search if there is none."""
         given = {"search_objective", "search_samples"} & self.model_fields_set
         reason = "without merge.search"
         return {} if self.search else dict.fromkeys(sorted(given), reason)
@@ -110,12 +110,12 @@ class ScaledOptions(MergeOptions):
         return super()._with({**own, "search": False})
 
     def scaling_value(self) -> float:
-        """The method's ``scaling``; each has a default of its own."""
+        """Return the method's ``scaling``, for which each method has its own default."""
         value: float = getattr(self, "scaling")  # noqa: B009 - declared by the methods
         return value
 
     def at(self, scaling: float) -> Self:
-        """These options with another scaling."""
+        """Return these options with another scaling."""
         return self.model_copy(update={"scaling": scaling})
 
 

@@ -85,20 +85,20 @@ class QuantizeOptions(Options):
         return self.model_dump(mode="json")
 
     def idle(self) -> dict[str, str]:
-        """Options that were given but have no effect beside the others, and why not."""
+        """Return options that were given but have no effect next to the others, with the reason."""
         for target in ("target_bits", "target_size"):
             if getattr(self, target) is not None and "bits" in self.model_fields_set:
                 return {"bits": f"with quantize.{target}, which chooses bits by layer"}
         return {}
 
     def for_layer(self, name: str) -> Self:
-        """These options as they hold for one layer; of two patterns the later one counts."""
+        """Return these options as they apply to one layer; later patterns override earlier ones."""
         given = {pattern: options.given for pattern, options in self.layers.items()}
         own = given_for(given, name)
         return self.model_copy(update=own) if own else self
 
     def own_bits(self, name: str) -> int | None:
-        """The bits that ``layers`` gives to one layer, if it does."""
+        """Return the bits that ``layers`` gives to one layer, or None."""
         given = {pattern: options.given for pattern, options in self.layers.items()}
         return given_for(given, name).get("bits")
 
