@@ -41,7 +41,7 @@ def with_flags(
         }
 
         def wrapper(**arguments: Any) -> None:
-            # All flags are taken out first: an option may be called as a parameter of the command.
+            # Flags are taken out first: an option may have the name of one of the dataclasses.
             values = {flag.name: arguments.pop(flag.name) for flag in flags}
             for name, fields in groups.items():
                 group = {field: arguments.pop(field) for field in fields}

@@ -1,4 +1,4 @@
-"""Settings of the whole process, made once when ``epmq`` starts and by nothing else."""
+"""Settings of the whole process, which ``epmq`` alone makes: it owns its process."""
 
 import logging
 import os
@@ -42,7 +42,7 @@ def silence_onnxruntime() -> None:
 
 
 class _TerminalLog(logging.Handler):
-    """Writes log lines to stderr with rich, which is imported with the first of them."""
+    """Writes log lines to stderr with rich, imported at the first of them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from rich.logging import RichHandler
