@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from epmq_deploy.cli.evaluate import show_report
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.options import CommonOptions
 from epmq_deploy.cli.process import silence_onnxruntime
@@ -29,10 +30,17 @@ def command(
       epmq demo
       epmq demo -o ties --set merge.method=ties
     """
-    from epmq_deploy.pipeline import run_all
+    from epmq_deploy.pipeline import run
 
     terminal = common.terminal()
     silence_onnxruntime()
     with as_file(files("epmq_deploy") / "zoo") as zoo:
         recipe = assign(load_recipe(zoo / "recipe.yaml"), assignments or [])
-        run_all(recipe, output, common.device, common.overwrite, terminal)
+        report = run(
+            recipe,
+            output,
+            overwrite=common.overwrite,
+            device=common.device,
+            progress=terminal,
+        )
+    show_report(report, terminal)

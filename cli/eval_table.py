@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from epmq_deploy.runtime.evaluation.gates import advice, misses, verdicts
+from epmq_deploy.runtime.evaluation.report import EvalReport
 from epmq_deploy.runtime.report.markdown import cost_lines
-from epmq_deploy.runtime.report.model import EvalReport
 
 # Of the task column: longer labels are wrapped before models move to another table.
 _LABEL_WIDTH = 16

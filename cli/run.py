@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from epmq_deploy.cli.evaluate import show_report
 from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
 from epmq_deploy.cli.options import CommonOptions
 from epmq_deploy.cli.process import silence_onnxruntime
@@ -37,10 +38,17 @@ def command(
     terminal = common.terminal()
     changed = assign(load_recipe(recipe), assignments or [])
     # After the recipe was read, so that a wrong one is refused at once.
-    from epmq_deploy.pipeline import run_all
+    from epmq_deploy.pipeline import run
 
     silence_onnxruntime()
-    run_all(changed, output, common.device, common.overwrite, terminal)
+    report = run(
+        changed,
+        output,
+        overwrite=common.overwrite,
+        device=common.device,
+        progress=terminal,
+    )
+    show_report(report, terminal)
 
 
 def assign(recipe: Recipe, assignments: list[str]) -> Recipe:

@@ -1,107 +1,152 @@
 """All four stages in a row, each skipped when its output is already there."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epmq_deploy.artifacts.folders import refuse_existing
+from epmq_deploy.artifacts.folders import refuse_existing, refuse_existing_file
 from epmq_deploy.artifacts.manifest import AnyManifest, Stage
+from epmq_deploy.artifacts.names import EVAL_FILE
 from epmq_deploy.artifacts.outputs import is_done
-from epmq_deploy.cli.console import Terminal
-from epmq_deploy.cli.evaluate import EVAL_FILE, evaluate_to, refuse_existing_file, write_and_show
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, all_problems, noted
 from epmq_deploy.models.experts import Sources, open_available
-from epmq_deploy.recipe import Recipe, Task
+from epmq_deploy.progress import NoProgress, Progress
+from epmq_deploy.recipe import EvalOptions, Recipe, Task
 
 if TYPE_CHECKING:
-    from epmq_deploy.runtime.report.model import EvalReport
+    from epmq_deploy.runtime.evaluation.report import EvalReport
 
 log = logging.getLogger(__name__)
 
+MERGED, QUANTIZED, EXPORTED = "merged", "quantized", "exported"
+
 
 @dataclass(frozen=True)
-class _Stage:
-    """One stage of the chain: what it is called, where it writes, what marks it done, the work."""
+class _StageRun:
+    """One stage that writes a folder.
+
+    Attributes:
+        name: of the stage.
+        folder: it writes.
+        fingerprint: of its output.
+        work: runs it.
+    """
 
     name: Stage
     folder: Path
-    mark: str
+    fingerprint: str
     work: Callable[[], AnyManifest]
 
     def is_done(self) -> bool:
-        return is_done(self.folder, self.name, self.mark)
+        return is_done(self.folder, self.name, self.fingerprint)
 
 
-def run_all(
-    recipe: Recipe, output: Path, device: DeviceName, overwrite: bool, terminal: Terminal
-) -> None:
-    """Merge, quantize, export and evaluate into ``output``.
+def run(
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    device: DeviceName = "auto",
+    progress: Progress | None = None,
+) -> "EvalReport":
+    """Merge, quantize, export and evaluate into the folders of ``output``.
+
+    Stages whose output is already there, made from the same inputs, are skipped. Gates are reported
+    but not enforced.
+
+    Args:
+        recipe: of all stages.
+        output: folder that will hold ``merged``, ``quantized`` and ``exported``.
+        overwrite: whether outputs made from other inputs may be replaced.
+        device: where to compute.
+        progress: shows how far each stage got.
 
     Raises:
         MismatchError: inputs of any stage do not fit; all at once, before any work.
-        RecipeError: an output made from other inputs is there and ``overwrite`` is off.
-        GateError: see the gates of ``eval``.
+        RecipeError: an output made from other inputs exists and may not be replaced.
     """
-    from epmq_deploy.runtime.evaluation.stage import eval_fingerprint, gates_of
+    from epmq_deploy.runtime.evaluation.evaluate import gates_of
+    from epmq_deploy.runtime.stage import evaluate, write_report
 
+    progress = progress or NoProgress()
     sources = preflight(recipe)
-    common = {"overwrite": overwrite, "device": pick_device(device), "progress": terminal}
+    common: dict[str, Any] = {
+        "overwrite": overwrite,
+        "device": pick_device(device),
+        "progress": progress,
+    }
     stages = _stages(recipe, output, sources, common)
-    file = output / "exported" / EVAL_FILE
     waiting = [stage for stage in stages if not stage.is_done()]
     for stage in waiting:
         refuse_existing(stage.folder, stage.name, overwrite=overwrite)
-    report = None if waiting else _earlier_report(file)
-    if report is not None and report.fingerprint != eval_fingerprint(recipe, stages[-1].mark):
-        refuse_existing_file(file, overwrite)
-        report = None
-
+    file = output / EXPORTED / EVAL_FILE
+    report = None if waiting else _earlier_report(recipe, stages[-1].fingerprint, file, overwrite)
     for stage in stages:
         if stage in waiting:
             log.info("%s -> %s", stage.name, stage.folder)
             stage.work()
         else:
             log.info("%s: up to date, skipped", stage.folder)
-    if report is not None:
-        log.info("%s: up to date, skipped", file)
-        # Gates decide nothing that was measured, so they may have changed.
-        write_and_show(file, replace(report, gates=gates_of(recipe.eval)), terminal)
-    else:
+    if report is None:
         log.info("eval -> %s", file)
-        evaluate_to(file, recipe, output / "exported", device, overwrite, terminal)
+        provider = provider_for(recipe.eval, device)
+        return evaluate(recipe, output / EXPORTED, provider=provider, **common)
+    log.info("%s: up to date, skipped", file)
+    # Gates do not affect measurements, so a report can be reused when only gates changed.
+    report = replace(report, gates=gates_of(recipe.eval))
+    write_report(report, file)
+    return report
 
 
-def _earlier_report(file: Path) -> "EvalReport | None":
-    """An evaluation's report; None where there is none, or a damaged one, which is made again."""
-    from epmq_deploy.runtime.report.json import read_report
+def provider_for(options: EvalOptions, device: DeviceName) -> str:
+    """Return the provider that graphs run on: the one given, else that of the device."""
+    return device if options.provider == "auto" else options.provider
+
+
+def _earlier_report(
+    recipe: Recipe, exported: str, file: Path, overwrite: bool
+) -> "EvalReport | None":
+    """Read the report of an earlier evaluation; None where there is none that still holds.
+
+    Raises:
+        RecipeError: a report of another evaluation is in the way.
+    """
+    from epmq_deploy.runtime.evaluation.evaluate import eval_fingerprint
+    from epmq_deploy.runtime.report.json_report import read_report
 
     try:
-        return read_report(file)
+        report = read_report(file)
     except RecipeError as error:
+        # A damaged report is made again.
         log.warning("%s", error)
         return None
+    if report is not None and report.fingerprint != eval_fingerprint(recipe, exported):
+        refuse_existing_file(file, overwrite=overwrite)
+        return None
+    return report
 
 
-def _stages(recipe: Recipe, output: Path, sources: Sources, common: dict[str, Any]) -> list[_Stage]:
-    """The three stages that write folders; each one's mark follows from the one before."""
+def _stages(
+    recipe: Recipe, output: Path, sources: Sources, common: Mapping[str, Any]
+) -> list[_StageRun]:
+    """Return the stages that write folders; each fingerprint follows from the one before."""
     from epmq_deploy.exporters.stage import export, export_fingerprint
     from epmq_deploy.merging.stage import merge, merge_fingerprint
     from epmq_deploy.quantization.stage import quantize, quantize_fingerprint
 
-    merged, quantized, exported = output / "merged", output / "quantized", output / "exported"
+    merged, quantized, exported = (output / name for name in (MERGED, QUANTIZED, EXPORTED))
     first = merge_fingerprint(recipe, sources.sha256())
     second, _ = quantize_fingerprint(recipe, first)
     third, _ = export_fingerprint(recipe, second)
     return [
-        _Stage("merge", merged, first, partial(merge, recipe, merged, **common)),
-        _Stage(
-            "quantize", quantized, second, partial(quantize, recipe, merged, quantized, **common)
+        _StageRun("merge", merged, first, lambda: merge(recipe, merged, **common)),
+        _StageRun(
+            "quantize", quantized, second, lambda: quantize(recipe, merged, quantized, **common)
         ),
-        _Stage("export", exported, third, partial(export, recipe, quantized, exported, **common)),
+        _StageRun("export", exported, third, lambda: export(recipe, quantized, exported, **common)),
     ]
 
 

@@ -56,8 +56,23 @@ def refuse_existing(
         )
 
 
+def refuse_existing_file(file: Path, *, overwrite: bool) -> None:
+    """Stop before any work when a file cannot be written.
+
+    Raises:
+        RecipeError: it is a directory, its directory does not exist, or it may not be replaced.
+    """
+    if file.is_dir() or not file.parent.is_dir():
+        raise RecipeError(f"{file}: expected a file in an existing folder")
+    if file.exists() and not overwrite:
+        raise RecipeError(
+            f"{file} already exists; choose another output or overwrite it",
+            options={"overwrite": True},
+        )
+
+
 def _stage_of(folder: Path) -> str | None:
-    """The stage whose output a folder is, whatever version wrote it."""
+    """Return the stage whose output a folder is, whatever version wrote it."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError):
@@ -68,7 +83,7 @@ def _stage_of(folder: Path) -> str | None:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside ``target`` that becomes it when the block ends well.
+    """Yield a temporary folder next to ``target`` that becomes it when the block ends well.
 
     On any error nothing is left behind and an existing ``target`` stays as it was; whether it may
     be replaced is for ``refuse_existing`` to say, before any work.

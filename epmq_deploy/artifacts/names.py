@@ -1,4 +1,5 @@
-"""Names of the files that every stage writes."""
+"""Names of files in the folders of stages."""
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
+EVAL_FILE = "eval.json"

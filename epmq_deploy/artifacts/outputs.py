@@ -2,9 +2,10 @@
 
 import json
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, TypeVar, overload
+from typing import Generic, Literal, TypeVar, overload
 
 from epmq_deploy.artifacts.card import write_card
 from epmq_deploy.artifacts.manifest import (
@@ -24,6 +25,22 @@ _PACKAGES = ("torch", "transformers", "safetensors", "onnx", "onnxruntime-gpu", 
 
 
 M = TypeVar("M", MergeManifest, QuantizeManifest, ExportManifest)
+
+
+@dataclass(frozen=True)
+class StageOutput(Generic[M]):
+    """What a stage wrote; stands for its folder wherever a path is expected.
+
+    Attributes:
+        folder: that was written.
+        manifest: of the folder.
+    """
+
+    folder: Path
+    manifest: M
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
 
 
 def finish_output(folder: Path, manifest: M) -> M:

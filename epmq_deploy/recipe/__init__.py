@@ -1,5 +1,7 @@
 """The recipe: what a user asks for, one frozen model per section."""
 
+from epmq_deploy.recipe.overrides import override
+from epmq_deploy.recipe.reading import absolute_paths, load_recipe, parse_complete, parse_recipe
 from epmq_deploy.recipe.sections import (
     LABEL_COLUMN,
     OPSETS,
@@ -11,11 +13,6 @@ from epmq_deploy.recipe.sections import (
     Recipe,
     Task,
     TaskName,
-    absolute_paths,
-    load_recipe,
-    override,
-    parse_complete,
-    parse_recipe,
 )
 
 __all__ = [

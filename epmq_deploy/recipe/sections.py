@@ -1,23 +1,17 @@
 """The recipe: one YAML file, one frozen model per section."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     Field,
     StringConstraints,
-    ValidationError,
     model_validator,
 )
 
-from epmq_deploy.errors import RecipeError, listed
-from epmq_deploy.merging.methods.task_arithmetic import TaskArithmeticOptions
-from epmq_deploy.options import SEVERAL, Options, shared_fields, union_by_method
+from epmq_deploy.options import SEVERAL, Options, union_by_method
 from epmq_deploy.options.merging import MergeOptions
 from epmq_deploy.options.quantization import QuantizeOptions
-from epmq_deploy.quantization.methods.epmq import EpmqOptions
 from epmq_deploy.recipe.prompt import Prompt
 from epmq_deploy.registry import MERGE_METHODS, QUANTIZATION_METHODS, Method
 
@@ -25,14 +19,9 @@ from epmq_deploy.registry import MERGE_METHODS, QUANTIZATION_METHODS, Method
 LABEL_COLUMN = "label"
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
-
 # From the first with 4-bit types to the last one that torch's exporter converts graphs with custom
 # operators to (measured on torch 2.13).
 OPSETS = range(21, 26)
-
-# Options of quantization that say how many bits weights have.
-_WAYS_TO_BITS = {"bits", "target_bits", "target_size"}
-
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], SEVERAL]
 if TYPE_CHECKING:
     MergeChoice = MergeOptions
@@ -40,6 +29,19 @@ if TYPE_CHECKING:
 else:
     MergeChoice = union_by_method([method.options for method in MERGE_METHODS.values()])
     QuantizeChoice = union_by_method([target.options for target in QUANTIZATION_METHODS.values()])
+
+
+# The sections with a choice of methods.
+METHODS: Mapping[str, Mapping[str, Method]] = {
+    "merge": MERGE_METHODS,
+    "quantize": QUANTIZATION_METHODS,
+}
+DEFAULT_METHODS = {"merge": "task_arithmetic", "quantize": "epmq"}
+
+
+def default_options(section: str) -> Any:
+    """Return the options of a section that a recipe leaves out."""
+    return METHODS[section][DEFAULT_METHODS[section]].options()
 
 
 class Base(Options):
@@ -113,8 +115,8 @@ class ExportOptions(Options):
 
     target: str | None = Field(
         None,
-        description="where to run; picks formats and checks what its kernels take: cpu, cuda, "
-        "tensorrt, openvino, qnn, webgpu, wasm",
+        description="where to run; picks formats and checks what the kernels there take; "
+        "`epmq export --list` shows all targets",
     )
     formats: Annotated[tuple[str, ...] | None, SEVERAL] = Field(
         None,
@@ -200,8 +202,8 @@ class Recipe(Options):
 
     base: Base
     tasks: dict[TaskName, Task] = Field(min_length=1)
-    merge: MergeChoice = Field(default_factory=TaskArithmeticOptions)
-    quantize: QuantizeChoice = Field(default_factory=EpmqOptions)
+    merge: MergeChoice = Field(default_factory=lambda: default_options("merge"))
+    quantize: QuantizeChoice = Field(default_factory=lambda: default_options("quantize"))
     export: ExportOptions = Field(default_factory=ExportOptions)
     eval: EvalOptions = Field(default_factory=EvalOptions)
 
@@ -210,190 +212,12 @@ class Recipe(Options):
     def _default_methods(cls, content: Any) -> Any:
         """A section without ``method`` means the default one."""
         if isinstance(content, dict):
-            defaults = {"merge": TaskArithmeticOptions().method, "quantize": EpmqOptions().method}
             # An empty section means its defaults.
             content = {
                 section: {} if options is None and section in cls.model_fields else options
                 for section, options in content.items()
             }
-            for section, method in defaults.items():
+            for section, method in DEFAULT_METHODS.items():
                 if isinstance(content.get(section), dict):
                     content[section] = {"method": method, **content[section]}
         return content
-
-
-def parse_recipe(content: Any, source: str) -> Recipe:
-    """Validate a recipe given as plain data.
-
-    Args:
-        content: mapping of sections.
-        source: what to call it in error messages.
-
-    Raises:
-        RecipeError: names every wrong key, what was found and what is allowed.
-    """
-    try:
-        return Recipe.model_validate(content)
-    except ValidationError as error:
-        raise RecipeError(listed(source, _describe(error))) from error
-
-
-def parse_complete(content: Any, source: str) -> Recipe:
-    """As ``parse_recipe``, of a recipe with every value written out; defaults are not given."""
-    recipe = parse_recipe(content, source)
-    return parse_recipe(_with_methods(recipe, recipe.model_dump(exclude_defaults=True)), source)
-
-
-def _with_methods(recipe: Recipe, content: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as plain data that lacks some values, with its methods in any case."""
-    for name in ("merge", "quantize"):
-        content.setdefault(name, {})["method"] = getattr(recipe, name).method
-    return content
-
-
-def load_recipe(file: Path) -> Recipe:
-    """Read a recipe; relative paths in it are taken from its folder.
-
-    Raises:
-        RecipeError: unreadable, no YAML, or invalid.
-    """
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{file}: not UTF-8 text") from error
-    except OSError as error:
-        raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
-    return absolute_paths(parse_recipe(content, str(file)), file.resolve().parent)
-
-
-def absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Make every local path absolute, seen from ``folder``; hub ids stay as they are."""
-    from epmq_deploy.checkpoints.hub import hub_id
-    from epmq_deploy.checkpoints.open_clip_weights import PREFIX, split_named
-
-    def local(path: str) -> str:
-        return str((folder / Path(path).expanduser()).resolve())
-
-    def located(path: str) -> str:
-        named = split_named(path)
-        if named is not None:
-            return f"{PREFIX}{named[0]}={local(named[1])}"
-        # ``data/cars`` has the form of a hub id too; a folder of that first name decides.
-        beside = (folder / path).exists() or (folder / Path(path).parts[0]).is_dir()
-        return path if hub_id(path) and not beside else local(path)
-
-    def source(data: DataSource | None) -> DataSource | None:
-        return data and data.model_copy(update={"path": located(data.path)})
-
-    def head(head: Head | None) -> Head | None:
-        if head is None or head.matrix is None:
-            return head
-        return head.model_copy(update={"matrix": local(head.matrix)})
-
-    tasks = {
-        name: task.model_copy(
-            update={
-                "expert": located(task.expert),
-                "calibration": source(task.calibration),
-                "evaluation": source(task.evaluation),
-                "head": head(task.head),
-            }
-        )
-        for name, task in recipe.tasks.items()
-    }
-    base = recipe.base.model_copy(update={"path": located(recipe.base.path)})
-    return recipe.model_copy(update={"base": base, "tasks": tasks})
-
-
-def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
-    """Replace options of one section; a new ``method`` keeps only what all methods share.
-
-    Args:
-        recipe: to start from.
-        section: ``merge``, ``quantize``, ``export`` or ``eval``.
-        flags: options by name; None means not given.
-
-    Raises:
-        RecipeError: an option the method does not have, or a value it does not allow.
-    """
-    given = {name: value for name, value in flags.items() if value is not None}
-    if not given:
-        return recipe
-    # What was not given stays so: options that have no effect are refused where they were given.
-    content = _with_methods(recipe, recipe.model_dump(exclude_unset=True))
-    options = content.get(section, {})
-    if "target" in given:
-        # A target brings formats of its own, unless some are given with it.
-        options = options | {"formats": None}
-    if not _WAYS_TO_BITS.isdisjoint(given):
-        # One takes the place of the others, unless several are given.
-        options = {key: value for key, value in options.items() if key not in _WAYS_TO_BITS}
-    registries: dict[str, Mapping[str, Method]] = {
-        "merge": MERGE_METHODS,
-        "quantize": QUANTIZATION_METHODS,
-    }
-    known = registries.get(section, {})
-    wanted = given.get("method")
-    if isinstance(wanted, str) and wanted in known and wanted != options["method"]:
-        old, new = known[options["method"]].options, known[wanted].options
-        kept = shared_fields(old, new) - {"method"}
-        options = {name: value for name, value in options.items() if name in kept}
-    content[section] = options | given
-    changed = parse_recipe(content, f"{section} options")
-    # What a flag puts out of use is no mistake of the recipe's.
-    if known:
-        before, after = (getattr(each, section).idle().keys() for each in (recipe, changed))
-        idle = after - before - given.keys()
-        if not idle.isdisjoint(content[section]):
-            used = {key: value for key, value in content[section].items() if key not in idle}
-            changed = parse_recipe(content | {section: used}, f"{section} options")
-    return changed
-
-
-def _describe(error: ValidationError) -> list[str]:
-    """One line per problem: the key, what was found, what is allowed."""
-    lines = []
-    for item in error.errors():
-        # Members of a union appear in the location by their tag; the user's file has no such key.
-        tags = {*MERGE_METHODS, *QUANTIZATION_METHODS}
-        path = item["loc"]
-        tagged = len(path) > 1 and path[0] in ("merge", "quantize") and path[1] in tags
-        key = ".".join(str(part) for part in (path[:1] + path[2:] if tagged else path))
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "extra_forbidden":
-            message = f"no such option; allowed here: {', '.join(_allowed_keys(path))}"
-        elif item["type"] == "model_type":
-            message = "must be a mapping of options"
-        elif item["type"] == "union_tag_invalid":
-            tag, known = item["ctx"]["tag"], item["ctx"]["expected_tags"]
-            key, message = f"{key}.method", f"{tag!r} is no method; known: {known}"
-        found = item["input"]
-        shown = f", found {found!r}" if isinstance(found, str | int | float | bool) else ""
-        lines.append(f"{key or 'recipe'}: {message}{shown}")
-    return lines
-
-
-def _allowed_keys(path: tuple[int | str, ...]) -> list[str]:
-    """Keys of the section an unknown key was found in."""
-    known: dict[str, Mapping[str, Method]] = {
-        "merge": MERGE_METHODS,
-        "quantize": QUANTIZATION_METHODS,
-    }
-    if len(path) == 1:
-        return list(Recipe.model_fields)
-    if path[0] in known:
-        return list(known[str(path[0])][str(path[1])].options.model_fields)
-    models: dict[str, type[Options]] = {
-        "base": Base,
-        "tasks": Task,
-        "calibration": DataSource,
-        "evaluation": DataSource,
-        "head": Head,
-        "prompt": Prompt,
-        "export": ExportOptions,
-        "eval": EvalOptions,
-    }
-    section = next(part for part in reversed(path[:-1]) if part in models)
-    return list(models[str(section)].model_fields)

@@ -13,10 +13,10 @@ from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import EvalOptions
 from epmq_deploy.runtime.evaluation.diagnosis import Diagnosis, diagnose
 from epmq_deploy.runtime.evaluation.latency import Timing, measure_latency
+from epmq_deploy.runtime.evaluation.report import REFERENCE
 from epmq_deploy.runtime.evaluation.scoring import Scorer
 from epmq_deploy.runtime.ort.footprint import Footprint, measure_footprint, median_footprint
 from epmq_deploy.runtime.ort.providers import provider_named
-from epmq_deploy.runtime.report.model import REFERENCE
 
 _FOOTPRINTS = 3
 

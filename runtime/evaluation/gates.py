@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from epmq_deploy.errors import GateError
-from epmq_deploy.runtime.report.model import EvalReport, Row
+from epmq_deploy.runtime.evaluation.report import EvalReport, Row
 
 # Averages of percentages carry rounding errors; a drop of exactly the allowed size passes.
 _ROUNDING = 1e-9

@@ -18,9 +18,9 @@ from epmq_deploy.models.experts import ExpertBackbone
 from epmq_deploy.models.text_generation.base import SpecialTokens
 from epmq_deploy.runtime.evaluation.latency import Runs
 from epmq_deploy.runtime.evaluation.metrics import Accuracy, Score
+from epmq_deploy.runtime.evaluation.report import EXPERTS
 from epmq_deploy.runtime.evaluation.significance import Booleans
 from epmq_deploy.runtime.ort.sessions import Graph
-from epmq_deploy.runtime.report.model import EXPERTS
 
 Predicted = npt.NDArray[Any]
 Model = TypeVar("Model", bound=Runs)

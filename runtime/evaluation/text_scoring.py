@@ -17,11 +17,11 @@ from epmq_deploy.data.samples import Samples, TextSamples
 from epmq_deploy.models.experts import ExpertBackbone
 from epmq_deploy.models.text_generation.base import SpecialTokens, TextGenerationFamily
 from epmq_deploy.runtime.evaluation.rank_correlation import RankCorrelation
+from epmq_deploy.runtime.evaluation.report import EXPERTS
 from epmq_deploy.runtime.evaluation.scoring import Predicted, Predictions, Scorer, raw_samples
 from epmq_deploy.runtime.evaluation.significance import Floats
 from epmq_deploy.runtime.ort.generation import TextWriter, text_writer
 from epmq_deploy.runtime.ort.sessions import Graph, by_format
-from epmq_deploy.runtime.report.model import EXPERTS
 
 
 class NumberPredictions(Predictions):

@@ -84,7 +84,7 @@ def load(
 def _recommended(folder: Path, entries: Mapping[str, Sequence[GraphEntry]]) -> str:
     """The format the evaluation in the folder recommends, or the first low-bit one there is."""
     from epmq_deploy.runtime.evaluation.gates import NONE_RECOMMENDED, recommend
-    from epmq_deploy.runtime.report.json import read_report
+    from epmq_deploy.runtime.report.json_report import read_report
 
     file = folder / "eval.json"
     try:

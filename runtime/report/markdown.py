@@ -1,7 +1,7 @@
 """The evaluation as a Markdown table, for model cards."""
 
 from epmq_deploy.runtime.evaluation.gates import advice, misses, verdicts
-from epmq_deploy.runtime.report.model import EvalReport, Row
+from epmq_deploy.runtime.evaluation.report import EvalReport, Row
 
 
 def markdown_table(report: EvalReport) -> str:

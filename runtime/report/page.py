@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 
 from epmq_deploy.runtime.evaluation.gates import advice, misses, verdicts
+from epmq_deploy.runtime.evaluation.report import EvalReport
 from epmq_deploy.runtime.report.heatmap import heat_maps
 from epmq_deploy.runtime.report.markup import Markup, element
-from epmq_deploy.runtime.report.model import EvalReport
 from epmq_deploy.runtime.report.page_style import STYLE
 from epmq_deploy.runtime.report.page_tables import (
     accuracy_table,

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 from epmq_deploy.quantization.results import LayerReport
 from epmq_deploy.runtime.evaluation.diagnosis import Diagnosis
+from epmq_deploy.runtime.evaluation.report import EvalReport
 from epmq_deploy.runtime.report.markdown import cost_lines
 from epmq_deploy.runtime.report.markup import Markup, element
-from epmq_deploy.runtime.report.model import EvalReport
 
 
 def accuracy_table(report: EvalReport) -> Markup:

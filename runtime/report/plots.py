@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Sequence
 
+from epmq_deploy.runtime.evaluation.report import EXPERTS, REFERENCE, EvalReport, Row
 from epmq_deploy.runtime.evaluation.significance import Interval
 from epmq_deploy.runtime.report.markup import Markup, element, figure
-from epmq_deploy.runtime.report.model import EXPERTS, REFERENCE, EvalReport, Row
 
 # In units of the drawing, which the page shows at about their size.
 WIDTH = 380.0

@@ -7,7 +7,7 @@ from eval_report import build_report
 from rich.console import Console
 
 from epmq_deploy.cli.eval_table import eval_table
-from epmq_deploy.runtime.report.model import EvalReport
+from epmq_deploy.runtime.evaluation.report import EvalReport
 
 TASKS = {"cars": 400, "traffic_signs": 300, "handwritten_digits": 200}
 

@@ -6,12 +6,12 @@ import numpy as np
 
 from epmq_deploy.quantization.results import LayerReport
 from epmq_deploy.runtime.evaluation.diagnosis import Diagnosis, LayerNoise
+from epmq_deploy.runtime.evaluation.evaluate import row_of
 from epmq_deploy.runtime.evaluation.latency import Timing
+from epmq_deploy.runtime.evaluation.report import EvalReport, Gates, Row
 from epmq_deploy.runtime.evaluation.scoring import Predictions
 from epmq_deploy.runtime.evaluation.significance import Interval
-from epmq_deploy.runtime.evaluation.stage import row_of
 from epmq_deploy.runtime.ort.footprint import Footprint
-from epmq_deploy.runtime.report.model import EvalReport, Gates, Row
 
 TASKS = {"cars": 400, "traffic_signs": 300}
 KINDS = ("self_attn.q_proj", "fc1")

@@ -21,8 +21,8 @@ from epmq_deploy.merging.stage import merge
 from epmq_deploy.quantization.stage import quantize
 from epmq_deploy.recipe import Recipe, load_recipe, override
 from epmq_deploy.runtime import load
-from epmq_deploy.runtime.report.json import report_dict
-from epmq_deploy.runtime.report.model import Gates
+from epmq_deploy.runtime.evaluation.report import Gates
+from epmq_deploy.runtime.report.json_report import report_dict
 
 
 def exported(recipe: Recipe, folder: Path) -> Path:

@@ -12,8 +12,8 @@ import pytest
 from browser import look_at
 from eval_report import KINDS, MODELS, TASKS, build_report
 
+from epmq_deploy.runtime.evaluation.report import Gates
 from epmq_deploy.runtime.evaluation.significance import Interval
-from epmq_deploy.runtime.report.model import Gates
 from epmq_deploy.runtime.report.page import html_page
 from epmq_deploy.runtime.report.plots import color
 

@@ -8,7 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.runtime.evaluation.gates import misses, recommend
-from epmq_deploy.runtime.report.model import EvalReport
+from epmq_deploy.runtime.evaluation.report import EvalReport
 
 
 def report_dict(report: EvalReport) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""The eval stage: every exported graph on every task, and what it costs."""
+"""Measuring an export: every graph on every task, and what it costs."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from epmq_deploy.recipe import EvalOptions, Recipe
 from epmq_deploy.runtime.evaluation.bench import Bench
 from epmq_deploy.runtime.evaluation.comparison import average_interval, compare
 from epmq_deploy.runtime.evaluation.data import evaluation_samples
+from epmq_deploy.runtime.evaluation.report import EXPERTS, REFERENCE, EvalReport, Gates, Row
 from epmq_deploy.runtime.evaluation.scoring import ClassScorer, Predictions, Scorer
 from epmq_deploy.runtime.evaluation.text_scoring import TextScorer
 from epmq_deploy.runtime.ort.sessions import by_format
-from epmq_deploy.runtime.report.model import EXPERTS, REFERENCE, EvalReport, Gates, Row
 
 
 def eval_fingerprint(recipe: Recipe, exported: str) -> str:
@@ -32,7 +33,7 @@ def eval_fingerprint(recipe: Recipe, exported: str) -> str:
     for name, task in recipe.tasks.items():
         if task.evaluation is not None:
             inputs[f"evaluation:{name}"] = data_sha256(task.evaluation, task.prompt)
-    options = recipe.eval.model_dump(mode="json", exclude=set(Gates.__dataclass_fields__))
+    options = recipe.eval.model_dump(mode="json", exclude={item.name for item in fields(Gates)})
     return fingerprint("eval", options, inputs)
 
 
@@ -41,7 +42,7 @@ def gates_of(options: EvalOptions) -> Gates:
     return Gates(options.max_drop, options.max_latency_ratio, options.max_size)
 
 
-def evaluate(
+def measure(
     recipe: Recipe,
     exported: Path,
     *,
