@@ -146,28 +146,33 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool, limit: int | None 
 def measure(suite: Suite, variant: str) -> dict[str, Any]:
     """Quantize one variant (``method,option=value,...``) and score it.
 
-    ``rounding=false`` scores the target's own weights, unrounded.
+    ``rounding=false`` scores the method's own weights, unrounded.
     """
-    method, *assignments = variant.split(",")
+    name, *assignments = variant.split(",")
     flags = {key: yaml.safe_load(value) for key, value in (a.split("=") for a in assignments)}
     rounding = flags.pop("rounding", True)
-    recipe = override(suite.recipe, "quantize", {"method": method, **flags})
+    recipe = override(suite.recipe, "quantize", {"method": name, **flags})
     options = recipe.quantize
     experts = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
-    place = CalibrationContext(
-        suite.family, suite.folder, suite.samples, experts, torch.device("cpu")
+    ctx = CalibrationContext(
+        suite.family,
+        suite.folder,
+        suite.samples,
+        lambda: experts,
+        torch.device("cpu"),
+        heads=suite.heads,
     )
-    if flags.get("anchor") == "auto":
-        found = plan_anchor(options, place, suite.heads)["anchor"]
-        options = options.model_copy(update={"anchor": found})
+    method = QUANTIZATION_METHODS[options.method]
+    if search := method.anchor_search(options):
+        options = search.options_with(plan_anchor(search, ctx)["anchor"])
     if options.target_bits or options.target_size:
-        options = with_bits(options, plan_bits(options, place)["layers"])
+        options = with_bits(options, plan_bits(options, ctx)["layers"])
     model = suite.family.load(suite.folder)
     started = time.perf_counter()
     quantized = quantize_model(
         model,
         suite.family,
-        QUANTIZATION_METHODS[options.method],
+        method,
         options,
         batches={
             task: (lambda inputs=inputs: inputs) for task, inputs in suite.calibration.items()
@@ -176,11 +181,9 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
         rounding=rounding,
     )
     distilled = None
-    if flags.get("distill"):
-        products = QUANTIZATION_METHODS[options.method].products_dtype(options)
-        _, distilled = distill(
-            model, quantized, place, suite.heads, epochs=flags["distill"], products=products
-        )
+    if epochs := method.distillation_epochs(options):
+        products = method.products_dtype(options)
+        _, distilled = distill(model, quantized, ctx, epochs, products)
     return {
         "variant": variant,
         "distilled": distilled,

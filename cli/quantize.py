@@ -36,7 +36,8 @@ def command(
         from epmq_deploy.cli.listings import methods_data, methods_table
         from epmq_deploy.options.quantization import QuantizeOptions
 
-        data = methods_data(QUANTIZATION_METHODS, QuantizeOptions)
+        sources = {name: method.source for name, method in QUANTIZATION_METHODS.items()}
+        data = methods_data(QUANTIZATION_METHODS, QuantizeOptions, sources)
         terminal.result(data, methods_table("quantization methods", data))
         return
     source, folder = needed(merged, "MERGED"), needed(output, "--output")

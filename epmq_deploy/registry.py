@@ -119,7 +119,7 @@ def _module_names(package: str) -> Iterator[str]:
 MERGE_METHODS: Registry[PublishedMethod] = Registry(
     "merge method", "epmq_deploy.merging.methods", "METHOD", "epmq_deploy.merge_methods"
 )
-QUANTIZATION_METHODS: Registry[Method] = Registry(
+QUANTIZATION_METHODS: Registry[PublishedMethod] = Registry(
     "quantization method",
     "epmq_deploy.quantization.methods",
     "METHOD",

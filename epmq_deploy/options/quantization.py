@@ -1,5 +1,6 @@
 """Options of quantization: what every method has, and what those with calibration data have."""
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
@@ -23,6 +24,19 @@ def _runs_somewhere(value: int) -> int:
 
 Bits = Literal[2, 3, 4, 8]
 GroupSize = Annotated[int, AfterValidator(_runs_somewhere)]
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How codes of a layer are solved for.
+
+    Attributes:
+        refine: most sweeps over codes and scales after the solver.
+        allow_fallback: round to nearest where the Hessian cannot be factored.
+    """
+
+    refine: int
+    allow_fallback: bool
 
 
 class LayerOptions(Options):
@@ -84,6 +98,16 @@ class QuantizeOptions(Options):
         """The options that decide the codes, as plain data."""
         return self.model_dump(mode="json")
 
+    @property
+    def solver_settings(self) -> SolverSettings | None:
+        """How codes are solved for; None to round every weight to nearest."""
+        return None
+
+    @property
+    def refits_biases(self) -> bool:
+        """Whether biases are fitted to the quantized weights."""
+        return False
+
     def idle(self) -> dict[str, str]:
         """Return options that were given but have no effect next to the others, with the reason."""
         for target in ("target_bits", "target_size"):
@@ -96,6 +120,10 @@ class QuantizeOptions(Options):
         given = {pattern: options.given for pattern, options in self.layers.items()}
         own = given_for(given, name)
         return self.model_copy(update=own) if own else self
+
+    def probing(self, bits: int) -> Self:
+        """Return these options at another width, with nothing that takes long."""
+        return self.model_copy(update={"bits": bits})
 
     def own_bits(self, name: str) -> int | None:
         """Return the bits that ``layers`` gives to one layer, or None."""
@@ -163,3 +191,17 @@ class CalibratedOptions(QuantizeOptions):
     def cache_bytes(self) -> int | None:
         """``cache_limit`` in bytes, None for no limit."""
         return in_bytes(self.cache_limit)
+
+    @property
+    def solver_settings(self) -> SolverSettings | None:
+        """How codes are solved for."""
+        return SolverSettings(self.refine, self.allow_fallback)
+
+    @property
+    def refits_biases(self) -> bool:
+        """Whether biases are fitted to the quantized weights."""
+        return self.bias != "keep"
+
+    def probing(self, bits: int) -> Self:
+        """Return these options at another width, without refinement."""
+        return self.model_copy(update={"bits": bits, "refine": 0})

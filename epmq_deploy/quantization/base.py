@@ -1,4 +1,4 @@
-"""What a calibration target is: a choice of ``(W*, H)`` for the one solver.
+"""What a quantization method is: a choice of ``(W*, H)`` for the one solver.
 
 Every method minimises ``tr((Q - W*) H (Q - W*)^T)`` over the grid. For the anchored problem
 
@@ -12,30 +12,25 @@ completing the square gives ``H = sum_t s_t C_t + lambda I`` and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
+from epmq_deploy.lazy import torch
 from epmq_deploy.options.quantization import CalibratedOptions, QuantizeOptions
-from epmq_deploy.quantization.arithmetic import Arithmetic
+from epmq_deploy.quantization import solver
+from epmq_deploy.quantization.arithmetic import Arithmetic, torch_dtype
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
+    from epmq_deploy.quantization.expert_source import ExpertSource
     from epmq_deploy.quantization.solver.hessian import GroupHessian, Hessian
 
 
-class Guide(Enum):
-    """Whose outputs a target aims at."""
-
-    NOTHING = "nothing"
-    MERGED = "merged"
-    EXPERTS = "experts"
-
-
-O = TypeVar("O", bound=QuantizeOptions)  # noqa: E741
+OptionsT = TypeVar("OptionsT", bound=QuantizeOptions)
+CalibratedT = TypeVar("CalibratedT", bound=CalibratedOptions)
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,8 @@ class LayerWeights:
         name: dotted name.
         merged: ``W_m``, float ``[N, K]``.
         bias: merged bias ``[N]``, where there is one.
-        base: ``W_b``, float ``[N, K]``, for targets that use experts.
-        base_bias: the base's bias, likewise.
+        base: ``W_b``, float ``[N, K]``, for methods that use experts.
+        base_bias: the base's bias ``[N]``, likewise.
     """
 
     name: str
@@ -55,12 +50,6 @@ class LayerWeights:
     bias: Tensor | None = None
     base: Tensor | None = None
     base_bias: Tensor | None = None
-
-
-def fits_jointly(layer: LayerWeights, options: QuantizeOptions) -> bool:
-    """Whether the layer's bias is solved for together with its weights."""
-    joint = isinstance(options, CalibratedOptions) and options.bias == "joint"
-    return joint and layer.bias is not None
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class LayerProblem:
         weight: ``W*``, float64 ``[N, K]``.
         hessian: ``H``, with a free bias eliminated where biases are fitted jointly.
         size: ``tr(W* H W*^T)``, what errors are relative to.
-        bias_anchor: bias that re-fitted biases are pulled to, ``[N]``; the merged one when absent.
+        bias_anchor: bias that re-fitted biases are pulled to, ``[N]``; default: the merged one.
         bias_damping: strength of that pull.
     """
 
@@ -82,19 +71,76 @@ class LayerProblem:
     bias_damping: float = 0.0
 
 
-class QuantizationMethod(ABC, Generic[O]):
-    """One method.
+@dataclass(frozen=True)
+class SampleChoice:
+    """Which calibration samples a method uses.
+
+    Attributes:
+        limit: most samples per task.
+        seed: of their choice.
+    """
+
+    limit: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How samples run through the blocks, and what layers aim at.
+
+    Attributes:
+        products: dtype in which blocks are run and products of activations computed.
+        cache_dtype: dtype of activations kept between blocks.
+        cache_bytes: bytes of activations held in memory, the rest on disk; None for no limit.
+        batch_size: samples per forward pass.
+        unpooled: weight, in the last block, of tokens that no head reads.
+        mix: share of the experts' own outputs in what layers aim at; experts run along only
+            where it is positive.
+        norm_mix: the same share when norms are re-fitted; None to leave norms as they are.
+        norm_damping: pull of re-fitted norms towards the merged ones, per token.
+    """
+
+    products: torch.dtype
+    cache_dtype: torch.dtype
+    cache_bytes: int | None = None
+    batch_size: int = 1
+    unpooled: float = 1.0
+    mix: float = 0.0
+    norm_mix: float | None = None
+    norm_damping: float = 0.0
+
+
+@dataclass(frozen=True)
+class AnchorSearch(Generic[OptionsT]):
+    """A search for the strength of a method's anchor.
+
+    Attributes:
+        start: strength to begin with.
+        options_with: the method's options with a given strength.
+    """
+
+    start: float
+    options_with: Callable[[float], OptionsT]
+
+
+class QuantizationMethod(ABC, Generic[OptionsT]):
+    """One method: the problem it states, and what it needs for that.
+
+    What the rest of the library has to know of a method's options it asks the method; only the
+    method itself knows their type.
 
     Attributes:
         options: its option model, with a literal ``method`` field naming it.
-        summary: one line with the source.
-        guide: whose weights and outputs it needs: the unquantized merged model's, the experts'.
+        summary: what it does, in one line.
+        source: where it is published.
+        uses_experts: whether base and experts must be there.
         arithmetic: in which dtypes it computes unless the options say otherwise.
     """
 
-    options: type[O]
+    options: type[OptionsT]
     summary: ClassVar[str]
-    guide: ClassVar[Guide] = Guide.NOTHING
+    source: ClassVar[str]
+    uses_experts: ClassVar[bool] = False
     arithmetic: ClassVar[Arithmetic] = Arithmetic()
 
     @property
@@ -102,49 +148,59 @@ class QuantizationMethod(ABC, Generic[O]):
         """The value of ``method`` that selects it."""
         return str(self.options.model_fields["method"].default)
 
-    @property
-    def uses_experts(self) -> bool:
-        """Whether base and experts must be there."""
-        return self.guide is Guide.EXPERTS
+    # What it needs.
 
-    def products_dtype(self, options: QuantizeOptions) -> torch.dtype:
-        """In which dtype blocks are run and products of activations computed."""
-        given = getattr(options, "products", None)
-        return replace(self.arithmetic, products=given or self.arithmetic.products).products_dtype
-
-    def solver_dtype(self, options: QuantizeOptions) -> torch.dtype:
-        """In which dtype Hessians are factored and codes chosen."""
-        given = getattr(options, "solver", None)
-        return replace(self.arithmetic, solver=given or self.arithmetic.solver).solver_dtype
-
-    def is_data_free(self, options: O) -> bool:
-        """Whether statistics come from weights alone."""
-        return False
-
-    def task_weight(self, statistics: TaskStatistics, options: O) -> float:
-        """``s_t``, the weight of a task."""
-        return 1.0
-
-    def unpooled_weight(self, options: O) -> float:
-        """Weight, in the last block, of tokens that no head reads."""
-        given = getattr(options, "unpooled_weight", None)
-        return 1.0 if given is None else float(given)
-
-    def mix(self, options: O) -> float:
-        """Share of the experts' own outputs in what guided layers aim at; 0 needs none."""
-        return 0.0
-
-    def norm_mix(self, options: O) -> float | None:
-        """Share of the experts' own features when norms are re-fitted; None to leave them."""
+    def samples(self, options: OptionsT) -> SampleChoice | None:
+        """Return which calibration samples it uses; None where it uses none."""
         return None
 
-    def norm_damping(self, options: O) -> float:
-        """Pull of re-fitted norms towards the merged ones, per token."""
-        return 0.0
+    def is_data_free(self, options: OptionsT) -> bool:
+        """Return whether statistics of layers' inputs come from task vectors instead of samples."""
+        return False
+
+    def needs_heads(self, options: OptionsT) -> list[str]:
+        """Return the options given, as users write them, that need every task's head."""
+        return []
+
+    def expert_source(self, model: nn.Module, experts: ExpertSource | None) -> ExpertSource | None:
+        """Return whose weights and outputs layers aim at; None where they aim at their own.
+
+        Args:
+            model: the merged model, unquantized; it may change afterwards.
+            experts: base and experts where they are at hand.
+
+        Raises:
+            ValueError: the method needs experts and there are none.
+        """
+        return None
+
+    # What may be tuned with it.
+
+    def anchor_search(self, options: OptionsT) -> AnchorSearch[OptionsT] | None:
+        """Return the search for the anchor's strength that the options ask for, if they do."""
+        return None
+
+    def distillation_epochs(self, options: OptionsT) -> int:
+        """Return for how many epochs the quantized model is distilled; 0 for not at all."""
+        return 0
+
+    # How it computes.
+
+    def products_dtype(self, options: OptionsT) -> torch.dtype:
+        """Return in which dtype blocks are run and products of activations computed."""
+        return self.arithmetic.products_dtype
+
+    def calibration(self, options: OptionsT) -> CalibrationSettings:
+        """Return how samples run through the blocks, and what layers aim at."""
+        return CalibrationSettings(self.products_dtype(options), torch.float32)
+
+    def task_weight(self, statistics: TaskStatistics, options: OptionsT) -> float:
+        """Return ``s_t``, the weight of a task."""
+        return 1.0
 
     @abstractmethod
-    def hessian(self, sums: GroupSums, options: O) -> GroupHessian:
-        """``H`` of a group of layers that share their input.
+    def hessian(self, sums: GroupSums, options: OptionsT) -> GroupHessian:
+        """Return ``H`` of a group of layers that share their input.
 
         Args:
             sums: over all tasks; empty without calibration data.
@@ -153,9 +209,9 @@ class QuantizationMethod(ABC, Generic[O]):
 
     @abstractmethod
     def problem(
-        self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: O
+        self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: OptionsT
     ) -> LayerProblem:
-        """The problem of one layer.
+        """Return the problem of one layer.
 
         Args:
             layer: name, merged weight and, when ``uses_experts``, the base's.
@@ -163,3 +219,53 @@ class QuantizationMethod(ABC, Generic[O]):
             hessian: of the layer's group, from the same sums.
             options: the method's options.
         """
+
+
+class CalibratedMethod(QuantizationMethod[CalibratedT]):
+    """A method that takes statistics from calibration samples; ``H = sum_t s_t C_t``, damped."""
+
+    def samples(self, options: CalibratedT) -> SampleChoice | None:
+        """Return the choice that the options make."""
+        return SampleChoice(options.samples, options.seed)
+
+    def products_dtype(self, options: CalibratedT) -> torch.dtype:
+        """Return the dtype given, else the method's own."""
+        products = options.products or self.arithmetic.products
+        return replace(self.arithmetic, products=products).products_dtype
+
+    def solver_dtype(self, options: CalibratedT) -> torch.dtype:
+        """Return in which dtype Hessians are factored and codes chosen."""
+        chosen = options.solver or self.arithmetic.solver
+        return replace(self.arithmetic, solver=chosen).solver_dtype
+
+    def calibration(self, options: CalibratedT) -> CalibrationSettings:
+        """Return what the options say, with nothing of the experts' own outputs."""
+        return CalibrationSettings(
+            products=self.products_dtype(options),
+            cache_dtype=torch_dtype(options.cache_dtype),
+            cache_bytes=options.cache_bytes,
+            batch_size=options.batch_size,
+            unpooled=1.0 if options.unpooled_weight is None else options.unpooled_weight,
+        )
+
+    @abstractmethod
+    def damping(self, sums: GroupSums, options: CalibratedT) -> float:
+        """Return what is added to the diagonal of ``sum_t s_t C_t``."""
+
+    def bias_damping(self, options: CalibratedT) -> float:
+        """Return the pull of re-fitted biases towards their anchor."""
+        return 0.0
+
+    def hessian(self, sums: GroupSums, options: CalibratedT) -> GroupHessian:
+        """Return ``sum_t s_t C_t`` with ``damping`` on its diagonal."""
+        matrix = sums.gram.clone()
+        matrix.diagonal().add_(self.damping(sums, options))
+        plain = solver.hessian.Hessian(
+            matrix, act_order=options.act_order, dtype=self.solver_dtype(options)
+        )
+        weight = sums.weight + self.bias_damping(options)
+        return solver.hessian.GroupHessian(plain, sums.mean, weight)
+
+    def fits_jointly(self, layer: LayerWeights, options: CalibratedT) -> bool:
+        """Return whether a layer's bias is solved for together with its weights."""
+        return options.bias == "joint" and layer.bias is not None

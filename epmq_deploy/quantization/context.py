@@ -1,10 +1,9 @@
 """What quantization of one merged model runs on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.bit_budget import BitBudget, bit_budget
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 from epmq_deploy.quantization.results import QuantizedModel
-from epmq_deploy.quantization.sequential import quantize_model
+from epmq_deploy.quantization.sequential import FinishedBlocks, quantize_model
 
 
 @dataclass(frozen=True)
@@ -29,50 +28,81 @@ class CalibrationContext:
         family: the models' family.
         folder: the merged model.
         samples: calibration samples by task.
-        experts: base and experts, where the method needs them.
+        experts: opens base and experts; called only where something needs them, always with the
+            same result.
         device: where to run.
         progress: shows long work.
-        scratch: folder for activations on disk; the system's temporary folder when absent.
+        scratch: folder for activations on disk; default: the system's temporary folder.
+        heads: by task, where classifiers are compared by what they predict.
         expert_heads: of tasks whose experts predict through other heads than the merged model.
     """
 
     family: ModelFamily
     folder: Path
     samples: Mapping[str, Samples]
-    experts: ExpertBackbone | None
+    experts: Callable[[], ExpertBackbone]
     device: torch.device
     progress: Progress | None = None
     scratch: Path | None = None
+    heads: Mapping[str, TaskHead] = field(default_factory=dict)
     expert_heads: Mapping[str, TaskHead] = field(default_factory=dict)
 
     def bit_budget(self, options: QuantizeOptions) -> BitBudget:
-        """See there; the model is in memory no longer than this takes."""
+        """Return the budget; the model is in memory no longer than this takes.
+
+        Raises:
+            RecipeError: it cannot be met.
+        """
         model = self.family.load(self.folder)
         return bit_budget(model, self.family.blocks(model), options)
 
-    def judge(self, samples: Mapping[str, Samples], heads: Mapping[str, TaskHead]) -> Judge:
-        """Judges models with these heads by the experts' predictions on these samples."""
-        assert self.experts is not None, "guided targets are given experts"
-        own = {**heads, **self.expert_heads}
-        become = self.experts.become
-        return Judge.of_experts(self.family, self.folder, samples, heads, become, own)
+    def judge(self, samples: Mapping[str, Samples]) -> Judge:
+        """Return the judge of models by what experts predict on these samples."""
+        return Judge.of_experts(
+            self.family,
+            self.folder,
+            samples,
+            self.heads,
+            self.experts().become,
+            {**self.heads, **self.expert_heads},
+        )
 
-    def calibrate(self, options: QuantizeOptions, **how: Any) -> tuple[nn.Module, QuantizedModel]:
-        """The merged model after ``quantize_model`` with these options, and its result."""
+    def calibrate(
+        self,
+        options: QuantizeOptions,
+        *,
+        rounding: bool = True,
+        probe: Mapping[str, Collection[int]] | None = None,
+        finished: FinishedBlocks | None = None,
+    ) -> tuple[nn.Module, QuantizedModel]:
+        """Return the merged model after ``quantize_model`` with these options, and its result.
+
+        Args:
+            options: of the method.
+            rounding: quantize; otherwise layers get the method's own weights, unrounded.
+            probe: by layer, widths in bits at which its error is measured in addition.
+            finished: results of blocks done before.
+
+        Raises:
+            NumericsError: a layer could not be solved as asked; names it.
+        """
         model = self.family.load(self.folder).to(self.device)
-        size = getattr(options, "batch_size", 1)
+        method = QUANTIZATION_METHODS[options.method]
+        size = method.calibration(options).batch_size
         result = quantize_model(
             model,
             self.family,
-            QUANTIZATION_METHODS[options.method],
+            method,
             options,
             batches={
                 task: partial(batches, chosen, self.family, self.folder, size)
                 for task, chosen in self.samples.items()
             },
-            experts=self.experts,
+            experts=self.experts() if method.uses_experts else None,
+            rounding=rounding,
+            probe=probe,
+            finished=finished,
             progress=self.progress,
             scratch=self.scratch,
-            **how,
         )
         return model, result

@@ -7,7 +7,7 @@ labels are used.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch.nn.utils import parametrize
 
 from epmq_deploy.data.agreement import Judge, divergence, mean_divergence
 from epmq_deploy.data.samples import batches
-from epmq_deploy.models import TaskHead
 from epmq_deploy.models.predictions import Predictions, predictions
 from epmq_deploy.progress import NoProgress
 from epmq_deploy.quantization.context import CalibrationContext
@@ -38,9 +37,7 @@ _TEMPERATURE = 2.0
 def distill(
     model: nn.Module,
     quantized: QuantizedModel,
-    place: CalibrationContext,
-    heads: Mapping[str, TaskHead],
-    *,
+    ctx: CalibrationContext,
     epochs: int,
     products: torch.dtype = torch.float32,
 ) -> tuple[QuantizedModel, dict[str, Any]]:
@@ -49,8 +46,7 @@ def distill(
     Args:
         model: with the weights of ``quantized``; has those returned afterwards.
         quantized: what calibration yielded; left unmodified.
-        place: samples and experts.
-        heads: of every task; none where the model writes texts.
+        ctx: samples and experts, with heads of every task for classifiers.
         epochs: how often every sample is seen.
         products: dtype in which matrices are multiplied, float32 or bfloat16.
 
@@ -58,7 +54,7 @@ def distill(
         The model with new scales, biases and norms, and the divergence from the experts before and
         after as plain data. What did not lower the divergence is not kept, which is logged.
     """
-    judge = place.judge(place.samples, heads)
+    judge = ctx.judge(ctx.samples)
     before = mean_divergence(judge.scores(model))
     scales = _free_scales(model, quantized)
     vectors = {name: value for name, value in model.named_parameters() if value.dim() == 1}
@@ -67,7 +63,7 @@ def distill(
         # On the CPU it is also what calibration yielded, which is to stay as it is.
         vector.data = vector.data.clone()
     try:
-        _train(model, [*scales.values(), *vectors.values()], place, judge, epochs, products)
+        _train(model, [*scales.values(), *vectors.values()], ctx, judge, epochs, products)
     finally:
         for name in scales:
             parametrize.remove_parametrizations(model.get_submodule(name), "weight")
@@ -131,26 +127,26 @@ def _rescaled(linear: QuantizedLinear, change: Tensor) -> Tensor:
 def _train(
     model: nn.Module,
     parameters: list[nn.Parameter],
-    place: CalibrationContext,
+    ctx: CalibrationContext,
     judge: Judge,
     epochs: int,
     products: torch.dtype,
 ) -> None:
     for parameter in parameters:
         parameter.requires_grad_(True)
-    steps = epochs * sum(-(-len(samples) // _BATCH) for samples in place.samples.values())
+    steps = epochs * sum(-(-len(samples) // _BATCH) for samples in ctx.samples.values())
     optimizer = torch.optim.Adam(parameters, lr=_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, _RATE, total_steps=max(steps, 2), pct_start=_WARM_UP
     )
-    device, low = place.device, products == torch.bfloat16
-    progress = place.progress or NoProgress()
+    device, low = ctx.device, products == torch.bfloat16
+    progress = ctx.progress or NoProgress()
     for _ in progress.track(range(epochs), "distilling"):
         for task, inputs, wanted in _interleaved(judge):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                features = place.family.embed(model, *(value.to(device) for value in inputs))
+                features = ctx.family.embed(model, *(value.to(device) for value in inputs))
             features = features.to("cpu", torch.float32)
-            found = predictions(place.family, judge.heads.get(task), features, inputs)
+            found = predictions(ctx.family, judge.heads.get(task), features, inputs)
             soft = found.per_sample(
                 divergence(found.logits / _TEMPERATURE, wanted.logits / _TEMPERATURE)
             )

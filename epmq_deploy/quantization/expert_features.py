@@ -9,6 +9,7 @@ from epmq_deploy.calibration.block_runner import BlockRunner, ModuleSource
 from epmq_deploy.calibration.cache import ActivationCache, Kept
 from epmq_deploy.models import Block
 from epmq_deploy.models.modules import linear_layer
+from epmq_deploy.quantization.base import CalibrationSettings
 
 # By task, batch by batch: outputs by the name of a layer (without bias) or norm (without gain and
 # bias). Empty for tasks whose expert does not run along.
@@ -22,8 +23,7 @@ class ExpertRecorder:
         runner: holds the batches.
         experts: where their blocks come from; None where no expert runs along.
         cache: keeps what is recorded.
-        dtype: to keep norms' outputs in.
-        products: dtype in which layers' outputs will be multiplied.
+        settings: of the method.
     """
 
     def __init__(
@@ -31,16 +31,14 @@ class ExpertRecorder:
         runner: BlockRunner,
         experts: ModuleSource | None,
         cache: ActivationCache,
-        *,
-        dtype: torch.dtype,
-        products: torch.dtype,
+        settings: CalibrationSettings,
     ) -> None:
         self._runner = runner
         self._experts = experts
         self._cache = cache
-        self._dtype = dtype
+        self._dtype = settings.cache_dtype
         # Products would round layers' outputs to this anyway.
-        self._layer_dtype = torch.bfloat16 if products == torch.bfloat16 else None
+        self._layer_dtype = torch.bfloat16 if settings.products == torch.bfloat16 else None
 
     def record(self, block: Block, layers: Sequence[str], norms: Sequence[str]) -> Features:
         """Take every expert's batches through its block, and keep what these modules give.

@@ -89,8 +89,8 @@ class GroupQuantizer:
         options = self._options.for_layer(name)
         errors = {}
         for bits in self._probe[name]:
-            probed = options.model_copy(update={"bits": bits, "refine": 0})
-            errors[bits] = quantize_layer(name, None, problem, sums, probed).report.error_after
+            probed = quantize_layer(name, None, problem, sums, options.probing(bits))
+            errors[bits] = probed.report.error_after
         return errors
 
     def _rounded(

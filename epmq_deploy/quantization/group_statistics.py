@@ -1,26 +1,48 @@
-"""Statistics of layers that share an input, from calibration samples or from weights alone."""
+"""Statistics of layers that share an input, from calibration samples or from weights alone.
+
+Without samples, task vectors stand in for them: fine-tuning updates of a linear layer are sums of
+``gradient x^T`` over its inputs ``x``, so a task vector's rows lie in the span of the inputs its
+task was trained on, and ``tau^T tau`` takes the place of ``X^T X`` (as in WUDI-Merging, Cheng et
+al., arXiv 2503.08099).
+"""
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from epmq_deploy.calibration.block_runner import BlockRunner
 from epmq_deploy.calibration.statistics import Accumulator, GroupSums, TaskStatistics
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.models import Block, Group
 from epmq_deploy.models.modules import linear_layer
 from epmq_deploy.options.quantization import QuantizeOptions
-from epmq_deploy.quantization.base import QuantizationMethod
-from epmq_deploy.quantization.data_free import weight_statistics
+from epmq_deploy.quantization.base import CalibrationSettings, QuantizationMethod
 from epmq_deploy.quantization.expert_features import Features
 from epmq_deploy.quantization.expert_source import ExpertWeights
 
 log = logging.getLogger(__name__)
 
-# What a group of layers receives for one batch, by task and the batch's index.
-GroupInput = Callable[[str, int], Tensor]
+
+@dataclass(frozen=True)
+class GroupInputs:
+    """Layers that share an input, and how to get that input.
+
+    Attributes:
+        layers: dotted names.
+        stream: whose tokens the input holds.
+        pooled: whether only what the layers give for pooled tokens reaches the heads.
+        input_of: what they receive for one batch ``[B, T, K]``, by task and the batch's index.
+        features: what the experts' layers gave.
+    """
+
+    layers: Sequence[str]
+    stream: str
+    pooled: bool
+    input_of: Callable[[str, int], Tensor]
+    features: Features
 
 
 class StatisticsSource(Protocol):
@@ -31,24 +53,8 @@ class StatisticsSource(Protocol):
         """Names of the tasks."""
         ...
 
-    def of_task(
-        self,
-        task: str,
-        block: Block,
-        group: Group,
-        names: Sequence[str],
-        inputs: GroupInput,
-        features: Features,
-    ) -> TaskStatistics:
-        """Return one task's statistics of some layers of a group.
-
-        Args:
-            task: the task.
-            block: the group's block.
-            group: layers that share an input.
-            names: dotted names of those that are quantized.
-            inputs: what they receive.
-            features: what experts' layers gave.
+    def of_task(self, task: str, group: GroupInputs) -> TaskStatistics:
+        """Return one task's statistics of a group of layers.
 
         Raises:
             NumericsError: no tokens reach the layers, or activations are not finite.
@@ -61,64 +67,46 @@ class ActivationStatistics:
 
     Args:
         runner: holds the batches.
-        experts: whose weights outputs are computed with; None where no method needs them.
-        mix: share of the experts' own outputs in the outputs aimed at.
-        unpooled: weight, in the last block, of tokens that no head reads.
-        accumulator: makes an empty sum over one task's batches.
+        experts: whose weights outputs are computed with; None where the method aims at none.
+        settings: of the method.
     """
 
     def __init__(
-        self,
-        runner: BlockRunner,
-        experts: ExpertWeights | None,
-        *,
-        mix: float,
-        unpooled: float,
-        accumulator: Callable[[], Accumulator],
+        self, runner: BlockRunner, experts: ExpertWeights | None, settings: CalibrationSettings
     ) -> None:
         self._runner = runner
         self._experts = experts
-        self._mix = mix
-        self._unpooled = unpooled
-        self._accumulator = accumulator
+        self._settings = settings
 
     @property
     def tasks(self) -> Collection[str]:
         """Names of the tasks with batches."""
         return self._runner.batches
 
-    def of_task(
-        self,
-        task: str,
-        block: Block,
-        group: Group,
-        names: Sequence[str],
-        inputs: GroupInput,
-        features: Features,
-    ) -> TaskStatistics:
+    def of_task(self, task: str, group: GroupInputs) -> TaskStatistics:
         """Return means over the tokens of a task's batches."""
-        weights = self._expert_weights(task, names)
-        recorded = features.get(task, ())
-        accumulator = self._accumulator()
-        unpooled = self._unpooled if group.pooled else 1.0
+        weights = self._expert_weights(task, group.layers)
+        features = group.features.get(task, ())
+        unpooled = self._settings.unpooled if group.pooled else 1.0
+        accumulator = Accumulator(self._settings.products)
         for index, batch in enumerate(self._runner.batches[task]):
-            received = inputs(task, index)
-            outputs = {name: recorded[index][name].peek() for name in names if recorded}
-            token_weights = batch.token_weights(block.stream_of(group), received, unpooled)
-            accumulator.add(received, token_weights, weights, outputs, self._mix)
+            inputs = group.input_of(task, index)
+            outputs = {name: features[index][name].peek() for name in group.layers if features}
+            token_weights = batch.token_weights(group.stream, inputs, unpooled)
+            accumulator.add(inputs, token_weights, weights, outputs, self._settings.mix)
         return accumulator.statistics()
 
-    def _expert_weights(self, task: str, names: Sequence[str]) -> Mapping[str, Tensor | None]:
+    def _expert_weights(self, task: str, layers: Sequence[str]) -> Mapping[str, Tensor | None]:
         """Weights ``[N, K]`` by layer; None for each where only the experts' outputs count."""
         if self._experts is None:
             return {}
-        if self._mix < 1:
-            return {name: self._experts.tensor(task, f"{name}.weight") for name in names}
-        return dict.fromkeys(names)
+        if self._settings.mix < 1:
+            return {name: self._experts.tensor(task, f"{name}.weight") for name in layers}
+        return dict.fromkeys(layers)
 
 
 class WeightStatistics:
-    """Statistics that stand in for those of samples, from task vectors.
+    """Statistics from task vectors alone.
 
     Args:
         experts: base and experts.
@@ -132,67 +120,100 @@ class WeightStatistics:
         """Names of the experts."""
         return self._experts.tasks
 
-    def of_task(
-        self,
-        task: str,
-        block: Block,
-        group: Group,
-        names: Sequence[str],
-        inputs: GroupInput,
-        features: Features,
-    ) -> TaskStatistics:
+    def of_task(self, task: str, group: GroupInputs) -> TaskStatistics:
         """Return what the layers' task vectors tell of their inputs."""
-        weights = {name: self._experts.tensor(task, f"{name}.weight") for name in names}
-        bases = {name: self._experts.base_tensor(f"{name}.weight") for name in names}
-        return weight_statistics(weights, bases)
+        experts = {name: self._experts.tensor(task, f"{name}.weight") for name in group.layers}
+        bases = {name: self._experts.base_tensor(f"{name}.weight") for name in group.layers}
+        return weight_statistics(experts, bases)
 
 
-def sum_over_tasks(
-    model: nn.Module,
-    names: Sequence[str],
-    tasks: Collection[str],
-    statistics_of: Callable[[str], TaskStatistics],
-    experts: ExpertWeights | None,
-    method: QuantizationMethod[Any],
-    options: QuantizeOptions,
-) -> GroupSums:
-    """Sum statistics over tasks, holding one task's Gram matrix at a time.
+def weight_statistics(experts: Mapping[str, Tensor], bases: Mapping[str, Tensor]) -> TaskStatistics:
+    """Return one task's statistics for layers that share an input, from their task vectors.
+
+    Args:
+        experts: weights ``[N, K]`` by layer.
+        bases: the base's, likewise.
+
+    Returns:
+        Statistics with the layers' summed ``tau^T tau`` as Gram matrix, the experts' weights as
+        what the layers aim at, and neither means nor tokens.
+    """
+    first = next(iter(experts.values()))
+    gram = torch.zeros(first.shape[1], first.shape[1], device=first.device)
+    for layer, expert in experts.items():
+        vector = (expert - bases[layer]).to(torch.float32)
+        gram += vector.T @ vector
+    gram = (gram + gram.T) / 2
+    return TaskStatistics(
+        gram,
+        torch.zeros(first.shape[1], dtype=torch.float64, device=first.device),
+        tokens=0,
+        cross={layer: expert.to(torch.float32) @ gram for layer, expert in experts.items()},
+        output_mean={
+            layer: torch.zeros(expert.shape[0], dtype=torch.float64, device=expert.device)
+            for layer, expert in experts.items()
+        },
+    )
+
+
+class GroupStatistics:
+    """Sums statistics over tasks, as a method weighs them.
 
     Args:
         model: the student.
-        names: dotted names of layers that share an input.
-        tasks: names of the tasks.
-        statistics_of: gathers one task's statistics.
+        source: where one task's statistics come from.
         experts: whose biases belong to the outputs aimed at; None where those are the model's own.
         method: weighs the tasks.
         options: of the method.
-
-    Raises:
-        NumericsError: names layer and task.
     """
-    layers = {name: linear_layer(model, name) for name in names}
-    first = layers[names[0]]
-    sums = GroupSums.zeros(first.in_features, first.weight.device)
-    for task in tasks:
-        try:
-            statistics = statistics_of(task)
-        except NumericsError as error:
-            raise NumericsError(f"layer {names[0]}: task {task!r}: {error}") from error
-        biases = {}
-        if experts is not None:
-            biases = {
-                name: experts.tensor(task, f"{name}.bias")
-                for name, layer in layers.items()
-                if layer.bias is not None
-            }
-        sums.add(statistics, method.task_weight(statistics, options), biases)
-    if 0 < sums.tokens < 2 * first.in_features:
-        log.warning(
-            "%s: %d calibration tokens for %d input columns; at least %d are advisable, "
-            "add samples",
-            names[0],
-            sums.tokens,
-            first.in_features,
-            2 * first.in_features,
-        )
-    return sums
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: StatisticsSource,
+        experts: ExpertWeights | None,
+        method: QuantizationMethod[Any],
+        options: QuantizeOptions,
+    ) -> None:
+        self._model = model
+        self._source = source
+        self._experts = experts
+        self._method = method
+        self._options = options
+
+    def sums(self, group: GroupInputs) -> GroupSums:
+        """Return sums over all tasks, holding one task's Gram matrix at a time.
+
+        Raises:
+            NumericsError: a task has no statistics, or they are not finite; names layer and task.
+        """
+        first = linear_layer(self._model, group.layers[0])
+        sums = GroupSums.zeros(first.in_features, first.weight.device)
+        for task in self._source.tasks:
+            try:
+                statistics = self._source.of_task(task, group)
+            except NumericsError as error:
+                raise NumericsError(f"layer {group.layers[0]}: task {task!r}: {error}") from error
+            weight = self._method.task_weight(statistics, self._options)
+            sums.add(statistics, weight, self._biases(task, group.layers))
+        advisable = 2 * first.in_features
+        if 0 < sums.tokens < advisable:
+            log.warning(
+                "%s: %d calibration tokens for %d input columns; at least %d are advisable, "
+                "add samples",
+                group.layers[0],
+                sums.tokens,
+                first.in_features,
+                advisable,
+            )
+        return sums
+
+    def _biases(self, task: str, layers: Sequence[str]) -> dict[str, Tensor]:
+        """An expert's biases ``[N]`` by layer."""
+        if self._experts is None:
+            return {}
+        return {
+            name: self._experts.tensor(task, f"{name}.bias")
+            for name in layers
+            if linear_layer(self._model, name).bias is not None
+        }

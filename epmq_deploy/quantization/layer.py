@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_deploy.calibration.statistics import GroupSums
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.options.quantization import CalibratedOptions, QuantizeOptions
+from epmq_deploy.options.quantization import QuantizeOptions, SolverSettings
 from epmq_deploy.quantization.base import LayerProblem
 from epmq_deploy.quantization.results import (
     LayerInputs,
@@ -59,8 +59,8 @@ def quantize_layer(
     )
     # A figure for the report only, so float32 will do.
     before = problem.hessian.quadratic(rounding_error(problem.weight, grid))
-    if isinstance(options, CalibratedOptions):
-        solution, grid = _solved(name, problem, grid, options)
+    if settings := options.solver_settings:
+        solution, grid = _solved(name, problem, grid, settings)
     else:
         solution = Solution(round_to_nearest(problem.weight, grid), "solved", 0.0, before)
     linear = QuantizedLinear(
@@ -86,16 +86,16 @@ def quantize_layer(
 
 
 def _solved(
-    name: str, problem: LayerProblem, grid: Grid, options: CalibratedOptions
+    name: str, problem: LayerProblem, grid: Grid, settings: SolverSettings
 ) -> tuple[Solution, Grid]:
     """Codes and grid after solver and refinement."""
     try:
         solution = solve(
-            problem.weight, problem.hessian, grid, allow_fallback=options.allow_fallback
+            problem.weight, problem.hessian, grid, allow_fallback=settings.allow_fallback
         )
     except NumericsError as error:
         raise NumericsError(f"layer {name}: {error}") from error
-    if not options.refine or solution.status == "fallback_rtn":
+    if not settings.refine or solution.status == "fallback_rtn":
         return solution, grid
     refined = refine(
         problem.weight,
@@ -103,7 +103,7 @@ def _solved(
         solution.codes,
         grid,
         objective=solution.objective,
-        sweeps=options.refine,
+        sweeps=settings.refine,
     )
     solution = replace(solution, codes=refined.codes, objective=refined.objective)
     return solution, refined.grid
@@ -118,8 +118,7 @@ def refit_bias(
     options: QuantizeOptions,
 ) -> Tensor | None:
     """``fit_bias`` where the options ask for it and there are activations to fit it on."""
-    asked = isinstance(options, CalibratedOptions) and options.bias != "keep"
-    if bias is None or not asked or not sums.tokens:
+    if bias is None or not options.refits_biases or not sums.tokens:
         return None
     return fit_bias(name, bias, weight, problem, sums)
 

@@ -13,6 +13,7 @@ from epmq_deploy.models import Block
 from epmq_deploy.models.modules import bias_of
 from epmq_deploy.models.norms import pre_affine
 from epmq_deploy.models.tokens import counted
+from epmq_deploy.quantization.base import CalibrationSettings
 from epmq_deploy.quantization.expert_features import Features
 from epmq_deploy.quantization.expert_source import ExpertWeights
 
@@ -151,9 +152,8 @@ class NormRefit:
         runner: holds the batches.
         experts: whose gains and biases the outputs aimed at are computed with.
         cache: keeps what norms receive.
-        mix: share of the experts' own features in those outputs.
-        damping: pull of gains and biases towards those they have.
-        unpooled: weight, in the last block, of tokens that no head reads.
+        settings: of the method; ``norm_mix`` is the share of the experts' own features in the
+            outputs aimed at, None as 0.
     """
 
     def __init__(
@@ -162,18 +162,15 @@ class NormRefit:
         runner: BlockRunner,
         experts: ExpertWeights,
         cache: ActivationCache,
-        *,
-        mix: float,
-        damping: float,
-        unpooled: float,
+        settings: CalibrationSettings,
     ) -> None:
         self._model = model
         self._runner = runner
         self._experts = experts
         self._cache = cache
-        self._mix = mix
-        self._damping = damping
-        self._unpooled = unpooled
+        self._mix = settings.norm_mix or 0.0
+        self._damping = settings.norm_damping
+        self._unpooled = settings.unpooled
 
     def refit(
         self,

@@ -15,10 +15,9 @@ from typing import Any
 
 from epmq_deploy.data.agreement import Scores, Tuned, mean_divergence, tune
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models import TaskHead
 from epmq_deploy.options.quantization import LayerOptions, QuantizeOptions
+from epmq_deploy.quantization.base import AnchorSearch
 from epmq_deploy.quantization.context import CalibrationContext
-from epmq_deploy.quantization.methods.epmq import EpmqOptions
 
 log = logging.getLogger(__name__)
 
@@ -42,40 +41,37 @@ def search_anchor(score: Callable[[float], Scores], start: float) -> Tuned:
     return tune(score, start, factor=_FACTOR, steps=_STEPS)
 
 
-def plan_anchor(
-    options: EpmqOptions, place: CalibrationContext, heads: Mapping[str, TaskHead]
-) -> dict[str, Any]:
+def plan_anchor(search: AnchorSearch[Any], ctx: CalibrationContext) -> dict[str, Any]:
     """Search the anchor's strength; plain data with ``anchor`` and how it was found.
 
     Raises:
         RecipeError: there is nothing to search on.
     """
-    few = [task for task, chosen in place.samples.items() if len(chosen) < 2 * _HELD_BACK]
-    if few or not place.samples:
+    few = [task for task, samples in ctx.samples.items() if len(samples) < 2 * _HELD_BACK]
+    if few or not ctx.samples:
         raise RecipeError(
             f"quantize.anchor: auto needs at least {2 * _HELD_BACK} calibration samples for every "
             "task; give a number instead"
         )
-    held, fitted = {}, {}
-    for task, chosen in place.samples.items():
-        count = len(chosen) // _HELD_BACK
-        held[task] = replace(chosen, indices=chosen.indices[:count])
-        fitted[task] = replace(chosen, indices=chosen.indices[count:])
-    part = replace(place, samples=fitted)
-    judge = place.judge(held, heads)
+    held_back, fitted = {}, {}
+    for task, samples in ctx.samples.items():
+        count = len(samples) // _HELD_BACK
+        held_back[task] = replace(samples, indices=samples.indices[:count])
+        fitted[task] = replace(samples, indices=samples.indices[count:])
+    fitting = replace(ctx, samples=fitted)
+    judge = ctx.judge(held_back)
 
     def score(strength: float) -> Scores:
-        trial = options.model_copy(update={"anchor": strength})
-        model, _ = part.calibrate(trial, rounding=False)
-        found = judge.scores(model)
-        log.info("anchor %g: divergence from the experts %.4f", strength, mean_divergence(found))
-        return found
+        model, _ = fitting.calibrate(search.options_with(strength), rounding=False)
+        scores = judge.scores(model)
+        log.info("anchor %g: divergence from the experts %.4f", strength, mean_divergence(scores))
+        return scores
 
-    search = search_anchor(score, options.values.anchor)
+    tuned = search_anchor(score, search.start)
     return {
-        "anchor": search.value,
-        "curve": [[strength, mean] for strength, mean in search.curve.items()],
-        "standard_error": search.standard_error,
+        "anchor": tuned.value,
+        "curve": [[strength, mean] for strength, mean in tuned.curve.items()],
+        "standard_error": tuned.standard_error,
     }
 
 
@@ -129,7 +125,7 @@ def allocate(layers: Mapping[str, Choice], budget: float) -> dict[str, int]:
         chosen[name] = bits
 
 
-def plan_bits(options: QuantizeOptions, place: CalibrationContext) -> dict[str, Any]:
+def plan_bits(options: QuantizeOptions, ctx: CalibrationContext) -> dict[str, Any]:
     """Choose bits per layer for ``target_bits`` or ``target_size``; plain data with ``layers``.
 
     Layers that have bits of their own keep them, and count.
@@ -137,8 +133,8 @@ def plan_bits(options: QuantizeOptions, place: CalibrationContext) -> dict[str, 
     Raises:
         RecipeError: see ``bit_budget``.
     """
-    budget = place.bit_budget(options)
-    _, result = place.calibrate(options, rounding=False, probe=budget.choices)
+    budget = ctx.bit_budget(options)
+    _, result = ctx.calibrate(options, rounding=False, probe=budget.choices)
     chosen = allocate(
         {
             name: Choice(result.errors.get(name, dict.fromkeys(sizes, 0.0)), sizes)

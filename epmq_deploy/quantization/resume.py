@@ -1,13 +1,15 @@
-"""What an interrupted quantization has finished, kept beside the output until that is written."""
+"""What an interrupted quantization has finished, kept next to the output until that is written."""
 
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from epmq_deploy.artifacts.folders import atomic_folder, atomic_text
+from epmq_deploy.errors import EpmqError
 from epmq_deploy.quantization.artifact import (
     load_artifact,
     load_inputs,
@@ -18,27 +20,27 @@ from epmq_deploy.quantization.results import QuantizedModel
 
 log = logging.getLogger(__name__)
 
-_MARK = "fingerprint"
+_FINGERPRINT = "fingerprint"
 
 
 class FinishedWork:
-    """Finished blocks and searches of one run, in a hidden folder beside its output.
+    """Finished blocks and searches of one run, in a hidden folder next to its output.
 
     A run with another fingerprint starts anew.
 
     Args:
         output: folder the run will write in the end.
-        mark: fingerprint of the run: what it finishes is of use to no other.
+        fingerprint: of the run; what it finishes is of no use to a run with another one.
 
     Attributes:
         scratch: folder for what this run alone can use; what an earlier one left there is deleted.
     """
 
-    def __init__(self, output: Path, mark: str) -> None:
-        place = output.resolve()
-        self._folder = place.with_name(f".{place.name}.unfinished")
-        file = self._folder / _MARK
-        if not file.is_file() or file.read_text() != mark:
+    def __init__(self, output: Path, fingerprint: str) -> None:
+        target = output.resolve()
+        self._folder = target.with_name(f".{target.name}.unfinished")
+        file = self._folder / _FINGERPRINT
+        if not file.is_file() or file.read_text() != fingerprint:
             if self.blocks:
                 log.info(
                     "starting anew: %d finished blocks of an interrupted run were made from other "
@@ -47,13 +49,31 @@ class FinishedWork:
                 )
             self.remove()
             self._folder.mkdir(parents=True)
-            file.write_text(mark)
+            file.write_text(fingerprint)
         self.scratch = self._folder / "scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
 
+    @contextmanager
+    def kept_when_interrupted(self) -> Iterator[None]:
+        """Forget everything when the run inside fails; keep and say so when it is interrupted."""
+        if self.blocks:
+            log.info("going on after %d finished blocks of an interrupted run", self.blocks)
+        try:
+            yield
+        except EpmqError:
+            # The same command would fail again, and another one could not use what there is.
+            self.remove()
+            raise
+        except KeyboardInterrupt:
+            log.warning(
+                "interrupted with %d blocks finished; the same command goes on from there",
+                self.blocks,
+            )
+            raise
+
     def load(self, index: int) -> QuantizedModel | None:
-        """A block's result, or None when it is still to be done."""
+        """Return a block's result, or None when it is still to be done."""
         folder = self._block(index)
         if not folder.is_dir():
             return None
@@ -68,7 +88,7 @@ class FinishedWork:
             save_artifact(folder, result)
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """A value of plain data that is made in the first run and remembered."""
+        """Return a value of plain data that the first run makes and later ones remember."""
         file = self._folder / f"{name}.json"
         if not file.is_file():
             atomic_text(file, json.dumps(make()))

@@ -1,35 +1,31 @@
 """Quantizing a model block by block, in the order its layers run."""
 
-import copy
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from epmq_deploy.calibration.activations import input_of
 from epmq_deploy.calibration.block_runner import BlockRunner, SameForAllTasks, TaskBatches
 from epmq_deploy.calibration.cache import ActivationCache
-from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import Block, Group, ModelFamily
 from epmq_deploy.models.modules import linear_layer
 from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.quantization.base import Guide, QuantizationMethod
+from epmq_deploy.quantization.base import QuantizationMethod
 from epmq_deploy.quantization.embeddings import is_quantizable, quantize_outer
 from epmq_deploy.quantization.expert_features import ExpertRecorder, Features
-from epmq_deploy.quantization.expert_source import ExpertSource, MergedAsExpert
+from epmq_deploy.quantization.expert_source import ExpertSource
 from epmq_deploy.quantization.group import GroupQuantizer
 from epmq_deploy.quantization.group_statistics import (
     ActivationStatistics,
-    GroupInput,
+    GroupInputs,
+    GroupStatistics,
     StatisticsSource,
     WeightStatistics,
-    sum_over_tasks,
 )
 from epmq_deploy.quantization.norms import NormRefit, RefittedNorm
 from epmq_deploy.quantization.results import LayerReport, QuantizedLinear, QuantizedModel
@@ -77,13 +73,11 @@ class BlockQuantizer:
         probe: Mapping[str, Collection[int]] | None = None,
         scratch: Path | None = None,
     ) -> None:
-        self._model, self._method, self._options = model, method, options
-        self._cache = ActivationCache(getattr(options, "cache_bytes", None), scratch)
-        dtype = getattr(torch, getattr(options, "cache_dtype", "float32"))
-        products = method.products_dtype(options)
-        mix, unpooled = method.mix(options), method.unpooled_weight(options)
-        self._experts = source = _expert_source(model, method, experts)
-        running = source if mix else None
+        self._model, self._options = model, options
+        settings = method.calibration(options)
+        self._cache = ActivationCache(settings.cache_bytes, scratch)
+        source = method.expert_source(model, experts)
+        running = source if settings.mix else None
         self._runner = BlockRunner(
             family,
             blocks,
@@ -92,35 +86,17 @@ class BlockQuantizer:
             experts=running,
             cache=self._cache,
             device=next(model.parameters()).device,
-            dtype=dtype,
-            products=products,
+            dtype=settings.cache_dtype,
+            products=settings.products,
         )
-        self._recorder = ExpertRecorder(
-            self._runner, running, self._cache, dtype=dtype, products=products
-        )
+        self._recorder = ExpertRecorder(self._runner, running, self._cache, settings)
         self._norms: NormRefit | None = None
-        norm_mix = method.norm_mix(options)
-        if norm_mix is not None and source is not None:
-            self._norms = NormRefit(
-                model,
-                self._runner,
-                source,
-                self._cache,
-                mix=norm_mix,
-                damping=method.norm_damping(options),
-                unpooled=unpooled,
-            )
-        self._statistics: StatisticsSource
+        if settings.norm_mix is not None and source is not None:
+            self._norms = NormRefit(model, self._runner, source, self._cache, settings)
+        statistics: StatisticsSource = ActivationStatistics(self._runner, source, settings)
         if method.is_data_free(options) and source is not None:
-            self._statistics = WeightStatistics(source)
-        else:
-            self._statistics = ActivationStatistics(
-                self._runner,
-                source,
-                mix=mix,
-                unpooled=unpooled,
-                accumulator=partial(Accumulator, products),
-            )
+            statistics = WeightStatistics(source)
+        self._statistics = GroupStatistics(model, statistics, source, method, options)
         self._groups = GroupQuantizer(
             model, method, options, source, rounding=rounding, probe=probe
         )
@@ -166,17 +142,14 @@ class BlockQuantizer:
         names = self._quantized(group.layers)
         if not names:
             return
-        inputs = norm.output if norm else self._input_of(block, names[0], done)
-        sums = sum_over_tasks(
-            self._model,
+        inputs = GroupInputs(
             names,
-            self._statistics.tasks,
-            lambda task: self._statistics.of_task(task, block, group, names, inputs, features),
-            self._experts,
-            self._method,
-            self._options,
+            block.stream_of(group),
+            group.pooled,
+            norm.output if norm else self._input_of(block, names[0], done),
+            features,
         )
-        result.extend(self._groups.quantize(names, sums))
+        result.extend(self._groups.quantize(names, self._statistics.sums(inputs)))
 
     def _refit(
         self,
@@ -199,7 +172,9 @@ class BlockQuantizer:
         )
         return norm
 
-    def _input_of(self, block: Block, name: str, done: Mapping[str, nn.Module]) -> GroupInput:
+    def _input_of(
+        self, block: Block, name: str, done: Mapping[str, nn.Module]
+    ) -> Callable[[str, int], Tensor]:
         """What a layer receives from the student with all earlier layers quantized."""
         student = self._model.get_submodule(block.name)
         layer = linear_layer(self._model, name)
@@ -220,23 +195,6 @@ class BlockQuantizer:
         """Names of the norms of a block that are re-fitted."""
         norms = [*(group.norm for group in block.groups), block.norm]
         return [norm for norm in norms if norm] if self._norms else []
-
-
-def _expert_source(
-    model: nn.Module, method: QuantizationMethod[Any], experts: ExpertSource | None
-) -> ExpertSource | None:
-    """Whose weights and outputs a method aims at.
-
-    Raises:
-        ValueError: it needs experts and there are none.
-    """
-    if method.guide is Guide.MERGED:
-        return MergedAsExpert(copy.deepcopy(model))
-    if method.guide is Guide.NOTHING:
-        return None
-    if experts is None:
-        raise ValueError(f"quantization method {method.name} needs experts")
-    return experts
 
 
 def quantize_model(

@@ -62,7 +62,7 @@ def epmq_sums(
     sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
     tasks = zip(inputs, experts, own or inputs, strict=True)
     for index, (features, expert, expert_features) in enumerate(tasks):
-        found = exact_statistics(features, expert, expert_features, EPMQ.mix(options))
+        found = exact_statistics(features, expert, expert_features, EPMQ.calibration(options).mix)
         bias = None if biases is None else {"layer": biases[index]}
         sums.add(found, EPMQ.task_weight(found, options), bias)
     return sums
@@ -202,8 +202,8 @@ def test_layers_of_a_group_share_one_factor() -> None:
 
 
 def test_presets_differ_and_single_options_win_over_them() -> None:
-    assert EPMQ.mix(EpmqOptions(**EXACT, preset="paper")) == 0
-    assert EPMQ.mix(EpmqOptions(**EXACT, preset="features")) == 0.25
+    assert EPMQ.calibration(EpmqOptions(**EXACT, preset="paper")).mix == 0
+    assert EPMQ.calibration(EpmqOptions(**EXACT, preset="features")).mix == 0.25
     options = EpmqOptions(**EXACT, preset="features", rho=1.5)
     assert (options.values.rho, options.values.alpha) == (1.5, 0.25)
 

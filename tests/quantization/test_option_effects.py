@@ -34,8 +34,8 @@ def quantized(tiny: TinyZoo, tmp_path_factory: pytest.TempPathFactory) -> Any:
             samples = calibration_samples(recipe, family, folder)
             cpu = torch.device("cpu")
             experts = ExpertBackbone(open_sources(recipe), cpu)
-            place = CalibrationContext(family, folder, samples, experts, cpu)
-            _, known[repr(options)] = place.calibrate(recipe.quantize)
+            ctx = CalibrationContext(family, folder, samples, lambda: experts, cpu)
+            _, known[repr(options)] = ctx.calibrate(recipe.quantize)
         return known[repr(options)]
 
     return quantize

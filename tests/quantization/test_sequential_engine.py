@@ -16,7 +16,7 @@ from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.quantization import stage as quantize_module
 from epmq_deploy.quantization.artifact import load_artifact, load_inputs, load_reports
 from epmq_deploy.quantization.context import CalibrationContext
-from epmq_deploy.quantization.data_free import weight_statistics
+from epmq_deploy.quantization.group_statistics import weight_statistics
 from epmq_deploy.quantization.methods.epmq import EpmqOptions
 from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import BlockQuantizer
@@ -38,14 +38,14 @@ def run(recipe: Recipe, folder: Path, how: dict[str, object] | None = None, **op
     """Quantize in memory; the model and the result."""
     recipe = override(recipe, "quantize", options)
     family = family_of(folder)
-    place = CalibrationContext(
+    ctx = CalibrationContext(
         family,
         folder,
         calibration_samples(recipe, family, folder),
-        ExpertBackbone(open_sources(recipe), torch.device("cpu")),
+        lambda: ExpertBackbone(open_sources(recipe), torch.device("cpu")),
         torch.device("cpu"),
     )
-    return place.calibrate(recipe.quantize, **(how or {}))
+    return ctx.calibrate(recipe.quantize, **(how or {}))
 
 
 def same(first: QuantizedModel, second: QuantizedModel) -> bool:

@@ -42,11 +42,11 @@ def test_the_anchor_is_searched_on_samples_held_back(
     fitted = {task: replace(one, indices=one.indices[4:]) for task, one in samples.items()}
     device = torch.device("cpu")
     experts = ExpertBackbone(open_sources(recipe), device)
-    place = CalibrationContext(family, folder, fitted, experts, device)
+    ctx = CalibrationContext(family, folder, fitted, lambda: experts, device)
     assert isinstance(recipe.quantize, EpmqOptions)
     for strength in (start, found["anchor"]):
         options = recipe.quantize.model_copy(update={"anchor": strength})
-        model, _ = place.calibrate(options, rounding=False)
+        model, _ = ctx.calibrate(options, rounding=False)
         expected = plain_divergence(merged_text_generator, held, model)
         assert curve[strength] == pytest.approx(expected, rel=1e-3)
 

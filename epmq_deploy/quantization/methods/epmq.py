@@ -3,31 +3,34 @@
 Preset ``paper`` is arXiv 2605.16882; preset ``features`` takes its target from feature calibration
 (FeatCal, arXiv 2605.13030); preset ``outputs``, the default, goes all the way to the experts' own
 outputs, held by a weaker anchor that lies further beyond the merged weights; preset ``weights``
-needs no calibration data (``epmq_deploy.quantization.data_free``).
+needs no calibration data (``WeightStatistics``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from epmq_deploy.lazy import torch
 from epmq_deploy.options.quantization import CalibratedOptions
-from epmq_deploy.quantization import solver
 from epmq_deploy.quantization.anchored import anchored_problem
 from epmq_deploy.quantization.arithmetic import Arithmetic
 from epmq_deploy.quantization.base import (
-    Guide,
+    AnchorSearch,
+    CalibratedMethod,
+    CalibrationSettings,
     LayerProblem,
     LayerWeights,
-    QuantizationMethod,
-    fits_jointly,
+    SampleChoice,
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
+    from epmq_deploy.quantization.expert_source import ExpertSource
     from epmq_deploy.quantization.solver.hessian import GroupHessian
 
 
@@ -161,65 +164,87 @@ class EpmqOptions(CalibratedOptions):
         return self
 
 
-class Epmq(QuantizationMethod[EpmqOptions]):
+class Epmq(CalibratedMethod[EpmqOptions]):
     """``Y_t = ((1 - alpha) X_t + alpha Z_t) W_t^T``, anchor ``rho W_m + (1 - rho) W_b``.
 
     ``X_t`` are the student's inputs of the layer, ``Z_t`` the expert's own.
     """
 
     options = EpmqOptions
-    summary = "aim at the experts' outputs, anchored at the merged weights (arXiv 2605.16882)"
-    guide = Guide.EXPERTS
+    summary = "aim at the experts' outputs, anchored at the merged weights"
+    source = "E-PMQ, arXiv 2605.16882"
+    uses_experts = True
     # The anchor keeps Hessians well-conditioned: the fast arithmetic does not show in accuracy.
     arithmetic = Arithmetic("auto", "float32")
 
+    def samples(self, options: EpmqOptions) -> SampleChoice | None:
+        """Return the choice that the options make; None with preset ``weights``."""
+        return None if self.is_data_free(options) else super().samples(options)
+
     def is_data_free(self, options: EpmqOptions) -> bool:
-        """Preset ``weights``."""
+        """Return whether the preset is ``weights``."""
         return options.values.data_free
 
-    def unpooled_weight(self, options: EpmqOptions) -> float:
-        """As given, else the preset's."""
-        return options.values.unpooled
+    def needs_heads(self, options: EpmqOptions) -> list[str]:
+        """Return what compares predictions with the experts'."""
+        asked = {"anchor: auto": options.anchor == "auto", "distill": options.distill > 0}
+        return [option for option, given in asked.items() if given]
 
-    def mix(self, options: EpmqOptions) -> float:
-        """Alpha."""
-        return options.values.alpha
+    def expert_source(self, model: nn.Module, experts: ExpertSource | None) -> ExpertSource:
+        """Return the experts."""
+        if experts is None:
+            raise ValueError("quantization method epmq needs base and experts")
+        return experts
 
-    def norm_mix(self, options: EpmqOptions) -> float | None:
-        """Norms aim at the same mix as linear layers."""
-        return options.values.alpha if options.values.norms else None
+    def anchor_search(self, options: EpmqOptions) -> AnchorSearch[EpmqOptions] | None:
+        """Return a search from the preset's strength for ``anchor: auto``."""
+        if options.anchor != "auto":
+            return None
+        return AnchorSearch(
+            options.values.anchor, lambda strength: options.model_copy(update={"anchor": strength})
+        )
 
-    def norm_damping(self, options: EpmqOptions) -> float:
-        """The same anchor strength as for linear layers."""
-        return options.values.anchor
+    def distillation_epochs(self, options: EpmqOptions) -> int:
+        """Return what ``distill`` says."""
+        return options.distill
+
+    def calibration(self, options: EpmqOptions) -> CalibrationSettings:
+        """Return what options and preset say; norms aim at the same mix as linear layers."""
+        values = options.values
+        return replace(
+            super().calibration(options),
+            unpooled=values.unpooled,
+            mix=values.alpha,
+            norm_mix=values.alpha if values.norms else None,
+            norm_damping=values.anchor,
+        )
 
     def task_weight(self, statistics: TaskStatistics, options: EpmqOptions) -> float:
-        """``1 / ||C_t||_F``, so that no task drowns the others by the size of its activations."""
+        """Return ``1 / ||C_t||_F``, so that activations' sizes do not decide between tasks."""
         if options.normalization == "none":
             return 1.0
         size = float(statistics.gram.norm())
         # A task whose inputs are all zero says nothing about the layer.
         return 1.0 / size if size > 0 else 0.0
 
-    def hessian(self, sums: GroupSums, options: EpmqOptions) -> GroupHessian:
-        """See base."""
-        strength = options.values.anchor
-        matrix = sums.gram.clone()
-        matrix.diagonal().add_(strength)
-        plain = solver.hessian.Hessian(
-            matrix, act_order=options.act_order, dtype=self.solver_dtype(options)
-        )
-        return solver.hessian.GroupHessian(plain, sums.mean, sums.weight + strength)
+    def damping(self, sums: GroupSums, options: EpmqOptions) -> float:
+        """Return lambda: the anchor is the damping."""
+        return options.values.anchor
+
+    def bias_damping(self, options: EpmqOptions) -> float:
+        """Return lambda: biases are pulled as strongly as weights."""
+        return options.values.anchor
 
     def problem(
         self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: EpmqOptions
     ) -> LayerProblem:
-        """See base."""
-        strength, rho = options.values.anchor, options.values.rho
+        """Return the problem anchored at, or beyond, the merged weights."""
+        rho = options.values.rho
         dtype = hessian.plain.matrix.dtype
         anchor, bias = layer.merged.to(dtype), layer.bias
         if rho != 1:
-            assert layer.base is not None, "guided targets are given the base's weights"
+            if layer.base is None:
+                raise ValueError(f"layer {layer.name}: rho needs the base's weights")
             anchor = torch.lerp(layer.base.to(dtype), anchor, rho)
             if bias is not None and layer.base_bias is not None:
                 bias = torch.lerp(layer.base_bias.to(torch.float64), bias.to(torch.float64), rho)
@@ -229,9 +254,9 @@ class Epmq(QuantizationMethod[EpmqOptions]):
             hessian,
             anchor,
             bias,
-            strength=strength,
-            bias_strength=strength,
-            joint=fits_jointly(layer, options),
+            strength=self.damping(sums, options),
+            bias_strength=self.bias_damping(options),
+            joint=self.fits_jointly(layer, options),
         )
 
 

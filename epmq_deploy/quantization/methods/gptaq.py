@@ -7,23 +7,26 @@ unquantized path: ``Y_t = Z_t W_m^T``. That problem is solved exactly, anchored 
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from epmq_deploy.options.quantization import CalibratedOptions
-from epmq_deploy.quantization import solver
 from epmq_deploy.quantization.anchored import anchored_problem
 from epmq_deploy.quantization.base import (
-    Guide,
+    CalibratedMethod,
+    CalibrationSettings,
     LayerProblem,
     LayerWeights,
-    QuantizationMethod,
-    fits_jointly,
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from epmq_deploy.calibration.statistics import GroupSums
+    from epmq_deploy.quantization.expert_source import ExpertSource
     from epmq_deploy.quantization.solver.hessian import GroupHessian
 
 
@@ -38,47 +41,41 @@ class GptaqOptions(CalibratedOptions):
     )
 
 
-class Gptaq(QuantizationMethod[GptaqOptions]):
+class Gptaq(CalibratedMethod[GptaqOptions]):
     """``Y_t = Z_t W_m^T``, ``A = W_m``; ``Z_t`` are the layer's inputs in the merged model."""
 
     options = GptaqOptions
-    summary = "reproduce the unquantized merged model's outputs (arXiv 2504.02692)"
-    guide = Guide.MERGED
+    summary = "reproduce the unquantized merged model's outputs"
+    source = "GPTAQ, arXiv 2504.02692"
 
-    def mix(self, options: GptaqOptions) -> float:
-        """The unquantized path's own outputs, nothing else."""
-        return 1.0
+    def expert_source(self, model: nn.Module, experts: ExpertSource | None) -> ExpertSource:
+        """Return the merged model in the place of every expert."""
+        from epmq_deploy.quantization.expert_source import MergedAsExpert
 
-    def hessian(self, sums: GroupSums, options: GptaqOptions) -> GroupHessian:
-        """See base."""
-        matrix = sums.gram.clone()
-        matrix.diagonal().add_(_strength(sums, options))
-        return solver.hessian.GroupHessian(
-            solver.hessian.Hessian(
-                matrix, act_order=options.act_order, dtype=self.solver_dtype(options)
-            ),
-            sums.mean,
-            sums.weight,
-        )
+        return MergedAsExpert(copy.deepcopy(model))
+
+    def calibration(self, options: GptaqOptions) -> CalibrationSettings:
+        """Return settings that aim at the unquantized path's own outputs and nothing else."""
+        return replace(super().calibration(options), mix=1.0)
+
+    def damping(self, sums: GroupSums, options: GptaqOptions) -> float:
+        """Return a share of the mean diagonal."""
+        return options.damping * float(sums.gram.diagonal().mean())
 
     def problem(
         self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: GptaqOptions
     ) -> LayerProblem:
-        """See base."""
+        """Return the problem anchored at the merged weights."""
         return anchored_problem(
             layer,
             sums,
             hessian,
             layer.merged,
             layer.bias,
-            strength=_strength(sums, options),
-            bias_strength=0.0,
-            joint=fits_jointly(layer, options),
+            strength=self.damping(sums, options),
+            bias_strength=self.bias_damping(options),
+            joint=self.fits_jointly(layer, options),
         )
-
-
-def _strength(sums: GroupSums, options: GptaqOptions) -> float:
-    return options.damping * float(sums.gram.diagonal().mean())
 
 
 METHOD = Gptaq()

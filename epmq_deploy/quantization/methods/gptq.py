@@ -8,13 +8,7 @@ from pydantic import Field
 
 from epmq_deploy.lazy import torch
 from epmq_deploy.options.quantization import CalibratedOptions
-from epmq_deploy.quantization import solver
-from epmq_deploy.quantization.base import (
-    LayerProblem,
-    LayerWeights,
-    QuantizationMethod,
-    fits_jointly,
-)
+from epmq_deploy.quantization.base import CalibratedMethod, LayerProblem, LayerWeights
 
 if TYPE_CHECKING:
     from epmq_deploy.calibration.statistics import GroupSums
@@ -30,26 +24,22 @@ class GptqOptions(CalibratedOptions):
     )
 
 
-class Gptq(QuantizationMethod[GptqOptions]):
+class Gptq(CalibratedMethod[GptqOptions]):
     """``W* = W_m``, ``H = sum_t C_t``, damped."""
 
     options = GptqOptions
-    summary = "reproduce the merged layer's outputs (arXiv 2210.17323)"
+    summary = "reproduce the merged layer's outputs"
+    source = "GPTQ, arXiv 2210.17323"
 
-    def hessian(self, sums: GroupSums, options: GptqOptions) -> GroupHessian:
-        """See base."""
-        matrix = sums.gram.clone()
-        matrix.diagonal().add_(options.damping * float(matrix.diagonal().mean()))
-        plain = solver.hessian.Hessian(
-            matrix, act_order=options.act_order, dtype=self.solver_dtype(options)
-        )
-        return solver.hessian.GroupHessian(plain, sums.mean, sums.weight)
+    def damping(self, sums: GroupSums, options: GptqOptions) -> float:
+        """Return a share of the mean diagonal."""
+        return options.damping * float(sums.gram.diagonal().mean())
 
     def problem(
         self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: GptqOptions
     ) -> LayerProblem:
-        """See base; the merged weights stay the target whether or not the bias is free."""
-        chosen = hessian.centred if fits_jointly(layer, options) else hessian.plain
+        """Return the merged weights as the target, whether or not the bias is free."""
+        chosen = hessian.centred if self.fits_jointly(layer, options) else hessian.plain
         weight = layer.merged.to(torch.float64)
         return LayerProblem(weight, chosen, chosen.quadratic(weight))
 

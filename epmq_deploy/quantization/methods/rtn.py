@@ -25,16 +25,17 @@ class Rtn(QuantizationMethod[RtnOptions]):
 
     options = RtnOptions
     summary = "round the merged weights to nearest; no calibration data"
+    source = "uniform affine quantization as ONNX defines it"
 
     def hessian(self, sums: GroupSums, options: RtnOptions) -> GroupHessian:
-        """See base."""
+        """Return the identity: every weight counts alike."""
         identity = solver.hessian.Identity(len(sums.mean), sums.mean.device)
         return solver.hessian.GroupHessian(identity, sums.mean, sums.weight)
 
     def problem(
         self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: RtnOptions
     ) -> LayerProblem:
-        """See base."""
+        """Return the merged weights, to be reproduced as they are."""
         weight = layer.merged.to(torch.float64)
         return LayerProblem(weight, hessian.plain, hessian.plain.quadratic(weight))
 
