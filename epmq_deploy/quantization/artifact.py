@@ -46,16 +46,17 @@ def save_artifact(folder: Path, quantized: QuantizedModel) -> None:
 def _save_inputs(folder: Path, inputs: Mapping[str, LayerInputs]) -> None:
     """Write ``inputs.safetensors``."""
     tensors = {}
-    for name, seen in inputs.items():
+    for name, layer in inputs.items():
         # Layers that share their input share these tensors, which safetensors refuses.
-        for part in ("low", "high", "square"):
-            tensors[f"{name}.{part}"] = getattr(seen, part).clone()
-        tensors[f"{name}.output"] = torch.tensor(seen.output, dtype=torch.float64)
+        tensors[f"{name}.low"] = layer.low.clone()
+        tensors[f"{name}.high"] = layer.high.clone()
+        tensors[f"{name}.square"] = layer.square.clone()
+        tensors[f"{name}.output"] = torch.tensor(layer.output, dtype=torch.float64)
     save_file(tensors, folder / INPUTS_FILE)
 
 
 def load_inputs(folder: Path) -> dict[str, LayerInputs]:
-    """What calibration saw of the layers' inputs, by layer name; empty without activations."""
+    """Load what calibration saw of layers' inputs, by layer name; empty without activations."""
     tensors = load_file(folder / INPUTS_FILE)
     names = [key.removesuffix(".output") for key in tensors if key.endswith(".output")]
     return {
@@ -70,12 +71,12 @@ def load_inputs(folder: Path) -> dict[str, LayerInputs]:
 
 
 def load_reports(folder: Path) -> list[LayerReport]:
-    """How each layer fared, in running order."""
+    """Load the reports of all layers, in running order."""
     return [LayerReport(**report) for report in json.loads((folder / REPORT_FILE).read_text())]
 
 
 def load_artifact(folder: Path) -> tuple[dict[str, QuantizedLinear], Mapping[str, Tensor]]:
-    """Layers by name, mapped from their file, and replaced parameters by name."""
+    """Load layers by name, mapped from their file, and replaced parameters by name."""
     with safe_open(folder / CODES_FILE, framework="pt") as handle:
         grids = json.loads(handle.metadata()["layers"])
     mapped = MappedFile(folder / CODES_FILE)

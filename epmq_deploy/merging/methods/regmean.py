@@ -28,11 +28,24 @@ class RegMeanOptions(RegressionOptions):
     )
 
 
-def collect(data: CalibrationData, vectors: TaskVectors, options: RegressionOptions) -> Calibrated:
-    """Merge linear layers, each expert's preceding blocks being its own."""
+def collect(
+    data: CalibrationData,
+    vectors: TaskVectors,
+    options: RegressionOptions,
+    *,
+    sequential: bool = False,
+) -> Calibrated:
+    """Merge linear layers on the inputs they have behind each expert's own preceding blocks.
+
+    Args:
+        data: samples and experts.
+        vectors: the experts' task vectors.
+        options: of the method.
+        sequential: take the inputs they have behind the merged model's preceding blocks instead.
+    """
     from epmq_deploy.merging.regression import merge_linear_layers
 
-    return merge_linear_layers(data, vectors, options, sequential=False)
+    return merge_linear_layers(data, vectors, options, sequential=sequential)
 
 
 def merge(

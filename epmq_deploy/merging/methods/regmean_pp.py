@@ -6,17 +6,14 @@ matrices are those of its layers' inputs. The factor is theirs for CLIP.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import Literal
 
 from pydantic import Field
 
-from epmq_deploy.merging.base import Context, MergeMethod, TaskVectors
+from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.methods.regmean import collect, merge
 from epmq_deploy.options.merging import RegressionOptions
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
 
 
 class RegMeanPlusPlusOptions(RegressionOptions):
@@ -28,26 +25,10 @@ class RegMeanPlusPlusOptions(RegressionOptions):
     )
 
 
-def collect(data: CalibrationData, vectors: TaskVectors, options: RegressionOptions) -> Calibrated:
-    """Merge linear layers, each expert's preceding blocks being the merged model's."""
-    from epmq_deploy.merging.regression import merge_linear_layers
-
-    return merge_linear_layers(data, vectors, options, sequential=True)
-
-
-def merge(
-    base: Tensor, task_vectors: Tensor, options: RegressionOptions, context: Context
-) -> Tensor:
-    """Add to ``base [*]`` what was solved for, else the mean of ``task_vectors [T, *]``."""
-    from epmq_deploy.merging.regression import regressed_or_mean
-
-    return regressed_or_mean(base, task_vectors, context)
-
-
 METHOD = MergeMethod(
     options=RegMeanPlusPlusOptions,
     summary="RegMean with inputs from the merged model's preceding blocks (needs data)",
     source="RegMean++, arXiv 2508.03121",
     merge=merge,
-    calibrate=collect,
+    calibrate=partial(collect, sequential=True),
 )

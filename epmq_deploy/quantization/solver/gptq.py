@@ -1,7 +1,7 @@
-"""The one solver: codes that minimise ``tr((Q - W) H (Q - W)^T)`` on a given grid.
+"""The one solver: find codes that minimise ``tr((Q - W) H (Q - W)^T)`` on a given grid.
 
 GPTQ (Frantar et al., arXiv 2210.17323) with static groups and act-order. Which ``W`` and ``H``
-go in decides the method (see ``epmq_deploy.quantization.methods``).
+it is given decides the method (see ``epmq_deploy.quantization.methods``).
 """
 
 from dataclasses import dataclass
@@ -13,10 +13,8 @@ from torch import Tensor
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.quantization.solver.grid import Grid, expand_groups, quantize_to_codes
 from epmq_deploy.quantization.solver.hessian import Factor, Hessian
+from epmq_deploy.quantization.solver.rounding import ROUND
 
-# Adding it rounds smaller numbers to whole ones, ties to even. torch.round does so too, but wakes
-# threads for 2048 values, which takes longer than the work.
-ROUND = {torch.float64: 1.5 * 2**52, torch.float32: 1.5 * 2**23}
 # Columns per matrix product outside of blocks: fewer leave the processor waiting for memory.
 PANEL = 256
 
@@ -43,13 +41,13 @@ class Solution:
 
 
 def round_to_nearest(weight: Tensor, grid: Grid) -> Tensor:
-    """Nearest codes, uint8 ``[N, K]``."""
+    """Return the nearest codes, uint8 ``[N, K]``."""
     scale, zero = _per_column(grid, weight.shape[1])
     return quantize_to_codes(weight.to(torch.float64), scale, zero, grid.bits).to(torch.uint8)
 
 
 def rounding_error(weight: Tensor, grid: Grid) -> Tensor:
-    """What rounding to nearest adds to a weight, float32 ``[N, K]``."""
+    """Return the error of rounding a weight to nearest, float32 ``[N, K]``."""
     values = weight.T.to(torch.float32, memory_format=torch.contiguous_format)
     error = torch.empty_like(values)
     scales = grid.scales.T.contiguous()
@@ -69,7 +67,7 @@ def solve(
     block_size: int = 32,
     allow_fallback: bool = False,
 ) -> Solution:
-    """Quantize column by column, each at what is best given the errors of those before it.
+    """Quantize column by column, each to the best value given the errors of those before it.
 
     With ``H = L L^T`` the objective is ``sum_c (sum_{j >= c} e_j L_jc)^2`` for the errors
     ``e = q - w``. Column ``c``, taken from the last to the first, is rounded from
@@ -108,27 +106,27 @@ def solve(
 def _quantize_columns(
     weight: Tensor, factor: Factor, grid: Grid, block_size: int
 ) -> tuple[Tensor, float]:
-    """Codes of all columns in turn, uint8 ``[N, K]``, and their objective."""
+    """Return the codes of all columns, uint8 ``[N, K]``, and their objective."""
     lower, order = factor.lower, factor.order
     # One row per column, so that every column is contiguous.
-    wanted = weight.to(lower.dtype).T[order]
-    work = _Columns(wanted, lower, order, grid)
+    targets = weight.to(lower.dtype).T[order]
+    work = _Columns(targets, lower, order, grid)
     objective = torch.zeros((), dtype=torch.float64, device=weight.device)
     for stop in range(len(order), 0, -PANEL):
         start = max(stop - PANEL, 0)
         pivots = lower.diagonal()[start:stop, None]
         centres = lower[stop:, start:stop].T @ work.errors[stop:]
-        centres = wanted[start:stop] - centres / pivots
+        centres = targets[start:stop] - centres / pivots
         for last in range(stop, start, -block_size):
             first = max(last - block_size, start)
             inner = lower[last:stop, first:last].T @ work.errors[last:stop]
             block = centres[first - start : last - start]
             block -= inner / lower.diagonal()[first:last, None]
             work.quantize(block, first, last)
-        missed = work.errors[start:stop] + wanted[start:stop] - centres
+        missed = work.errors[start:stop] + targets[start:stop] - centres
         objective += (missed * pivots).square().sum(dtype=torch.float64)
-    codes = torch.empty(wanted.shape, dtype=torch.uint8, device=weight.device)
-    zeros = grid.zero_points.T.to(wanted.dtype)
+    codes = torch.empty(targets.shape, dtype=torch.uint8, device=weight.device)
+    zeros = grid.zero_points.T.to(targets.dtype)
     codes[order] = work.steps.add_(zeros[order // grid.group_size]).to(torch.uint8)
     return codes.T.contiguous(), float(objective)
 
@@ -138,30 +136,30 @@ class _Columns:
 
     Attributes:
         steps: codes minus zero points, ``[K, N]``, in the factor's dtype.
-        errors: quantized minus wanted, likewise.
+        errors: quantized minus target values, likewise.
     """
 
-    def __init__(self, wanted: Tensor, lower: Tensor, order: Tensor, grid: Grid) -> None:
-        self.steps, self.errors = torch.empty_like(wanted), torch.empty_like(wanted)
-        scales = grid.scales.T.contiguous().to(wanted.dtype)
-        zeros = grid.zero_points.T.contiguous().to(wanted.dtype)
-        self._round = ROUND[wanted.dtype]
+    def __init__(self, targets: Tensor, lower: Tensor, order: Tensor, grid: Grid) -> None:
+        self.steps, self.errors = torch.empty_like(targets), torch.empty_like(targets)
+        scales = grid.scales.T.contiguous().to(targets.dtype)
+        zeros = grid.zero_points.T.contiguous().to(targets.dtype)
+        self._round = ROUND[targets.dtype]
         # Indexing tensors row by row would take as long as the arithmetic.
-        self._rows = [part.unbind() for part in (self.steps, self.errors, wanted)]
+        self._rows = [part.unbind() for part in (self.steps, self.errors, targets)]
         bounds = (self._round - zeros, self._round + 2**grid.bits - 1 - zeros)
         self._grid = [part.unbind() for part in (scales, 1 / scales, *bounds)]
         self._groups = (order // grid.group_size).tolist()
         self._pivots = lower.diagonal().tolist()
         self._lower = lower
-        self._zero = torch.full_like(wanted[0], self._round)
+        self._zero = torch.full_like(targets[0], self._round)
 
     def quantize(self, centres: Tensor, first: int, last: int) -> None:
-        """Quantize columns ``first`` to ``last``, from the last one on.
+        """Quantize columns ``first`` to ``last``, beginning with the last one.
 
-        ``centres`` are what they are rounded from once errors within the block are counted; in
-        place.
+        ``centres`` are the values that they are rounded from; changed in place to count errors
+        within the block.
         """
-        all_steps, all_errors, all_wanted = self._rows
+        all_steps, all_errors, all_targets = self._rows
         scales, inverses, least, most = self._grid
         # Contiguous columns of the factor's block.
         factors = self._lower[first:last, first:last].T.contiguous().unbind()
@@ -176,11 +174,11 @@ class _Columns:
             step, error = all_steps[c], all_errors[c]
             torch.addcmul(self._zero, centre, inverses[group], out=step)
             torch.clamp(step, least[group], most[group], out=step).sub_(self._round)
-            torch.mul(step, scales[group], out=error).sub_(all_wanted[c])
+            torch.mul(step, scales[group], out=error).sub_(all_targets[c])
 
 
 def dequantize(codes: Tensor, grid: Grid) -> Tensor:
-    """``(code - zero_point) * scale``, float64 ``[N, K]``, not rounded to float32."""
+    """Return ``(code - zero_point) * scale``, float64 ``[N, K]``, not rounded to float32."""
     scale, zero = _per_column(grid, codes.shape[1])
     return (codes.to(torch.float64) - zero) * scale
 

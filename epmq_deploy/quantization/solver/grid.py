@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Values searched at a time on a CPU: the most that an elementwise operation does not spread over
-# threads, whose waking takes longer than the work.
+from epmq_deploy.quantization.solver.rounding import ROUND
+
+# Values searched at a time on a CPU: the most for which an elementwise operation starts no threads,
+# which would cost more than the work.
 _CHUNK = 2**15 - 1
-# Added and subtracted again, it rounds float32 below 2**22 to whole numbers, ties to even.
-# torch.round does so too, but wakes threads for 2048 values.
-_ROUND = 1.5 * 2**23
+_ROUND = ROUND[torch.float32]
 # The search: shares of the range tried first, then halvings of their distance around the best.
 _SHARES = 8
 _LEAST_SHARE = 0.4
 _HALVINGS = 3
-# Weight of the fourth power of an error in steps. Rounding errors (at most half a step) hardly
-# feel it, clipped weights do: the solver can spread those less well.
+# Weight of the fourth power of an error in steps. It hardly affects rounding errors (at most half a
+# step) but does affect clipped weights, whose errors the solver can compensate less well.
 _CLIP_PENALTY = 0.1
 
 
@@ -49,7 +49,7 @@ def expand_groups(per_group: Tensor, group_size: int, columns: int) -> Tensor:
 
 
 def quantize_to_codes(values: Tensor, scales: Tensor, zero_points: Tensor, bits: int) -> Tensor:
-    """Nearest codes, elementwise (shapes broadcast), in the dtype of ``values``."""
+    """Return the nearest codes, elementwise (shapes broadcast), in the dtype of ``values``."""
     return torch.clamp(torch.round(values / scales) + zero_points, 0, 2**bits - 1)
 
 
@@ -75,7 +75,7 @@ def fit_grid(
         bits: width of a code.
         group_size: columns per group, ``1 <= group_size <= K``.
         symmetric: fix the zero point at ``2**(bits - 1)``.
-        importance: non-negative float ``[K]``; uniform when absent.
+        importance: non-negative float ``[K]``; default: uniform.
         clip_search: shrink ranges; otherwise each group's full range is used.
 
     Returns:
@@ -86,7 +86,7 @@ def fit_grid(
     if importance is None:
         importance = torch.ones(columns, device=weight.device)
     mass = importance.to(torch.float32)
-    # An inner dimension much shorter would cost more than waking threads.
+    # A much shorter inner dimension would cost more than starting threads.
     width = max(64, _CHUNK // group_size) if weight.device.type == "cpu" else rows
     scales = torch.empty(rows, -(-columns // group_size), device=weight.device)
     zeros = torch.empty_like(scales, dtype=torch.uint8)
@@ -110,7 +110,7 @@ class _RangeSearch:
 
     Attributes:
         low_share: share kept of the range below zero, float32 ``[n]``.
-        high_share: likewise above zero.
+        high_share: the same above zero.
     """
 
     def __init__(self, values: Tensor, mass: Tensor, bits: int, symmetric: bool) -> None:
@@ -126,7 +126,7 @@ class _RangeSearch:
         self.high_share = torch.ones_like(self._low)
 
     def run(self) -> None:
-        """Set the shares to the best found."""
+        """Set the shares to the best of those tried."""
         self._steps, self._error = torch.empty_like(self._values), torch.empty_like(self._values)
         self._least = self._cost(*self._affine(self.low_share, self.high_share))
         distance = (1 - _LEAST_SHARE) / (_SHARES - 1)
@@ -144,11 +144,11 @@ class _RangeSearch:
                     self._attempt(low, high + change)
 
     def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, float32 ``[n]``, of the range found."""
+        """Return scale and zero point, float32 ``[n]``, of the best range."""
         return self._affine(self.low_share, self.high_share)
 
     def _affine(self, low_share: Tensor, high_share: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point that cover a part of the range; an empty range gets scale 1."""
+        """Return scale and zero point that cover part of the range; scale 1 for an empty range."""
         low, high = self._low * low_share, self._high * high_share
         scale = (high - low).div_(self._most)
         scale = torch.where(scale > torch.finfo(torch.float32).tiny, scale, 1.0)
@@ -157,7 +157,7 @@ class _RangeSearch:
         return scale, (-low).div_(scale).round_().clamp_(0, self._most)
 
     def _attempt(self, low_share: Tensor, high_share: Tensor) -> None:
-        """Take the shares wherever they cost less than the best so far."""
+        """Take the shares where they cost less than the best so far."""
         cost = self._cost(*self._affine(low_share, high_share))
         better = cost < self._least
         self._least = torch.where(better, cost, self._least)

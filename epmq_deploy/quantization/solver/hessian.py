@@ -28,7 +28,7 @@ class Factor:
 
 
 class Hessian:
-    """``H`` of ``tr((Q - W*) H (Q - W*)^T)``; factored when first needed, then kept.
+    """``H`` of ``tr((Q - W*) H (Q - W*)^T)``; factored on first use, once.
 
     Attributes:
         matrix: ``H``, ``[K, K]``, symmetric; never modified. Factor, target and codes are computed
@@ -45,7 +45,7 @@ class Hessian:
     @cached_property
     def finite(self) -> bool:
         """Whether no entry is NaN or infinite."""
-        # One NaN or infinity makes the sum so; no mask the size of H is needed.
+        # One NaN or infinity makes the sum NaN or infinite; no mask the size of H is needed.
         return bool(torch.isfinite(self.matrix.sum()))
 
     @cached_property
@@ -63,11 +63,11 @@ class Hessian:
         ordered = self.matrix[order].index_select(1, order).T
         for relative in _DAMPING:
             added = relative * mean
-            # On the untouched diagonal, or attempts would add up.
+            # From the original diagonal, or the dampings tried would add up.
             damped = diagonal[order] + added
             ordered.diagonal().copy_(damped)
             lower, failed = torch.linalg.cholesky_ex(ordered)
-            # What rounding leaves of a pivot that is zero in truth is no pivot.
+            # Reject pivots that are only rounding noise around zero.
             least = len(diagonal) * torch.finfo(damped.dtype).eps * damped
             if not int(failed) and bool((lower.diagonal().square() > least).all()):
                 return Factor(lower, order, added)
@@ -83,11 +83,11 @@ class Hessian:
         return damped
 
     def solve(self, right: Tensor, anchor: Tensor) -> Tensor:
-        """``W*`` with ``W* H = right``; damping, where it was needed, pulls it to ``anchor``.
+        """Return ``W*`` with ``W* H = right``; damping, where needed, pulls it towards ``anchor``.
 
         Args:
             right: float ``[N, K]``.
-            anchor: float ``[N, K]``; the answer where ``H`` cannot be factored.
+            anchor: float ``[N, K]``; the result where ``H`` cannot be factored.
         """
         if self.factor is None:
             return anchor.to(self.matrix.dtype)
@@ -95,20 +95,20 @@ class Hessian:
         right = right.to(lower.dtype)
         if added:
             right = right + added * anchor.to(lower.dtype)
-        # Laid out column by column, which is how the solver goes through it.
+        # Stored column by column, the order in which the solver reads it.
         half = torch.linalg.solve_triangular(lower.T, right[:, order], upper=True, left=False)
-        found = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
+        columns = torch.linalg.solve_triangular(lower, half, upper=False, left=False)
         solved = torch.empty(right.T.shape, dtype=right.dtype, device=right.device)
-        solved[order] = found.T
+        solved[order] = columns.T
         return solved.T
 
     def quadratic(self, error: Tensor) -> float:
-        """``tr(error H error^T)``, computed in the dtype of ``error``, float ``[N, K]``."""
+        """Return ``tr(error H error^T)``, computed in the dtype of ``error``, float ``[N, K]``."""
         matrix = self.matrix.to(error.dtype)
         total = torch.zeros((), dtype=torch.float64, device=error.device)
         for start in range(0, error.shape[1], _BLOCK):
             block = slice(start, start + _BLOCK)
-            # H is symmetric: what lies below the diagonal counts as much as what lies above.
+            # H is symmetric: entries below the diagonal count as much as those above.
             weighted = 2 * (error[:, :start] @ matrix[:start, block])
             weighted += error[:, block] @ matrix[block, block]
             total += (weighted * error[:, block]).sum(dtype=torch.float64)
@@ -116,18 +116,18 @@ class Hessian:
 
 
 class Identity(Hessian):
-    """``H = I``, of targets without calibration data."""
+    """``H = I``, for methods without calibration data."""
 
     def __init__(self, columns: int, device: torch.device) -> None:
         super().__init__(torch.eye(columns, dtype=torch.float64, device=device))
 
     def quadratic(self, error: Tensor) -> float:
-        """See base."""
+        """Return ``tr(error error^T)`` without the product with ``I``."""
         return float(error.to(torch.float64).square().sum())
 
 
 class GroupHessian:
-    """``H`` of one group of layers, as layers without and with a free bias see it.
+    """``H`` of one group of layers, for layers without and with a free bias.
 
     Attributes:
         plain: ``H`` itself.

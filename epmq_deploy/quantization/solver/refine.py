@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_deploy.quantization.solver.gptq import PANEL, ROUND
+from epmq_deploy.quantization.solver.gptq import PANEL
 from epmq_deploy.quantization.solver.grid import Grid
+from epmq_deploy.quantization.solver.rounding import ROUND
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def refine(
 
     Args:
         weight: the target ``W*``, float ``[N, K]``; left unmodified.
-        hessian: ``[K, K]``, symmetric positive definite; all is computed in its dtype.
+        hessian: ``[K, K]``, symmetric positive definite; everything is computed in its dtype.
         codes: uint8 ``[N, K]`` to start from; left unmodified.
         grid: the grid they are on; left unmodified.
         objective: of these codes; only decides when to stop.
@@ -72,10 +73,10 @@ def refine(
 
 
 class _State:
-    """Codes, scales and errors with one row per column of the weight, so that rows are contiguous.
+    """Codes, scales and errors, one contiguous row per column of the weight.
 
     Attributes:
-        scales: ``[G, N]``, float32 values in the Hessian's dtype, as everything here.
+        scales: ``[G, N]``, float32 values in the Hessian's dtype, as all tensors here.
         zeros: ``[G, N]``.
         steps: codes minus zero points, ``[K, N]``.
         errors: ``Q - W``, ``[K, N]``.
@@ -101,7 +102,7 @@ class _State:
         self.errors -= weight.T.to(hessian.dtype)
 
     def sweep(self) -> float:
-        """Improve every scale and every code once; how much the objective fell."""
+        """Improve every scale and every code once; return how much the objective fell."""
         gain = torch.zeros((), dtype=torch.float64, device=self.errors.device)
         per_panel = max(1, PANEL // (self.groups[0].stop - self.groups[0].start))
         for first in range(0, len(self.groups), per_panel):
@@ -143,13 +144,13 @@ class _State:
     def _descend_codes(self, group: int, part: slice, gradient: Tensor) -> Tensor:
         """Give every code of a group in turn the value that is best with all others fixed.
 
-        ``gradient`` is used up: each row ends as it was when its code was chosen.
+        ``gradient`` is overwritten: each row ends as it was when its code was chosen.
         """
         hessian = self.hessian[part, part]
         curvatures = self.curvatures[part]
         scale, inverse = self.scales[group], 1 / self.scales[group]
         least, most = self.round + self.least[group], self.round + self.most[group]
-        # Steps are held with that constant added, where every sum comes out rounded to whole steps.
+        # Steps are held with this constant added, so that every sum is rounded to whole steps.
         steps = self.steps[part] + self.round
         new, moves = torch.empty_like(steps), torch.empty_like(steps)
         # Indexing tensors row by row would take as long as the arithmetic.
@@ -173,7 +174,7 @@ class _State:
         return -(moves * (2 * gradient + diagonal * moves)).sum()
 
     def codes(self) -> Tensor:
-        """Codes, uint8 ``[N, K]``."""
+        """Return the codes, uint8 ``[N, K]``."""
         for group, part in enumerate(self.groups):
             self.steps[part] += self.zeros[group]
         return self.steps.T.to(torch.uint8, memory_format=torch.contiguous_format)
