@@ -1,8 +1,8 @@
 """Running one block over calibration batches, stopping and resuming between its layers.
 
-Layers of a block are quantized in the order they run, and each is to see what the quantized earlier
-ones give. Rather than running the block from its start for every layer, a batch remembers what the
-layers that will not change any more have answered: each linear layer runs once per batch.
+Layers of a block are quantized in the order they run, and each one receives the outputs of the
+quantized layers before it. Instead of running the block from its start for every layer, a batch
+remembers the outputs of layers that will not change any more: each linear layer runs once a batch.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ PassedOn = tuple[tuple[int, int], ...]
 
 
 class _Reached(Exception):  # noqa: N818 - control flow, not an error
-    """Raised by a hook once what it was waiting for has been seen."""
+    """Raised by a hook to stop the model once the hook has run."""
 
 
 @dataclass
@@ -33,21 +33,21 @@ class BlockBatch:
 
     Attributes:
         hidden: hidden states the current block receives.
-        args: what else it receives by position; floating-point tensors in it are ``Kept``.
-        kwargs: what else it receives by name, likewise.
+        args: its other positional arguments; floating-point tensors in them are ``Kept``.
+        kwargs: its keyword arguments; floating-point tensors in them are ``Kept``.
         products: dtype in which blocks multiply matrices, float32 or bfloat16; hidden states,
             norms and softmax are float32 in either case.
-        answers: outputs of layers of the current block that will not change any more.
+        remembered: outputs of layers of the current block that will not change any more.
     """
 
     hidden: Kept
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     products: torch.dtype = torch.float32
-    answers: dict[str, Kept] = field(default_factory=dict)
+    remembered: dict[str, Kept] = field(default_factory=dict)
 
     def run(self, block: nn.Module) -> tuple[Any, ...]:
-        """What the block gives for this batch, hidden states first."""
+        """Return the block's outputs for this batch, hidden states first."""
         hidden = self.hidden.value()
         args, kwargs = map_instances(Kept, Kept.peek, (self.args, self.kwargs))
         low = self.products == torch.bfloat16
@@ -56,11 +56,11 @@ class BlockBatch:
         return output if isinstance(output, tuple) else (output,)
 
     def take(self, outputs: tuple[Any, ...], passed_on: PassedOn, cache: ActivationCache) -> None:
-        """Hand outputs of a block on to the next ones, unless those receive something already."""
+        """Pass outputs of a block on to the next ones, where those receive nothing yet."""
         args = list(self.args)
-        for output, place in passed_on:
-            if args[place] is None:
-                args[place] = cache.keep(outputs[output])
+        for output, position in passed_on:
+            if args[position] is None:
+                args[position] = cache.keep(outputs[output])
         self.args = tuple(args)
 
 
@@ -71,31 +71,31 @@ def capture_block_batch(
     dtype: torch.dtype | None = None,
     products: torch.dtype = torch.float32,
 ) -> BlockBatch:
-    """What the first block receives while ``run_model`` runs; the model stops there.
+    """Run the model up to its first block and return what that receives.
 
     Args:
         block: the first block.
         run_model: runs the model on one batch.
         cache: keeps the hidden states.
-        dtype: to keep them in; their own when absent.
-        products: dtype in which blocks are to multiply matrices.
+        dtype: to keep them in; default: their own.
+        products: dtype in which blocks will multiply matrices.
 
     Raises:
         NumericsError: the block does not run.
     """
     captured: list[BlockBatch] = []
 
-    def kept(tensor: Tensor) -> Tensor | Kept:
+    def kept_if_floating(tensor: Tensor) -> Tensor | Kept:
         return cache.keep(tensor) if tensor.is_floating_point() else tensor
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop("hidden_states")
-        more, named = map_instances(Tensor, kept, (args[1:], rest))
-        captured.append(BlockBatch(cache.keep(hidden, dtype), more, named, products))
+        positional, named = map_instances(Tensor, kept_if_floating, (args[1:], rest))
+        captured.append(BlockBatch(cache.keep(hidden, dtype), positional, named, products))
         raise _Reached
 
-    handle = block.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = block.register_forward_pre_hook(capture, with_kwargs=True)
     try:
         with torch.inference_mode(), contextlib.suppress(_Reached):
             run_model()
@@ -113,34 +113,34 @@ def input_of(
     done: Mapping[str, nn.Module],
     cache: ActivationCache,
 ) -> Tensor:
-    """What a module inside ``block`` receives for one batch; the block stops there.
+    """Run a block up to a module inside it and return what that receives for one batch.
 
     Args:
         block: the block to run.
         inner: the module.
         batch: on its way through the block.
-        done: layers whose outputs will not change any more; their answers are remembered.
-        cache: keeps answers.
+        done: layers whose outputs will not change any more; they are remembered.
+        cache: keeps those outputs.
 
     Raises:
         NumericsError: the module does not run in the block.
     """
-    seen: list[Tensor] = []
+    received: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(first_input(args, kwargs))
+    def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        received.append(first_input(args, kwargs))
         raise _Reached
 
-    handle = inner.register_forward_pre_hook(keep, with_kwargs=True)
+    handle = inner.register_forward_pre_hook(capture, with_kwargs=True)
     try:
         remembering = _remembering(batch, done, cache)
         with torch.inference_mode(), remembering, contextlib.suppress(_Reached):
             batch.run(block)
     finally:
         handle.remove()
-    if not seen:
+    if not received:
         raise NumericsError("a module listed by the model family does not run in its block")
-    return seen[0]
+    return received[0]
 
 
 def advance(
@@ -152,19 +152,19 @@ def advance(
     done: Mapping[str, nn.Module] | None = None,
     passed_on: PassedOn = (),
 ) -> None:
-    """Take a batch to the next block; its answers are forgotten.
+    """Take a batch to the next block and forget the outputs remembered in this one.
 
     Args:
         block: the block to run, all of whose layers are done.
         batch: its hidden states are replaced by the block's output.
         cache: keeps them.
-        dtype: to keep them in; their own when absent.
-        done: layers that may be asked for remembered answers.
+        dtype: to keep them in; default: their own.
+        done: layers whose remembered outputs may be used.
         passed_on: see ``Block.passes_on``.
     """
     with torch.inference_mode(), _remembering(batch, done or {}, None):
         outputs = batch.run(block)
-    batch.answers.clear()
+    batch.remembered.clear()
     batch.hidden = cache.keep(outputs[0], dtype, owned=True)
     batch.take(outputs, passed_on, cache)
 
@@ -176,10 +176,10 @@ def record(
     norms: Mapping[str, nn.Module],
     cache: ActivationCache,
     dtype: torch.dtype | None = None,
-    answers: torch.dtype | None = None,
+    layer_dtype: torch.dtype | None = None,
     passed_on: PassedOn = (),
 ) -> dict[str, Kept]:
-    """Run an expert's block on one batch, take the batch to the next block, and keep what is seen.
+    """Take a batch through an expert's block and keep what its layers and norms give.
 
     Args:
         block: the expert's block.
@@ -187,69 +187,70 @@ def record(
         layers: linear layers by name; their outputs without bias ``[..., N]`` are kept.
         norms: norms by name; their outputs before gain and bias ``[..., K]`` are kept.
         cache: keeps them.
-        dtype: to keep hidden states and norms' outputs in; their own when absent.
-        answers: to keep layers' outputs in; as ``dtype`` when absent.
+        dtype: to keep hidden states and norms' outputs in; default: their own.
+        layer_dtype: to keep layers' outputs in; default: ``dtype``.
         passed_on: see ``Block.passes_on``.
 
     Returns:
-        What was seen, by layer and norm.
+        Outputs by layer and norm.
     """
-    seen: dict[str, Kept] = {}
-    entered: dict[str, Tensor] = {}
+    outputs: dict[str, Kept] = {}
+    norm_inputs: dict[str, Tensor] = {}
 
-    def answer(name: str) -> Callable[..., None]:
+    def keep_output(name: str) -> Callable[..., None]:
         def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> None:
             if module.bias is None:
-                seen[name] = cache.keep(output, answers or dtype)
+                outputs[name] = cache.keep(output, layer_dtype or dtype)
             else:
-                seen[name] = cache.keep(output - module.bias, answers or dtype, owned=True)
+                unbiased = output - module.bias
+                outputs[name] = cache.keep(unbiased, layer_dtype or dtype, owned=True)
 
         return hook
 
-    def entry(name: str) -> Callable[..., None]:
+    def hold_input(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            entered[name] = args[0]
+            norm_inputs[name] = args[0]
 
         return hook
 
-    handles = [layer.register_forward_hook(answer(name)) for name, layer in layers.items()]
-    handles += [norm.register_forward_pre_hook(entry(name)) for name, norm in norms.items()]
+    handles = [layer.register_forward_hook(keep_output(name)) for name, layer in layers.items()]
+    handles += [norm.register_forward_pre_hook(hold_input(name)) for name, norm in norms.items()]
     try:
         advance(block, batch, cache, dtype=dtype, passed_on=passed_on)
     finally:
         for handle in handles:
             handle.remove()
     with torch.inference_mode():
-        for name, inputs in entered.items():
-            seen[name] = cache.keep(pre_affine(norms[name], inputs), dtype, owned=True)
-    return seen
+        for name, inputs in norm_inputs.items():
+            outputs[name] = cache.keep(pre_affine(norms[name], inputs), dtype, owned=True)
+    return outputs
 
 
 @contextlib.contextmanager
 def _remembering(
     batch: BlockBatch, done: Mapping[str, nn.Module], cache: ActivationCache | None
 ) -> Iterator[None]:
-    """Let layers that are done answer from memory; what they compute meanwhile is kept."""
+    """Let layers that are done return remembered outputs, and remember those they compute."""
     handles = []
     patched = []
 
-    def answered(kept: Kept) -> Callable[..., Tensor]:
+    def remembered(kept: Kept) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: kept.value()
 
-    def keeping(name: str, target: ActivationCache) -> Callable[..., None]:
+    def remember(name: str, cache: ActivationCache) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            batch.answers[name] = target.keep(output)
+            batch.remembered[name] = cache.keep(output)
 
         return hook
 
     try:
         for name, layer in done.items():
-            if name in batch.answers:
+            if name in batch.remembered:
                 # An attribute of the instance hides the method of the class.
-                layer.forward = answered(batch.answers[name])
+                layer.forward = remembered(batch.remembered[name])
                 patched.append(layer)
             elif cache is not None:
-                handles.append(layer.register_forward_hook(keeping(name, cache)))
+                handles.append(layer.register_forward_hook(remember(name, cache)))
         yield
     finally:
         for handle in handles:

@@ -1,4 +1,4 @@
-"""Activations kept between the steps of calibration: in memory up to a limit, on disk above it."""
+"""A cache for activations between steps of calibration: in memory up to a limit, then on disk."""
 
 import itertools
 import tempfile
@@ -9,33 +9,33 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# The same width as integers, which NumPy reads and writes whatever the float type.
+# Integers of the same width: NumPy reads and writes them where it lacks the float type.
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 class Kept:
-    """One tensor in an ``ActivationCache``; what holds it is freed together with this object."""
+    """One tensor in an ``ActivationCache``; its memory or file is freed with this object."""
 
     def __init__(self, load: Callable[[], Tensor], dtype: torch.dtype) -> None:
         self._load = load
         self._dtype = dtype
 
     def value(self) -> Tensor:
-        """The tensor, in the dtype and on the device it came in; the caller may change it."""
+        """Return a copy in the dtype and on the device the tensor had; the caller may change it."""
         stored = self._load()
         return stored.to(self._dtype, copy=True)
 
     def peek(self) -> Tensor:
-        """As ``value``, but in the dtype it is stored in, and the caller may only read it."""
+        """Return the tensor in the dtype it is stored in; the caller must not change it."""
         return self._load()
 
 
 class ActivationCache:
-    """Keeps tensors until they are no longer wanted.
+    """Keeps tensors until they are no longer referenced.
 
     Args:
         limit: bytes to hold in memory; tensors beyond it are written to files. None for no limit.
-        folder: where those files go; the system's temporary folder when absent. They are deleted
+        folder: where those files go; default: the system's temporary folder. They are deleted
             with the tensors.
     """
 
@@ -54,15 +54,15 @@ class ActivationCache:
 
         Args:
             tensor: to keep.
-            dtype: to store it in; its own when absent.
-            owned: nobody else will change it, so that it need not be copied.
+            dtype: to store it in; default: its own.
+            owned: nobody else will change it, so it need not be copied.
         """
         stored = tensor.detach().to(dtype or tensor.dtype)
         size = stored.numel() * stored.element_size()
         if self._limit is None or self.in_memory + size <= self._limit:
             shared = stored.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
             if shared and not owned:
-                # The caller may change it, and a view would hold on to all of what it views.
+                # The caller may change it, and a view would keep the whole viewed tensor alive.
                 stored = stored.clone()
             kept = Kept(lambda: stored, tensor.dtype)
             self.in_memory += size

@@ -1,6 +1,6 @@
 """Sufficient statistics of linear layers that share an input, per task and summed over tasks.
 
-With rows ``x`` of the student's inputs, ``y`` of what an expert wants and token weights ``w``
+With rows ``x`` of the student's inputs, ``y`` of the outputs aimed at and token weights ``w``
 (``sum w = 1`` per task): ``C = sum w x x^T``, ``G = sum w y x^T``, ``mu = sum w x``.
 """
 
@@ -26,11 +26,11 @@ class TaskStatistics:
         gram: float32 ``[K, K]``, symmetric, weighted mean over tokens of ``x x^T``.
         mean: float64 ``[K]``, of ``x``.
         tokens: number of tokens with a positive weight.
-        cross: per layer float32 ``[N, K]``, of ``y x^T``, where experts guide the target.
+        cross: per layer float32 ``[N, K]``, of ``y x^T``, where the method uses experts.
         output_mean: per layer float64 ``[N]``, of ``y``, without bias.
-        low: float32 ``[K]``, the smallest ``x`` of any token, padding included (whatever runs in
-            int8 quantizes padding too); None without activations.
-        high: the largest, likewise.
+        low: float32 ``[K]``, the smallest ``x`` of any token, padding included (what runs in int8
+            quantizes padding too); None without activations.
+        high: float32 ``[K]``, the largest ``x``, padding included; None without activations.
     """
 
     gram: Tensor
@@ -43,7 +43,7 @@ class TaskStatistics:
 
 
 class Accumulator:
-    """Sums one task's batches, token by token, so that a short batch weighs no more.
+    """Sums one task's batches, token by token, so that a short batch does not weigh more.
 
     Args:
         products: dtype in which products of activations are computed: float32, or bfloat16 where
@@ -66,18 +66,18 @@ class Accumulator:
         self,
         inputs: Tensor,
         weights: Tensor | None = None,
-        guides: Mapping[str, Tensor | None] | None = None,
+        expert_weights: Mapping[str, Tensor | None] | None = None,
         features: Mapping[str, Tensor] | None = None,
         mix: float = 0.0,
     ) -> None:
         """Add a batch.
 
-        The expert's wanted output is ``y = (1 - mix) x W^T + mix f``.
+        The output aimed at is ``y = (1 - mix) x W^T + mix f``.
 
         Args:
             inputs: the student's ``x``, ``[B, T, K]`` or ``[B, K]``.
             weights: token weights ``[B, T]``; None when all weigh 1.
-            guides: per layer the expert's weight ``W [N, K]``; None where ``mix`` is 1.
+            expert_weights: per layer the expert's weight ``W [N, K]``; None where ``mix`` is 1.
             features: per layer the expert's own output ``f [B, T, N]`` without bias.
             mix: share of the expert's own output.
         """
@@ -91,18 +91,36 @@ class Accumulator:
         self._tokens += rows.shape[0]
         self._weight += float(roots.square().sum())
         self._widen(inputs)
-        for layer, weight in (guides or {}).items():
-            wanted = None
-            if weight is not None and mix < 1:
-                wanted = low @ weight.to(self._dtype).T
-                if mix > 0:
-                    wanted *= 1 - mix
+        for layer, weight in (expert_weights or {}).items():
+            feature = (features or {})[layer] if mix > 0 else None
+            target = self._target(low, weight, feature, weights, mix)
+            self._add_target(layer, low, target, roots)
+
+    def _target(
+        self,
+        rows: Tensor,
+        weight: Tensor | None,
+        feature: Tensor | None,
+        token_weights: Tensor | None,
+        mix: float,
+    ) -> Tensor:
+        """Return ``y`` for rows that carry the square roots of their weights, ``[n, N]``.
+
+        Raises:
+            ValueError: neither the expert's weight nor its output is there.
+        """
+        target = None
+        if weight is not None and mix < 1:
+            target = rows @ weight.to(self._dtype).T
             if mix > 0:
-                own, _ = weigh((features or {})[layer], weights)
-                own = own.to(self._dtype)
-                wanted = own if wanted is None else wanted.add_(own, alpha=mix)
-            assert wanted is not None
-            self._add_wanted(layer, low, wanted, roots)
+                target *= 1 - mix
+        if feature is not None:
+            output, _ = weigh(feature, token_weights)
+            output = output.to(self._dtype)
+            target = output if target is None else target.add_(output, alpha=mix)
+        if target is None:
+            raise ValueError("a mix below 1 needs the expert's weight")
+        return target
 
     def _widen(self, inputs: Tensor) -> None:
         rows = inputs.flatten(0, -2)
@@ -111,12 +129,12 @@ class Accumulator:
         self._low = low if self._low is None else torch.minimum(self._low, low)
         self._high = high if self._high is None else torch.maximum(self._high, high)
 
-    def _add_wanted(self, layer: str, rows: Tensor, wanted: Tensor, roots: Tensor) -> None:
+    def _add_target(self, layer: str, rows: Tensor, target: Tensor, roots: Tensor) -> None:
         if layer not in self._cross:
-            self._cross[layer] = _zeros(wanted.shape[1], rows.shape[1], like=rows)
+            self._cross[layer] = _zeros(target.shape[1], rows.shape[1], like=rows)
             self._output_sum[layer] = torch.zeros((), dtype=torch.float64, device=rows.device)
-        _add_product(self._cross[layer], wanted, rows)
-        self._output_sum[layer] = self._output_sum[layer] + _total(wanted, roots)
+        _add_product(self._cross[layer], target, rows)
+        self._output_sum[layer] = self._output_sum[layer] + _total(target, roots)
 
     def statistics(self) -> TaskStatistics:
         """Weighted means over all tokens added; ends the accumulation.
@@ -143,7 +161,7 @@ class Accumulator:
 
 
 def _zeros(rows: int, columns: int, *, like: Tensor) -> Tensor:
-    """Sums to start from, which may be changed in place whether or not inference mode is on."""
+    """Return zeros that may be changed in place whether or not inference mode is on."""
     with torch.inference_mode(False):
         return torch.zeros(rows, columns, device=like.device)
 
@@ -157,10 +175,10 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
 
 
 def _mirror(gram: Tensor) -> None:
-    """Copy what is above the diagonal below it, in place.
+    """Copy the upper triangle to the lower one, in place.
 
-    Blocks below were not computed, and a product that is not symmetric to the last bit would be
-    amplified by an ill-conditioned solve.
+    Blocks below the diagonal were not computed, and an ill-conditioned solve would amplify a
+    product that is not symmetric to the last bit.
     """
     columns = gram.shape[1]
     for start in range(0, columns, _TILE):
@@ -179,7 +197,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _total(rows: Tensor, roots: Tensor) -> Tensor:
-    """Weighted sum of tokens, float64, from rows that carry the square roots of their weights."""
+    """Return the weighted sum of tokens, float64, from rows times the roots of their weights."""
     return (roots @ rows.to(torch.float32)).to(torch.float64)
 
 
@@ -194,11 +212,13 @@ class GroupSums:
         mean: ``sum s_t mu_t``, float64 ``[K]``.
         weight: ``sum s_t``.
         tokens: tokens of all tasks together.
-        cross: per layer ``sum s_t G_t``, ``[N, K]`` likewise, for expert-guided targets.
-        output_mean: per layer ``sum s_t mean(y_t)`` with biases, float64 ``[N]``, likewise.
-        biases: per layer and task ``s_t b_t`` and ``mu_t``, for targets that fit biases jointly.
+        cross: per layer ``sum s_t G_t``, ``[N, K]`` in the same dtype, where the method uses
+            experts.
+        output_mean: per layer ``sum s_t mean(y_t)`` with biases, float64 ``[N]``, where the method
+            uses experts.
+        biases: per layer and task ``s_t b_t`` and ``mu_t``, for methods that fit biases jointly.
         low: smallest input of any task, float32 ``[K]``; None without activations.
-        high: largest, likewise.
+        high: largest input of any task, float32 ``[K]``; None without activations.
     """
 
     gram: Tensor
@@ -213,7 +233,7 @@ class GroupSums:
 
     @classmethod
     def zeros(cls, features: int, device: torch.device) -> "GroupSums":
-        """Empty sums for layers with ``features`` inputs."""
+        """Return empty sums for layers with ``features`` inputs."""
         return cls(
             torch.zeros(features, features, dtype=torch.float64, device=device),
             torch.zeros(features, dtype=torch.float64, device=device),
@@ -230,9 +250,9 @@ class GroupSums:
         Args:
             statistics: of the task.
             weight: ``s_t``.
-            biases: per layer what is added to its wanted outputs, ``[N]``.
+            biases: per layer what is added to the outputs aimed at, ``[N]``.
         """
-        # Each of few terms is as exact as a float32 product; adding them up costs no digits.
+        # There are few terms, each as exact as a float32 product; adding them loses no digits.
         if self.gram.dtype != statistics.gram.dtype:
             self.gram = self.gram.to(statistics.gram.dtype)
         self.gram.add_(statistics.gram, alpha=weight)
@@ -255,7 +275,7 @@ class GroupSums:
                 self.biases.setdefault(layer, []).append((weight * bias, statistics.mean))
 
     def bias_cross(self, layer: str) -> Tensor:
-        """What biases add to ``cross``: ``sum s_t b_t mu_t^T``, float64 ``[N, K]``."""
+        """Return what biases add to ``cross``: ``sum s_t b_t mu_t^T``, float64 ``[N, K]``."""
         pairs = self.biases[layer]
         scaled, means = (torch.stack(part) for part in zip(*pairs, strict=True))
         return scaled.T @ means

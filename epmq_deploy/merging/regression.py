@@ -1,7 +1,7 @@
-"""Merging linear layers by least squares, block by block, on what the experts' layers receive.
+"""Merging linear layers by least squares, block by block, on the inputs of the experts' layers.
 
-RegMean (Jin et al., arXiv 2212.09849) and RegMean++ (arXiv 2508.03121): the merged layer is the one
-that comes closest to every expert's outputs on that expert's inputs.
+RegMean (Jin et al., arXiv 2212.09849) and RegMean++ (arXiv 2508.03121): the outputs of the merged
+layer are the closest to those of every expert's layer on that expert's inputs.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,20 +24,20 @@ from epmq_deploy.models.modules import first_input
 from epmq_deploy.models.tokens import TokenWeights
 from epmq_deploy.options.merging import RegressionOptions
 
-# Added to the diagonal, relative to its mean: decides what calibration says nothing about.
+# Added to the diagonal, relative to its mean: decides in directions without inputs.
 _DAMPING = 1e-6
 
 
 def shrink_off_diagonal(gram: Tensor, factor: float) -> Tensor:
-    """``gram [..., K, K]`` with its off-diagonal elements times ``factor``."""
+    """Return ``gram [..., K, K]`` with its off-diagonal elements times ``factor``."""
     return factor * gram + (1 - factor) * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
 
 
 def regression_mean(mean: Tensor, cross: Tensor, gram: Tensor) -> Tensor:
-    """The task vector closest to all experts' outputs: ``(sum_t tau_t G_t) (sum_t G_t)^-1``.
+    """Return the task vector closest to all experts' outputs: ``(sum tau_t G_t) (sum G_t)^-1``.
 
     Args:
-        mean: of the task vectors, ``[N, K]``; what is taken in directions that no input has.
+        mean: of the task vectors, ``[N, K]``; the result in directions without inputs.
         cross: ``sum_t tau_t G_t``, ``[N, K]``.
         gram: ``sum_t G_t``, ``[K, K]``, symmetric and positive semidefinite.
 
@@ -152,7 +152,7 @@ class _Regression:
         return solved
 
     def _grams(self, task: str, block: Block) -> list[Tensor]:
-        """Mean over tokens of ``x x^T`` of what each group of an expert's layers receives."""
+        """Return the mean over tokens of ``x x^T`` of the inputs of each group of layers."""
         expert = self._data.experts.module(task, block.name)
         sums = [Accumulator() for _ in block.groups]
         firsts = [expert.get_submodule(block.inner(group.layers[0])) for group in block.groups]
@@ -219,10 +219,10 @@ def _add_to(
 def merge_linear_layers(
     data: CalibrationData, vectors: TaskVectors, options: RegressionOptions, *, sequential: bool
 ) -> Calibrated:
-    """Merged task vectors of all linear layers in blocks, by tensor name.
+    """Return merged task vectors of all linear layers in blocks, by tensor name.
 
-    One block of one expert and one group's Gram matrices are in memory at a time, beside the
-    result and the activations.
+    One block of one expert and one group's Gram matrices are in memory at a time, in addition to
+    the result and the activations.
 
     Args:
         data: samples and experts.
@@ -254,6 +254,6 @@ def merge_linear_layers(
 
 
 def regressed_or_mean(base: Tensor, task_vectors: Tensor, context: Context) -> Tensor:
-    """``base [*]`` plus what was solved for the tensor, or else the mean of its task vectors."""
+    """Return ``base [*]`` plus the tensor's merged task vector: solved for, or the mean."""
     solved = context.statistics.get(context.name)
     return base + (task_vectors.mean(dim=0) if solved is None else solved)

@@ -22,7 +22,7 @@ class Group:
     stream: str | None = None
 
     def inside(self, block: str) -> "Group":
-        """The group with names relative to ``block`` made absolute."""
+        """Return the group with names relative to ``block`` made absolute."""
         norm = None if self.norm is None else f"{block}.{self.norm}"
         return replace(self, layers=tuple(f"{block}.{layer}" for layer in self.layers), norm=norm)
 

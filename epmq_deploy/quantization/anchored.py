@@ -1,4 +1,4 @@
-"""The anchored least-squares problem that guided targets share."""
+"""The anchored least-squares problem of methods that aim at given outputs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def anchored_problem(
     bias_strength: float,
     joint: bool,
 ) -> LayerProblem:
-    """``W* = (sum s_t G_t + strength A) H^-1``, with a free bias eliminated where asked.
+    """Return ``W* = (sum s_t G_t + strength A) H^-1``, with a free bias eliminated where asked.
 
     Args:
         layer: the layer.
-        sums: over all tasks, with what guides want of the layer.
+        sums: over all tasks, with the outputs aimed at.
         hessian: ``sum s_t C_t + strength I``.
         anchor: ``A``, float ``[N, K]``.
         bias_anchor: ``[N]``, where the layer has a bias.
@@ -42,7 +42,7 @@ def anchored_problem(
     right = sums.cross[layer.name].to(dtype) + strength * anchor.to(dtype)
     if joint and bias_anchor is not None and sums.tokens:
         chosen = hessian.centred
-        # With b at its best for every Q, b = (total - Q mean) / weight.
+        # The best bias for every Q is b = (total - Q mean) / weight.
         total = sums.output_mean[layer.name] + bias_strength * bias_anchor.to(torch.float64)
         right = right + sums.bias_cross(layer.name).to(dtype)
         shift = torch.outer(total, sums.mean) / (sums.weight + bias_strength)

@@ -1,4 +1,4 @@
-"""What a model's layers may take together, and what each of them takes at which width."""
+"""The budget of bits for a model's layers, and what each layer takes at every width."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from torch import nn
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import Block
 from epmq_deploy.options.quantization import QuantizeOptions
-from epmq_deploy.quantization.embeddings import planned_outer
+from epmq_deploy.quantization.embeddings import planned_outside_blocks
 
 _MEGABYTE = 8e6
 _WIDTHS = (4, 8)
@@ -20,7 +20,7 @@ Sizes = Mapping[str, Mapping[int, float]]
 
 @dataclass(frozen=True)
 class BitBudget:
-    """What layers in the blocks may take.
+    """The budget of the layers in the blocks.
 
     Attributes:
         bits: of all of them.
@@ -34,12 +34,12 @@ class BitBudget:
 
     @property
     def choices(self) -> dict[str, tuple[int, ...]]:
-        """Widths of the layers that leave a choice."""
+        """Widths of the layers whose width is not fixed."""
         return {name: tuple(sizes) for name, sizes in self.sizes.items() if len(sizes) > 1}
 
 
 def bit_budget(model: nn.Module, blocks: tuple[Block, ...], options: QuantizeOptions) -> BitBudget:
-    """What ``target_bits`` or ``target_size`` allows; takes no calibration.
+    """Return the budget that ``target_bits`` or ``target_size`` allows; runs no calibration.
 
     Args:
         model: the merged model.
@@ -47,7 +47,7 @@ def bit_budget(model: nn.Module, blocks: tuple[Block, ...], options: QuantizeOpt
         options: with one of the two.
 
     Raises:
-        RecipeError: even the smallest widths take more, or no layer leaves a choice.
+        RecipeError: even the smallest widths take more, or every layer has a fixed width.
     """
     inside = [name for block in blocks for name in block.layers]
     layers = [name for name in inside if not options.skips(name)]
@@ -60,9 +60,10 @@ def bit_budget(model: nn.Module, blocks: tuple[Block, ...], options: QuantizeOpt
         )
     weights = {name: model.get_parameter(f"{name}.weight").numel() for name in layers}
     asked = options.target_size if by_size else options.target_bits
-    assert asked is not None, "called with one of the two targets"
+    if asked is None:
+        raise ValueError("neither target_bits nor target_size is given")
     unit = _MEGABYTE if by_size else float(sum(weights.values()))
-    taken = _outer_bits(model, set(inside), options) if by_size else 0.0
+    taken = _bits_outside_blocks(model, set(inside), options) if by_size else 0.0
     budget = asked * unit - taken
     sizes = _sizes(model, layers, options, _WIDTHS)
     if not by_size and _least(sizes) > budget:
@@ -81,7 +82,7 @@ def bit_budget(model: nn.Module, blocks: tuple[Block, ...], options: QuantizeOpt
 def _sizes(
     model: nn.Module, layers: list[str], options: QuantizeOptions, widths: tuple[int, ...]
 ) -> Sizes:
-    """Bits by layer and width, with scales and zero points where the target is a size."""
+    """Return bits by layer and width, with scales and zero points where the target is a size."""
 
     def size(name: str, bits: int) -> float:
         rows, columns = model.get_parameter(f"{name}.weight").shape
@@ -89,10 +90,10 @@ def _sizes(
             return float(rows * columns * bits)
         return stored_bits(rows, columns, bits, options.for_layer(name).group_size)
 
-    own = {name: options.own_bits(name) for name in layers}
+    fixed = {name: options.own_bits(name) for name in layers}
     return {
         name: {width: size(name, width) for width in ((bits,) if bits else widths)}
-        for name, bits in own.items()
+        for name, bits in fixed.items()
     }
 
 
@@ -100,26 +101,26 @@ def _least(sizes: Sizes) -> float:
     return sum(min(choice.values()) for choice in sizes.values())
 
 
-def _outer_bits(model: nn.Module, inside: set[str], options: QuantizeOptions) -> float:
-    """What quantized layers outside the blocks take."""
+def _bits_outside_blocks(model: nn.Module, inside: set[str], options: QuantizeOptions) -> float:
+    """Return the bits of the quantized layers outside the blocks."""
     total = 0.0
-    for name, grid in planned_outer(model, inside, options).items():
+    for name, grid in planned_outside_blocks(model, inside, options).items():
         rows, columns = model.get_parameter(f"{name}.weight").flatten(1).shape
         total += stored_bits(rows, columns, grid.bits, grid.group_size)
     return total
 
 
 def _rounded_up(value: float) -> float:
-    """To four digits, upwards: what is named can be asked for."""
+    """Round up to four digits, so that the suggested value is feasible."""
     step = 10.0 ** (math.floor(math.log10(value)) - 3)
     return math.ceil(value / step) * step
 
 
 def stored_bits(rows: int, columns: int, bits: int, group_size: int) -> float:
-    """Size of a quantized ``[rows, columns]`` weight: codes, float32 scales, zero points.
+    """Return the bits of a quantized weight: codes, float32 scales and zero points.
 
     Args:
-        rows: ``N``.
+        rows: ``N`` of the weight ``[N, K]``.
         columns: ``K``.
         bits: width of codes and zero points.
         group_size: columns per scale, or -1 for all.

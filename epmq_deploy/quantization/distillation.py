@@ -1,9 +1,9 @@
-"""Distillation: what codes leave free is tuned end to end towards the experts' predictions.
+"""Distillation: scales and vectors are tuned end to end towards the experts' predictions.
 
-Scales and vectors (biases, norms, CLIP's class token) are trained with codes and zero points fixed,
-as in the second phase of EfficientQAT (Chen et al., arXiv 2407.11062), on the divergence from each
-expert's softened predictions on its own calibration samples (Hinton et al., arXiv 1503.02531). No
-labels are used.
+Vectors are biases, norms and CLIP's class token. Codes and zero points stay fixed, as in the second
+phase of EfficientQAT (Chen et al., arXiv 2407.11062). The loss is the divergence from each expert's
+softened predictions on its own calibration samples (Hinton et al., arXiv 1503.02531); no labels are
+used.
 """
 
 import logging
@@ -52,7 +52,7 @@ def distill(
 
     Returns:
         The model with new scales, biases and norms, and the divergence from the experts before and
-        after as plain data. What did not lower the divergence is not kept, which is logged.
+        after as plain data. A result that did not lower the divergence is undone, with a warning.
     """
     judge = ctx.judge(ctx.samples)
     before = mean_divergence(judge.scores(model))
@@ -60,7 +60,7 @@ def distill(
     vectors = {name: value for name, value in model.named_parameters() if value.dim() == 1}
     originals = {name: vector.data for name, vector in vectors.items()}
     for vector in vectors.values():
-        # On the CPU it is also what calibration yielded, which is to stay as it is.
+        # On the CPU the parameter shares memory with calibration's result, which must not change.
         vector.data = vector.data.clone()
     try:
         _train(model, [*scales.values(), *vectors.values()], ctx, judge, epochs, products)
@@ -73,21 +73,21 @@ def distill(
         for name, change in scales.items()
     }
     replaced = {name: value.detach().cpu() for name, value in vectors.items()}
-    # As they will be stored, to the last bit.
+    # Bit for bit as they will be stored.
     apply_quantized(model, layers, replaced)
     after = mean_divergence(judge.scores(model))
-    found = {"epochs": epochs, "before": before, "after": after, "kept": after < before}
+    outcome = {"epochs": epochs, "before": before, "after": after, "kept": after < before}
     log.info("distillation: divergence from the experts %.4f, before %.4f", after, before)
     if not after < before:
         log.warning("distillation did not lower the divergence from the experts; it is undone")
         apply_quantized(model, {name: quantized.layers[name] for name in scales}, originals)
-        return quantized, found
+        return quantized, outcome
     tuned = replace(
         quantized,
         layers=quantized.layers | layers,
         replaced=quantized.replaced | replaced,
     )
-    return tuned, found
+    return tuned, outcome
 
 
 class _Rescaled(nn.Module):
@@ -99,12 +99,12 @@ class _Rescaled(nn.Module):
         self.change = nn.Parameter(torch.zeros_like(linear.scales, device=device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        """``weight``, ``[N, K]``, rescaled."""
+        """Return the weight, ``[N, K]``, rescaled."""
         return weight * expand_groups(self.change.exp(), self._group_size, weight.shape[1])
 
 
 def _free_scales(model: nn.Module, quantized: QuantizedModel) -> dict[str, nn.Parameter]:
-    """Make the scales of linear layers trainable; what they change by, by layer.
+    """Make the scales of linear layers trainable; return the logarithms of their changes by layer.
 
     A layer that shares its weight with an embedding keeps its scales: they are the embedding's.
     """
@@ -142,33 +142,33 @@ def _train(
     device, low = ctx.device, products == torch.bfloat16
     progress = ctx.progress or NoProgress()
     for _ in progress.track(range(epochs), "distilling"):
-        for task, inputs, wanted in _interleaved(judge):
+        for task, inputs, target in _interleaved(judge):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                 features = ctx.family.embed(model, *(value.to(device) for value in inputs))
             features = features.to("cpu", torch.float32)
-            found = predictions(ctx.family, judge.heads.get(task), features, inputs)
-            soft = found.per_sample(
-                divergence(found.logits / _TEMPERATURE, wanted.logits / _TEMPERATURE)
+            predicted = predictions(ctx.family, judge.heads.get(task), features, inputs)
+            divergences = predicted.per_sample(
+                divergence(predicted.logits / _TEMPERATURE, target.logits / _TEMPERATURE)
             )
             optimizer.zero_grad()
-            soft.mean().mul(_TEMPERATURE**2).backward()  # type: ignore[no-untyped-call]
+            divergences.mean().mul(_TEMPERATURE**2).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
 
 
 def _interleaved(judge: Judge) -> Iterator[tuple[str, tuple[Tensor, ...], Predictions]]:
-    """One batch of every task in turn, with what the expert predicts for it."""
+    """Yield one batch of every task in turn, with the expert's predictions for it."""
     running = {
         task: batches(samples, judge.family, judge.folder, _BATCH)
         for task, samples in judge.samples.items()
     }
-    seen = dict.fromkeys(running, 0)
+    done = dict.fromkeys(running, 0)
     while running:
         for task in list(running):
             inputs = next(running[task], None)
             if inputs is None:
                 del running[task]
                 continue
-            start = seen[task]
-            seen[task] += len(inputs[0])
-            yield task, inputs, judge.wanted[task].of_samples(start, seen[task])
+            start = done[task]
+            done[task] += len(inputs[0])
+            yield task, inputs, judge.wanted[task].of_samples(start, done[task])

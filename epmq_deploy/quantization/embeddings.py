@@ -1,6 +1,6 @@
 """Embeddings and projections outside the blocks: rounded to nearest at 8 bits, where it pays.
 
-They are a small part of a transformer's weights but, left in float32 beside 4-bit blocks, a large
+They are a small part of a transformer's weights but, left in float32 next to 4-bit blocks, a large
 part of its file. At 8 bits rounding needs no calibration.
 """
 
@@ -16,12 +16,12 @@ from epmq_deploy.quantization.solver.gptq import round_to_nearest
 from epmq_deploy.quantization.solver.grid import fit_grid
 
 _BITS = 8
-# Of all weights; a smaller layer is not worth the operators that unpack it.
+# Share of all weights; a smaller layer is not worth the operators that unpack it.
 _WORTH = 0.002
 
 
 @dataclass(frozen=True)
-class OuterGrid:
+class RoundingGrid:
     """How a layer outside the blocks is rounded.
 
     Attributes:
@@ -35,26 +35,33 @@ class OuterGrid:
     symmetric: bool
 
 
-def planned_outer(
+def planned_outside_blocks(
     model: nn.Module, inside: set[str], options: QuantizeOptions
-) -> dict[str, OuterGrid]:
-    """What `quantize_outer` will make of a model, by dotted name; takes the same arguments."""
+) -> dict[str, RoundingGrid]:
+    """Return the grids that ``quantize_outside_blocks`` will use, by dotted name.
+
+    Args:
+        model: left unmodified.
+        inside: dotted names of the blocks' linear layers, left out.
+        options: of the method.
+    """
     total = _count(model)
-    planned: dict[str, OuterGrid] = {}
+    planned: dict[str, RoundingGrid] = {}
     for users in _users_by_weight(model, inside):
         if not any(_why_kept(name, user, options, total) for name, user in users.items()):
             planned |= dict.fromkeys(users, _grid_of(users, options))
     return planned
 
 
-def quantize_outer(
+def quantize_outside_blocks(
     model: nn.Module, inside: set[str], options: QuantizeOptions
 ) -> tuple[dict[str, QuantizedLinear], list[LayerReport]]:
-    """Quantize what lies outside the blocks, in place.
+    """Quantize the layers outside the blocks, in place.
 
-    Linear layers get groups as those in the blocks do; convolutions one scale per output channel
-    and embedding tables one per row, symmetric, because that is what standard operators unpack.
-    Layers that share one weight (tied embeddings) share codes and grid: a table's, if one is one.
+    Linear layers get groups as those in the blocks do; convolutions get one scale per output
+    channel and embedding tables one per row, symmetric, because that is what standard operators
+    unpack. Layers that share one weight (tied embeddings) share codes and grid: those of the
+    embedding table, if there is one among them.
 
     Args:
         model: its weights become the dequantized ones.
@@ -63,7 +70,7 @@ def quantize_outer(
 
     Returns:
         Codes and grids by dotted name (a convolution's weight as ``[N, C * kh * kw]``), and one
-        report for every layer outside the blocks, kept ones too.
+        report for every layer outside the blocks, including those kept in float.
     """
     total = _count(model)
     layers: dict[str, QuantizedLinear] = {}
@@ -84,7 +91,7 @@ def quantize_outer(
 
 
 def _users_by_weight(model: nn.Module, inside: set[str]) -> list[dict[str, nn.Module]]:
-    """Layers outside the blocks by name, those that share a weight together."""
+    """Return layers outside the blocks by name, grouped by the weight they share."""
     users: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules():
         if name not in inside and is_quantizable(module):
@@ -93,11 +100,12 @@ def _users_by_weight(model: nn.Module, inside: set[str]) -> list[dict[str, nn.Mo
 
 
 def is_quantizable(module: nn.Module) -> bool:
-    """Whether a module's weight can be stored as codes."""
+    """Return whether a module's weight can be stored as codes."""
     return isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
 
 
 def _why_kept(name: str, module: nn.Module, options: QuantizeOptions, total: int) -> str:
+    """Return why a layer stays in float; empty if it does not."""
     weight = module.get_parameter("weight")
     if not options.outer:
         return "outside the blocks"
@@ -114,16 +122,16 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _grid_of(users: Mapping[str, nn.Module], options: QuantizeOptions) -> OuterGrid:
-    """The grid of a weight that these layers share."""
+def _grid_of(users: Mapping[str, nn.Module], options: QuantizeOptions) -> RoundingGrid:
+    """Return the grid of a weight that these layers share."""
     columns = next(iter(users.values())).get_parameter("weight").flatten(1).shape[1]
     per_row = not all(isinstance(user, nn.Linear) for user in users.values())
     whole = per_row or options.group_size == -1
     group_size = columns if whole else min(options.group_size, columns)
-    return OuterGrid(_BITS, group_size, per_row or options.symmetric)
+    return RoundingGrid(_BITS, group_size, per_row or options.symmetric)
 
 
-def _rounded(weight: Tensor, planned: OuterGrid) -> QuantizedLinear:
+def _rounded(weight: Tensor, planned: RoundingGrid) -> QuantizedLinear:
     grid = fit_grid(
         weight,
         bits=planned.bits,

@@ -85,7 +85,7 @@ class GroupQuantizer:
         return LayerWeights(name, layer.weight, layer.bias, base, base_bias)
 
     def _probed(self, name: str, problem: LayerProblem, sums: GroupSums) -> dict[int, float]:
-        """A layer's relative error at every width asked about, without refinement."""
+        """Return a layer's relative error at every width to probe, without refinement."""
         options = self._options.for_layer(name)
         errors = {}
         for bits in self._probe[name]:
@@ -101,7 +101,7 @@ class GroupQuantizer:
         sums: GroupSums,
         result: QuantizedModel,
     ) -> tuple[Tensor, Tensor | None]:
-        """Add codes and report of a layer to ``result``; its dequantized weight and new bias."""
+        """Add a layer's codes and report to ``result``; return its new weight and bias."""
         solved = quantize_layer(name, layer.bias, problem, sums, self._options.for_layer(name))
         result.layers[name] = solved.linear
         result.reports.append(solved.report)

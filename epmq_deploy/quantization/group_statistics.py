@@ -97,7 +97,7 @@ class ActivationStatistics:
         return accumulator.statistics()
 
     def _expert_weights(self, task: str, layers: Sequence[str]) -> Mapping[str, Tensor | None]:
-        """Weights ``[N, K]`` by layer; None for each where only the experts' outputs count."""
+        """Return weights ``[N, K]`` by layer, None for each where only outputs count."""
         if self._experts is None:
             return {}
         if self._settings.mix < 1:
@@ -209,7 +209,7 @@ class GroupStatistics:
         return sums
 
     def _biases(self, task: str, layers: Sequence[str]) -> dict[str, Tensor]:
-        """An expert's biases ``[N]`` by layer."""
+        """Return an expert's biases ``[N]`` by layer."""
         if self._experts is None:
             return {}
         return {

@@ -57,7 +57,7 @@ def quantize_layer(
         importance=problem.hessian.matrix.diagonal(),
         clip_search=options.clip_search,
     )
-    # A figure for the report only, so float32 will do.
+    # Only reported, so float32 is enough.
     before = problem.hessian.quadratic(rounding_error(problem.weight, grid))
     if settings := options.solver_settings:
         solution, grid = _solved(name, problem, grid, settings)
@@ -88,7 +88,7 @@ def quantize_layer(
 def _solved(
     name: str, problem: LayerProblem, grid: Grid, settings: SolverSettings
 ) -> tuple[Solution, Grid]:
-    """Codes and grid after solver and refinement."""
+    """Return codes and grid after solver and refinement."""
     try:
         solution = solve(
             problem.weight, problem.hessian, grid, allow_fallback=settings.allow_fallback
@@ -117,7 +117,7 @@ def refit_bias(
     sums: GroupSums,
     options: QuantizeOptions,
 ) -> Tensor | None:
-    """``fit_bias`` where the options ask for it and there are activations to fit it on."""
+    """Return ``fit_bias`` where the options ask for it and there are activations; else None."""
     if bias is None or not options.refits_biases or not sums.tokens:
         return None
     return fit_bias(name, bias, weight, problem, sums)
@@ -126,10 +126,10 @@ def refit_bias(
 def fit_bias(
     name: str, bias: Tensor, dequantized: Tensor, problem: LayerProblem, sums: GroupSums
 ) -> Tensor:
-    """Least-squares bias for fixed quantized weights, float32 ``[N]``.
+    """Return the least-squares bias for fixed quantized weights, float32 ``[N]``.
 
     ``b = (sum_t s_t (target mean_t - Q mu_t) + damping b_A) / (sum_t s_t + damping)``, where the
-    target's mean output is the experts' for guided targets and the merged layer's otherwise.
+    mean output aimed at is the experts' for methods that use experts, else the merged layer's.
 
     Args:
         name: layer whose sums are used.
@@ -147,7 +147,12 @@ def fit_bias(
 
 
 def layer_inputs(sums: GroupSums, weight: Tensor) -> LayerInputs | None:
-    """What is known of the inputs of a layer with weight ``[N, K]``; None without activations."""
+    """Return ranges and energy of the inputs of a layer; None without activations.
+
+    Args:
+        sums: statistics of its inputs.
+        weight: dequantized, float32 ``[N, K]``.
+    """
     if sums.low is None or sums.high is None:
         return None
     # Codes are on the CPU, statistics where models run.

@@ -1,4 +1,4 @@
-"""Calibrating gains and biases of norms: a ridge fit per channel (FeatCal, arXiv 2605.13030)."""
+"""Re-fitting gains and biases of norms: a ridge fit per channel (FeatCal, arXiv 2605.13030)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from epmq_deploy.quantization.expert_source import ExpertWeights
 class NormSums:
     """Weighted sums over tokens and tasks, per channel, float64 ``[K]``.
 
-    With pre-affine activations ``n`` of the student and wanted outputs ``y``:
+    With pre-affine activations ``n`` of the student and outputs aimed at ``y``:
 
     Attributes:
         weight: total weight.
@@ -42,19 +42,19 @@ class NormSums:
 
     @classmethod
     def zeros(cls, channels: int, device: torch.device) -> "NormSums":
-        """Empty sums."""
+        """Return empty sums."""
         parts = (torch.zeros(channels, dtype=torch.float64, device=device) for _ in range(5))
         return cls(0.0, *parts)
 
-    def add(self, activations: Tensor, wanted: Tensor, weights: Tensor) -> None:
+    def add(self, activations: Tensor, target: Tensor, weights: Tensor) -> None:
         """Add tokens.
 
         Args:
             activations: ``n``, ``[tokens, K]``.
-            wanted: ``y``, likewise.
+            target: ``y``, ``[tokens, K]``.
             weights: of each token, ``[tokens]``.
         """
-        w, n, y = weights.to(activations.dtype), activations, wanted
+        w, n, y = weights.to(activations.dtype), activations, target
         self.weight += float(w.sum())
         self.n += w @ n
         self.y += w @ y
@@ -64,15 +64,15 @@ class NormSums:
 
     def add_mean(self, task: "NormSums") -> None:
         """Add a task's sums, scaled to a weight of 1: tasks count alike, whatever their size."""
-        for mine, theirs in zip(self._parts(), task._parts(), strict=True):
-            mine.add_(theirs, alpha=1 / task.weight)
+        for total, part in zip(self._parts(), task._parts(), strict=True):
+            total.add_(part, alpha=1 / task.weight)
         self.weight += 1.0
 
     def _parts(self) -> tuple[Tensor, ...]:
         return self.n, self.y, self.nn, self.ny, self.yy
 
     def error(self, gain: Tensor, bias: Tensor | None) -> float:
-        """``sum (gain n + bias - y)^2`` over channels, relative to ``sum y^2``."""
+        """Return ``sum (gain n + bias - y)^2`` over channels, relative to ``sum y^2``."""
         g = gain.to(torch.float64)
         b = torch.zeros_like(g) if bias is None else bias.to(torch.float64)
         squares = g * g * self.nn + b * b * self.weight + self.yy
@@ -83,7 +83,7 @@ class NormSums:
 def fit_affine(
     sums: NormSums, gain: Tensor, bias: Tensor | None, damping: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Gain and bias, float32 ``[K]``, that bring ``gain n + bias`` closest to ``y``.
+    """Fit gain and bias, float32 ``[K]``, so that ``gain n + bias`` comes closest to ``y``.
 
     Minimises, per channel, ``mean (g n + b - y)^2 + damping ((g - gain)^2 + (b - bias)^2)``: a 2x2
     linear system, or one equation where the norm has no bias (RMSNorm).
@@ -216,7 +216,7 @@ class NormRefit:
         pooled: bool,
         done: Mapping[str, nn.Module],
     ) -> tuple[NormSums, list[Kept]]:
-        """Sums over one task's tokens, and what the norm received, batch by batch."""
+        """Return sums over one task's tokens, and what the norm received, batch by batch."""
         student = self._model.get_submodule(block.name)
         norm = self._model.get_submodule(name)
         gain = self._experts.tensor(task, f"{name}.weight")

@@ -1,8 +1,8 @@
 """Settling options that depend on the model: the anchor's strength and bits per layer.
 
 How strongly layers should be held to the anchor depends on the model, the merge and the number of
-samples, and nothing in the objective itself says so. Candidates are calibrated without rounding on
-part of every task's samples; what counts is how closely the model then predicts what the experts
+samples, and the objective itself does not decide it. Candidates are calibrated without rounding on
+part of every task's samples, and compared by how closely the model then predicts what the experts
 predict on the rest. No labels are needed.
 
 Bits per layer are chosen under a budget, from each layer's exact error at each width.
@@ -42,7 +42,7 @@ def search_anchor(score: Callable[[float], Scores], start: float) -> Tuned:
 
 
 def plan_anchor(search: AnchorSearch[Any], ctx: CalibrationContext) -> dict[str, Any]:
-    """Search the anchor's strength; plain data with ``anchor`` and how it was found.
+    """Search the anchor's strength; return it as ``anchor`` with the search's curve, as plain data.
 
     Raises:
         RecipeError: there is nothing to search on.
@@ -77,7 +77,7 @@ def plan_anchor(search: AnchorSearch[Any], ctx: CalibrationContext) -> dict[str,
 
 @dataclass(frozen=True)
 class Choice:
-    """What a layer costs at each width.
+    """Error and size of a layer at each width.
 
     Attributes:
         errors: relative error of the layer's objective, by bits.
@@ -89,7 +89,7 @@ class Choice:
 
 
 def allocate(layers: Mapping[str, Choice], budget: float) -> dict[str, int]:
-    """Bits per layer with the least summed error whose summed size is within ``budget``.
+    """Choose bits per layer with the least summed error whose summed size is within ``budget``.
 
     Starts from the smallest widths and spends what is left where it lowers the error most per bit
     stored, along each layer's lower convex hull: what a Lagrangian multiplier would choose
@@ -128,7 +128,7 @@ def allocate(layers: Mapping[str, Choice], budget: float) -> dict[str, int]:
 def plan_bits(options: QuantizeOptions, ctx: CalibrationContext) -> dict[str, Any]:
     """Choose bits per layer for ``target_bits`` or ``target_size``; plain data with ``layers``.
 
-    Layers that have bits of their own keep them, and count.
+    Layers whose bits ``quantize.layers`` fixes keep them, and count.
 
     Raises:
         RecipeError: see ``bit_budget``.
@@ -147,7 +147,7 @@ def plan_bits(options: QuantizeOptions, ctx: CalibrationContext) -> dict[str, An
 
 
 def with_bits(options: QuantizeOptions, bits: Mapping[str, int]) -> QuantizeOptions:
-    """Options in which each layer has the bits given."""
+    """Return options in which each layer has the bits given."""
     chosen = {
         name: options.layers.get(name, LayerOptions()).model_copy(update={"bits": width})
         for name, width in bits.items()

@@ -43,11 +43,11 @@ class QuantizedLinear:
         return self.codes.shape[1]
 
     def codes_sha256(self) -> str:
-        """sha256 of the codes: one byte each, row by row, whatever they are packed to in a file."""
+        """Return the sha256 of the codes, one byte each, row by row, however files pack them."""
         return hashlib.sha256(self.codes.cpu().contiguous().numpy().tobytes()).hexdigest()
 
     def dequantize(self) -> Tensor:
-        """The weight the codes stand for, float32 ``[N, K]``."""
+        """Return the weight that the codes stand for, float32 ``[N, K]``."""
         weight = self.codes.to(torch.float32)
         # In place: a model's largest layer would otherwise be in memory five times.
         weight -= expand_groups(self.zero_points, self.group_size, self.in_features)
@@ -57,14 +57,14 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """How one layer fared.
+    """How one layer was quantized.
 
     Attributes:
         layer: dotted name.
         status: the solver's; ``kept`` for a layer left in float; ``refitted`` for a norm.
-        reason: why it was kept or not solved as asked; empty otherwise.
-        bits: bits per weight, 0 when kept.
-        group_size: columns per scale, 0 when kept.
+        reason: why it was kept, or not solved as asked; empty otherwise.
+        bits: bits per weight, 0 if kept.
+        group_size: columns per scale, 0 if kept.
         error_before: ``tr((Q - W*) H (Q - W*)^T)`` of ``W*`` rounded to nearest on the first grid,
             relative to ``tr(W* H W*^T)``.
         error_after: the same of the codes and grid chosen, with the damping added.
@@ -92,7 +92,7 @@ class QuantizedLayer:
     Attributes:
         linear: codes and grid, on the CPU.
         bias: re-fitted bias, float32 ``[N]``, or None where it stays as it was.
-        report: how it fared.
+        report: of the layer.
     """
 
     linear: QuantizedLinear
@@ -109,7 +109,7 @@ class LayerInputs:
         high: largest, float32 ``[K]``.
         square: mean of ``x^2``, float32 ``[K]``, tokens and tasks weighted as for the codes.
         output: mean of ``||Q x||^2`` with the layer's dequantized weight ``Q``, without bias,
-            likewise.
+            weighted in the same way.
     """
 
     low: Tensor
@@ -120,14 +120,14 @@ class LayerInputs:
 
 @dataclass
 class QuantizedModel:
-    """What quantizing a model, or some of its blocks, yields.
+    """Results of quantizing a model, or some of its blocks.
 
     Attributes:
         layers: codes and grids by layer name.
         replaced: parameters given new values (re-fitted biases and norms), by parameter name.
         reports: one per layer quantized or norm re-fitted, in running order, then those kept.
         errors: per layer its error by width, where widths were probed.
-        inputs: what calibration saw of a layer's inputs, by layer name; none without activations.
+        inputs: what calibration saw of layers' inputs, by layer name; empty without activations.
     """
 
     layers: dict[str, QuantizedLinear] = field(default_factory=dict)

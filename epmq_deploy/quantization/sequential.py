@@ -16,7 +16,7 @@ from epmq_deploy.models.modules import linear_layer
 from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.base import QuantizationMethod
-from epmq_deploy.quantization.embeddings import is_quantizable, quantize_outer
+from epmq_deploy.quantization.embeddings import is_quantizable, quantize_outside_blocks
 from epmq_deploy.quantization.expert_features import ExpertRecorder, Features
 from epmq_deploy.quantization.expert_source import ExpertSource
 from epmq_deploy.quantization.group import GroupQuantizer
@@ -175,7 +175,7 @@ class BlockQuantizer:
     def _input_of(
         self, block: Block, name: str, done: Mapping[str, nn.Module]
     ) -> Callable[[str, int], Tensor]:
-        """What a layer receives from the student with all earlier layers quantized."""
+        """Return a function for what a layer receives with all earlier layers quantized."""
         student = self._model.get_submodule(block.name)
         layer = linear_layer(self._model, name)
 
@@ -240,8 +240,8 @@ def quantize_model(
     inside = {name for block in blocks for name in block.layers}
     whole = QuantizedModel()
     if rounding:
-        # First, so that calibration sees what the blocks will receive.
-        layers, reports = quantize_outer(model, inside, options)
+        # First, so that calibration sees the inputs that the blocks will receive.
+        layers, reports = quantize_outside_blocks(model, inside, options)
         whole.extend(QuantizedModel(layers, reports=reports))
     quantizer = BlockQuantizer(
         model,
@@ -297,7 +297,7 @@ def check_patterns(model: nn.Module, blocks: tuple[Block, ...], options: Quantiz
 
 
 def _unmatched(patterns: Iterable[str], names: list[str]) -> list[str]:
-    """The patterns that match none of these names."""
+    """Return the patterns that match none of these names."""
     return [key for key in patterns if not any(fnmatchcase(name, key) for name in names)]
 
 

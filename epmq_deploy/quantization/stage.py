@@ -81,7 +81,7 @@ def missing_heads(
 
 
 def _needing_heads(options: QuantizeOptions) -> list[str]:
-    """The options given that need the tasks' heads."""
+    """Return the options given that need the tasks' heads."""
     method = QUANTIZATION_METHODS[options.method]
     return [f"quantize.{option}" for option in method.needs_heads(options)]
 
@@ -192,13 +192,13 @@ def _open_context(
     family = family_of(merged)
     samples = calibration_samples(recipe, family, merged)
     if QUANTIZATION_METHODS[recipe.quantize.method].uses_experts or without_answers(samples):
-        # Opened now, so that what is wrong with them is said before anything takes long.
+        # Opened now, so that problems are reported before any long work.
         experts()
     return CalibrationContext(family, merged, samples, experts, device, progress)
 
 
 def _arithmetic(options: QuantizeOptions, device: torch.device) -> str:
-    """What codes depend on besides options and inputs: blocks of different kinds do not mix."""
+    """Return what codes depend on besides options and inputs, so that no blocks are mixed."""
     products = QUANTIZATION_METHODS[options.method].products_dtype(options)
     return f"{device.type} {products} {torch.get_num_threads()} threads"
 
@@ -206,7 +206,7 @@ def _arithmetic(options: QuantizeOptions, device: torch.device) -> str:
 def _quantize_model(
     recipe: Recipe, ctx: CalibrationContext, finished: FinishedWork
 ) -> tuple[QuantizedModel, dict[str, Any]]:
-    """The quantized model, and for the manifest how what depends on the model was settled."""
+    """Return the quantized model and the manifest's details on plans and pseudo-labels."""
     ctx, answers = _with_answers(ctx, finished)
     ctx = _with_heads(recipe, ctx)
     options, plans = _planned(recipe.quantize, ctx, finished)
@@ -221,7 +221,7 @@ def _quantize_model(
 def _with_answers(
     ctx: CalibrationContext, finished: FinishedWork
 ) -> tuple[CalibrationContext, dict[str, Any]]:
-    """The context with pseudo-labels where data have no answers, and details for the manifest."""
+    """Fill in pseudo-labels where data have no answers; also return the manifest's details."""
     if not without_answers(ctx.samples):
         return ctx, {}
 
@@ -235,7 +235,7 @@ def _with_answers(
 
 
 def _with_heads(recipe: Recipe, ctx: CalibrationContext) -> CalibrationContext:
-    """The context with heads of all tasks where the options need predictions of classifiers.
+    """Add heads of all tasks where the options need predictions of classifiers.
 
     Raises:
         RecipeError: a task has none.
@@ -253,7 +253,7 @@ def _with_heads(recipe: Recipe, ctx: CalibrationContext) -> CalibrationContext:
 def _planned(
     options: QuantizeOptions, ctx: CalibrationContext, finished: FinishedWork
 ) -> tuple[QuantizeOptions, dict[str, Any]]:
-    """The options with everything settled that depends on the model, and how it was settled."""
+    """Settle options that depend on the model; also return how, for the manifest."""
     plans: dict[str, Any] = {}
     if search := QUANTIZATION_METHODS[options.method].anchor_search(options):
         plan = plans["anchor"] = finished.once("anchor", partial(plan_anchor, search, ctx))

@@ -8,7 +8,7 @@ from torch import nn
 from epmq_deploy.exporters.packing.packed_linear import block_size_for, container_bits
 from epmq_deploy.models import Block
 from epmq_deploy.options.quantization import QuantizeOptions
-from epmq_deploy.quantization.embeddings import planned_outer
+from epmq_deploy.quantization.embeddings import planned_outside_blocks
 from epmq_deploy.quantization.results import QuantizedLinear
 
 
@@ -60,7 +60,7 @@ def planned_grids(
     """
     inside = {name for block in blocks for name in block.layers}
     grids = {}
-    for name, planned in planned_outer(model, inside, options).items():
+    for name, planned in planned_outside_blocks(model, inside, options).items():
         layer = model.get_submodule(name)
         if isinstance(layer, nn.Linear):
             grids[name] = LayerGrid.stored(

@@ -85,7 +85,7 @@ def inputs() -> dict[str, list[tuple[Tensor, ...]]]:
 
 
 def runner_of(student: Any, experts: Experts | None = None, **options: Any) -> BlockRunner:
-    """A runner over the batches above."""
+    """Return a runner over the batches above."""
     family: Any = SimpleNamespace(
         embed=lambda model, values: model(values),
         tokens=lambda values, *, stream: TokenWeights(pooled=torch.zeros(len(values)).long()),

@@ -20,7 +20,7 @@ from epmq_deploy.recipe import load_recipe, override
 
 @pytest.fixture(scope="module")
 def merged(tiny: TinyZoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny zoo, merged."""
+    """Merge the tiny zoo."""
     folder = tmp_path_factory.mktemp("merge") / "merged"
     merge(load_recipe(tiny.recipe), folder)
     return folder

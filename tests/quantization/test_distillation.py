@@ -31,7 +31,7 @@ def distilling(tiny: TinyZoo, epochs: int) -> Recipe:
 
 
 def with_head(recipe: Recipe, head: Head | None) -> Recipe:
-    """The recipe with another head of its first task."""
+    """Return the recipe with another head of its first task."""
     changed = recipe.tasks[TASKS[0]].model_copy(update={"head": head})
     return recipe.model_copy(update={"tasks": {**recipe.tasks, TASKS[0]: changed}})
 

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from epmq_deploy.quantization.embeddings import OuterGrid, planned_outer, quantize_outer
+from epmq_deploy.quantization.embeddings import (
+    RoundingGrid,
+    planned_outside_blocks,
+    quantize_outside_blocks,
+)
 from epmq_deploy.quantization.methods.rtn import RtnOptions
 
 
@@ -38,10 +42,10 @@ class Model(nn.Module):
 def test_what_is_planned_is_what_is_made(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model, chosen = Model(), RtnOptions(**options)
-    planned = planned_outer(model, {"block"}, chosen)
-    layers, _ = quantize_outer(model, {"block"}, chosen)
+    planned = planned_outside_blocks(model, {"block"}, chosen)
+    layers, _ = quantize_outside_blocks(model, {"block"}, chosen)
     assert planned == {
-        name: OuterGrid(layer.bits, layer.group_size, layer.symmetric)
+        name: RoundingGrid(layer.bits, layer.group_size, layer.symmetric)
         for name, layer in layers.items()
     }
     expected = {"projection", "table", "head", "patches"}

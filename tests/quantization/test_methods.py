@@ -39,7 +39,7 @@ def statistics_of(inputs: Tensor) -> TaskStatistics:
 
 
 def exact_statistics(inputs: Tensor, expert: Tensor, own: Tensor, mix: float) -> TaskStatistics:
-    """What an accumulator would find without rounding; ``own`` are the expert's own inputs."""
+    """Return statistics without rounding; ``own`` are the expert's own inputs."""
     x, z, weight = inputs.double(), own.double(), expert.double()
     wanted = ((1 - mix) * x + mix * z) @ weight.T
     return TaskStatistics(
@@ -58,7 +58,7 @@ def epmq_sums(
     own: list[Tensor] | None = None,
     biases: list[Tensor] | None = None,
 ) -> GroupSums:
-    """Sums over tasks; ``own`` are the experts' own inputs, the student's when absent."""
+    """Sum over tasks; ``own`` are the experts' own inputs; default: the student's."""
     sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
     tasks = zip(inputs, experts, own or inputs, strict=True)
     for index, (features, expert, expert_features) in enumerate(tasks):

@@ -20,13 +20,13 @@ NO_DATA = (
 
 
 def recipe(**options: Any) -> Recipe:
-    """A recipe with these options of quantization."""
+    """Return a recipe with these options of quantization."""
     content = {"base": {"path": "b"}, "tasks": {"t": {"expert": "e"}}, "quantize": options}
     return parse_recipe(content, "test")
 
 
 def carried(made: Recipe, folder: Path) -> Recipe:
-    """The recipe as an earlier stage's manifest hands it on."""
+    """Return the recipe as an earlier stage's manifest hands it on."""
     finish_output(folder, MergeManifest(fingerprint="mark", recipe=made, inputs={}))
     return read_manifest(folder, "merge").recipe
 

@@ -1,9 +1,9 @@
 """E-PMQ: aim each layer at its experts' outputs, anchored.
 
 Preset ``paper`` is arXiv 2605.16882; preset ``features`` takes its target from feature calibration
-(FeatCal, arXiv 2605.13030); preset ``outputs``, the default, goes all the way to the experts' own
-outputs, held by a weaker anchor that lies further beyond the merged weights; preset ``weights``
-needs no calibration data (``WeightStatistics``).
+(FeatCal, arXiv 2605.13030); preset ``outputs``, the default, aims at experts' own outputs alone,
+held by a weaker anchor that lies further beyond the merged weights; preset ``weights`` needs no
+calibration data (``WeightStatistics``).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """Values an option takes when it is not given.
+    """Values of options that are not given.
 
     Attributes:
         anchor: lambda.
@@ -63,7 +63,7 @@ PRESETS = {
 }
 
 
-# How calibration data are chosen, run through the model, kept and used.
+# Options on how calibration data are chosen, run through the model, cached and used.
 _OF_DATA = (
     "samples",
     "seed",
@@ -114,7 +114,7 @@ class EpmqOptions(CalibratedOptions):
     @field_validator("anchor", mode="before")
     @classmethod
     def _number_or_auto(cls, value: Any) -> Any:
-        """One message for a value that is neither."""
+        """Report a value that is neither in one message."""
         if value is None or value == "auto":
             return value
         try:
@@ -147,15 +147,15 @@ class EpmqOptions(CalibratedOptions):
         return self
 
     def idle(self) -> dict[str, str]:
-        """What only calibration data give a meaning, with preset ``weights``."""
-        found = super().idle()
+        """Return options without effect; with preset ``weights``, those on calibration data."""
+        reasons = super().idle()
         if self.values.data_free:
             given = [name for name in _OF_DATA if name in self.model_fields_set]
             reason = f"with quantize.preset: {self.preset}, which uses no calibration data"
-            found |= dict.fromkeys(given, reason)
+            reasons |= dict.fromkeys(given, reason)
             if self.anchor == "auto":
-                found["anchor"] = f"as auto {reason}"
-        return found
+                reasons["anchor"] = f"as auto {reason}"
+        return reasons
 
     @model_validator(mode="after")
     def _distillation_is_not_held(self) -> EpmqOptions:

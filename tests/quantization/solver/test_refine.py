@@ -13,7 +13,7 @@ from epmq_deploy.quantization.solver.refine import Refinement, refine
 
 
 def problem(rows: int = 16, columns: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight and a correlated Hessian."""
+    """Return a weight and a correlated Hessian."""
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
     spectrum = torch.logspace(0, -2, columns, dtype=torch.float64)[:, None]
