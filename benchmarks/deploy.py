@@ -45,8 +45,9 @@ from quantize import images, write_models
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil
 
-from epmq_deploy.exporters.formats import formats_of
-from epmq_deploy.exporters.graphs.layers import DOMAIN, OP_TYPE, add_initializer
+from epmq_deploy.exporters.formats.base import FormatPlan
+from epmq_deploy.exporters.formats.int8_expand import int8_passes
+from epmq_deploy.exporters.lowering.layers import DOMAIN, OP_TYPE, add_initializer
 from epmq_deploy.exporters.packing.packed_linear import pack_linear
 from epmq_deploy.quantization.results import QuantizedLinear
 
@@ -161,7 +162,7 @@ def one_row(depth: int, turns: int) -> dict[str, float]:
         packed = partial(_packed_node, level=level)
         graphs[f"matmulnbits level {level}"] = _chain(layers, packed)
     graphs["int8-expand"] = _chain(layers, partial(_packed_node, level=0))
-    formats_of(["int8-expand"])[0].lower(graphs["int8-expand"])
+    FormatPlan(int8_passes({})).lower(graphs["int8-expand"])
     sessions = {
         name: session(ir.to_proto(graph).SerializeToString()) for name, graph in graphs.items()
     }

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from epmq_deploy.exporters.packing.bytes import pack_codes, pack_zero_points
+from epmq_deploy.exporters.packing.bit_packing import pack_codes, pack_zero_points
 
 RESULTS = Path(__file__).parent / "results" / "low_bit_kernels.json"
 CONTRIB = "com.microsoft"

@@ -56,7 +56,7 @@ def methods_table(title: str, data: Mapping[str, Any]) -> Table:
 def formats_data() -> dict[str, Any]:
     """Return formats and deployment targets as plain data."""
     from epmq_deploy.exporters.formats import FORMATS
-    from epmq_deploy.exporters.targets.registry import TARGETS
+    from epmq_deploy.exporters.targets import TARGETS
 
     formats = [
         {

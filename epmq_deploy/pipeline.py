@@ -160,8 +160,8 @@ def preflight(recipe: Recipe) -> Sources:
     from epmq_deploy.data.samples import missing_data
     from epmq_deploy.exporters.browser.page import check_demo
     from epmq_deploy.exporters.targets.check import check_target
+    from epmq_deploy.exporters.targets.choice import check_export
     from epmq_deploy.exporters.targets.layer_grid import planned_grids
-    from epmq_deploy.exporters.targets.registry import check_export
     from epmq_deploy.merging import stage as merge_stage
     from epmq_deploy.merging.preflight import check_experts
     from epmq_deploy.quantization import stage as quantize_stage

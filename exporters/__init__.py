@@ -1,24 +1,18 @@
 """ONNX export: one graph with low-bit layers, lowered to every format asked for."""
 
 from epmq_deploy.exporters.formats import (
-    all_formats,
     format_names,
     formats_of,
     low_bit_format_names,
 )
-from epmq_deploy.exporters.graphs.build import (
-    FP32_FORMAT,
-    ExportedGraph,
-    verify_graph,
-    write_graphs,
-)
+from epmq_deploy.exporters.graphs.build import FP32_FORMAT, write_graphs
 from epmq_deploy.exporters.verification.codes import read_codes
+from epmq_deploy.exporters.verification.graphs import ExportedGraph, verify_graph
 from epmq_deploy.runtime.ort.graph_runs import session_config
 
 __all__ = [
     "FP32_FORMAT",
     "ExportedGraph",
-    "all_formats",
     "format_names",
     "formats_of",
     "low_bit_format_names",

@@ -24,13 +24,7 @@ from epmq_deploy.data.heads import class_names, heads_sha256, leaves_head_to_exp
 from epmq_deploy.exporters.browser.page import check_demo, check_demo_model, write_demo
 from epmq_deploy.exporters.formats import FORMATS
 from epmq_deploy.exporters.formats.base import ExportContext
-from epmq_deploy.exporters.graphs.build import (
-    ExportedGraph,
-    WrittenGraph,
-    by_kind,
-    verify_graph,
-    write_graphs,
-)
+from epmq_deploy.exporters.graphs.build import by_kind, write_graphs
 from epmq_deploy.exporters.graphs.quantized_backbone import quantized_layers
 from epmq_deploy.exporters.graphs.specs import Part, parts_of
 from epmq_deploy.exporters.memory import (
@@ -39,14 +33,15 @@ from epmq_deploy.exporters.memory import (
     release_memory,
     weights_released,
 )
+from epmq_deploy.exporters.targets import TARGETS
 from epmq_deploy.exporters.targets.check import check_target
-from epmq_deploy.exporters.targets.layer_grid import LayerGrid
-from epmq_deploy.exporters.targets.registry import (
+from epmq_deploy.exporters.targets.choice import (
     check_export,
     chosen_formats,
     chosen_two_bit_containers,
-    target_of,
 )
+from epmq_deploy.exporters.targets.layer_grid import LayerGrid
+from epmq_deploy.exporters.verification.graphs import ExportedGraph, WrittenGraph, verify_graph
 from epmq_deploy.exporters.verification.parity import (
     Outputs,
     ParityInputs,
@@ -144,7 +139,7 @@ def export(
             write_demo(folder, family, classes, shown.path, options)
         details = ExportDetails(
             merge=made.details.merge,
-            target=asdict(target_of(options.target)) if options.target else None,
+            target=asdict(TARGETS.named(options.target)) if options.target else None,
             classes=classes,
             graphs=tuple(
                 _entry(graph, parities[graph.path], folder, options)
@@ -166,7 +161,7 @@ def _explain_target(options: ExportOptions) -> None:
     """Why a target's formats and constraints are what they are, and what is not known for sure."""
     if options.target is None:
         return
-    target = target_of(options.target)
+    target = TARGETS.named(options.target)
     log.info("target %s: %s", target.name, target.why)
     if target.unverified:
         log.info("not verified: %s", target.unverified)

@@ -35,6 +35,7 @@ LINES = (
         "exporters.compat",
         "exporters.memory",
         "exporters.packing",
+        "exporters.files",
         "exporters.lowering",
         "exporters.formats",
         "exporters.verification",
@@ -44,7 +45,14 @@ LINES = (
         "exporters.stage",
         "exporters",
     ),
-    ("runtime.ort", "runtime.evaluation", "runtime.report", "runtime.inference", "runtime"),
+    (
+        "runtime.ort",
+        "runtime.evaluation",
+        "runtime.report",
+        "runtime.stage",
+        "runtime.inference",
+        "runtime",
+    ),
 )
 # The roof of the core, above exporters and runtime.
 ROOF = ("pipeline", "api", "")

@@ -1,7 +1,8 @@
 """What an export format has to provide."""
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,10 +12,19 @@ from epmq_deploy.models.blocks import Group
 from epmq_deploy.quantization.results import LayerInputs, QuantizedLinear
 from epmq_deploy.recipe import ExportOptions
 
+log = logging.getLogger(__name__)
+
+# Of activations rounded to int8, layer after layer; evaluation decides whether that is good enough,
+# parity only tells it from a wrong graph.
+INT8_TOLERANCE = 0.3
+
+# The first with 4-bit types.
+TRACED_OPSET = 21
+
 
 @dataclass(frozen=True)
 class ExportContext:
-    """What formats may want to know besides codes.
+    """What formats may want to know in addition to codes.
 
     Attributes:
         options: of the export.
@@ -27,13 +37,26 @@ class ExportContext:
     groups: tuple[Group, ...] = ()
 
 
-# Of activations rounded to int8, layer after layer; evaluation decides whether that is good enough,
-# parity only tells it from a wrong graph.
-INT8_TOLERANCE = 0.3
+@dataclass(frozen=True)
+class FormatPlan:
+    """How one export's graphs become a format.
 
+    Attributes:
+        passes: rewrite a graph into the format, in this order.
+        problems: what keeps the layers from being exported as asked, one sentence each.
+        details: what was decided for each layer, by dotted name, as plain data.
+    """
 
-# The first with 4-bit types.
-TRACED_OPSET = 21
+    passes: Sequence[ir.passes.InPlacePass] = ()
+    problems: Sequence[str] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def lower(self, model: ir.Model) -> None:
+        """Rewrite a graph in place, one pass after the other."""
+        for each in self.passes:
+            result = each(model)
+            name = type(each).__name__
+            log.debug("%s: %s", name, "modified" if result.modified else "nothing to do")
 
 
 class GraphFormat(ABC):
@@ -43,66 +66,59 @@ class GraphFormat(ABC):
         name: what recipes call it.
         suffix: the file is ``model<suffix>.onnx``; transformers.js and optimum look for these.
         summary: one line for listings.
-        low_bit: whether it holds the quantized layers; otherwise it is the merged model in float.
+        default: whether it is written where neither formats nor a target are given.
+        low_bit: whether it holds the quantized layers; otherwise it is the merged model in float,
+            to compare with.
         stores_two_bits: whether it may hold codes in 2-bit containers.
         tolerance: largest distance from torch, relative to the norm of an output
-            (`epmq_deploy.exporters.verification.parity`); the default is for float32 arithmetic.
+            (`exporters.verification.parity`); the default is for float32 arithmetic.
+        option_names: options of an export that only this format looks at.
     """
 
     name: ClassVar[str]
     suffix: ClassVar[str]
     summary: ClassVar[str]
+    default: ClassVar[bool] = False
     low_bit: ClassVar[bool] = True
     stores_two_bits: ClassVar[bool] = False
     tolerance: ClassVar[float] = 1e-3
-
-    def planned(
-        self, layers: Mapping[str, QuantizedLinear], context: ExportContext
-    ) -> "GraphFormat":
-        """The format, set up for one export of these linear layers."""
-        return self
-
-    def details(self) -> Mapping[str, Any]:
-        """What was decided for each layer, by dotted name, as plain data."""
-        return {}
+    option_names: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
-    def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
-        """What keeps linear layers, by dotted name, from being exported: one sentence each."""
+    def plan(self, layers: Mapping[str, QuantizedLinear], context: ExportContext) -> FormatPlan:
+        """Decide how graphs of these linear layers become this format.
 
-    def usual_opset(self, model: ir.Model) -> int:
-        """The version of the default operator set for a graph, unless the user asks for another.
+        The passes are given the MatMulNBits graph (`exporters.lowering.layers`), or the float
+        graph where the format is not a low-bit one. They must keep its naming: node ``<layer>``,
+        initializers ``<layer>.codes`` and so on.
 
         Args:
-            model: as ``lower`` takes it, of `TRACED_OPSET`.
+            layers: by dotted name.
+            context: what else is known.
+        """
+
+    def usual_opset(self, model: ir.Model) -> int:
+        """Return the version of the default operator set, unless the user asks for another.
+
+        Args:
+            model: as the passes are given it, of `TRACED_OPSET`.
         """
         return TRACED_OPSET
 
     @abstractmethod
-    def lower(self, model: ir.Model) -> None:
-        """Turn the MatMulNBits graph (`exporters.graphs.layers`) into this format, in place.
-
-        Naming must be kept: node ``<layer>``, initializers ``<layer>.codes`` and so on.
-        """
-
-    @abstractmethod
     def read(self, model: ir.Model) -> Iterator[tuple[str, QuantizedLinear]]:
-        """The linear layers with dotted names, of the container's width and the block size.
+        """Yield linear layers with dotted names, of the container's width and the block size.
 
         Convolutions and embeddings are stored alike in all formats
-        (`epmq_deploy.exporters.lowering.int8.rows`).
+        (`exporters.lowering.int8.rows`).
         """
 
 
 class FloatFormat(GraphFormat):
-    """The merged model before quantization, for comparison; ``lower`` is given its float graph."""
+    """The merged model before quantization: a reference that low-bit graphs are compared with."""
 
     low_bit = False
 
-    def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
-        """Nothing: it holds no layers."""
-        return []
-
     def read(self, model: ir.Model) -> Iterator[tuple[str, QuantizedLinear]]:
-        """See base: none."""
+        """Yield nothing: a float graph holds no quantized layers."""
         return iter(())

@@ -1,8 +1,9 @@
 """The merged model in float32, which is always written: what all others are compared with."""
 
-import onnx_ir as ir
+from collections.abc import Mapping
 
-from epmq_deploy.exporters.formats.base import FloatFormat
+from epmq_deploy.exporters.formats.base import ExportContext, FloatFormat, FormatPlan
+from epmq_deploy.quantization.results import QuantizedLinear
 
 
 class Fp32Format(FloatFormat):
@@ -12,8 +13,9 @@ class Fp32Format(FloatFormat):
     suffix = ""
     summary = "the merged model in float32, always written"
 
-    def lower(self, model: ir.Model) -> None:
-        """See base: nothing to do."""
+    def plan(self, layers: Mapping[str, QuantizedLinear], context: ExportContext) -> FormatPlan:
+        """Return a plan without passes."""
+        return FormatPlan()
 
 
 FORMAT = Fp32Format()

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
-from epmq_deploy.exporters.formats.base import GraphFormat
-from epmq_deploy.exporters.graphs.layers import low_bit_nodes, read_packed
+from epmq_deploy.exporters.formats.base import ExportContext, FormatPlan, GraphFormat
+from epmq_deploy.exporters.lowering.layers import low_bit_nodes, read_packed
 from epmq_deploy.exporters.packing.packed_linear import unpack_linear
 from epmq_deploy.quantization.results import QuantizedLinear
 
@@ -16,17 +16,15 @@ class MatMulNBitsFormat(GraphFormat):
     name = "matmulnbits"
     suffix = "_q4"
     summary = "MatMulNBits nodes: onnxruntime on CPU, CUDA and in the browser (WebGPU)"
+    default = True
     stores_two_bits = True
 
-    def check(self, layers: Mapping[str, QuantizedLinear]) -> list[str]:
-        """Nothing beyond what packing itself demands."""
-        return []
-
-    def lower(self, model: ir.Model) -> None:
-        """See base: nothing to do."""
+    def plan(self, layers: Mapping[str, QuantizedLinear], context: ExportContext) -> FormatPlan:
+        """Return a plan without passes; packing has checked all that the operator demands."""
+        return FormatPlan()
 
     def read(self, model: ir.Model) -> Iterator[tuple[str, QuantizedLinear]]:
-        """See base."""
+        """Yield what the MatMulNBits nodes multiply by."""
         for node in low_bit_nodes(model.graph):
             yield str(node.name), unpack_linear(read_packed(node))
 

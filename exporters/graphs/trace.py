@@ -16,12 +16,27 @@ from onnx_ir.passes.common import (
 )
 from torch import Tensor
 
-from epmq_deploy.exporters.graphs.layers import name_float_layers, name_layers
-from epmq_deploy.exporters.lowering.int8.rows import lower_rows
+from epmq_deploy.exporters.lowering.int8.rows import LowerRows
+from epmq_deploy.exporters.lowering.naming import NameFloatLayers, NameLayers
 from epmq_deploy.models.base import Deployable
 from epmq_deploy.version import __version__
 
-_LOGGER = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
+
+
+_CLEANING: tuple[ir.passes.InPlacePass, ...] = (
+    # A model that only looks at a stand-in's weight leaves a node behind that would count as a run.
+    RemoveUnusedNodesPass(),
+    NameFloatLayers(),
+    NameLayers(),
+    LowerRows(),
+    RemoveUnusedNodesPass(),
+    RemoveUnusedOpsetsPass(),
+    # Stack traces and module paths of the exporting machine do not belong in the file.
+    ClearMetadataAndDocStringPass(),
+    # An initializer may have come to share its name with an output.
+    NameFixPass(),
+)
 
 
 def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
@@ -53,19 +68,8 @@ def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> 
     assert program is not None  # only torch's legacy exporter returns nothing
     graph = program.model
     traced = list(graph.graph.initializers.values())
-    # A model that only looks at a stand-in's weight leaves a node behind that would count as a run.
-    RemoveUnusedNodesPass()(graph)
-    name_float_layers(graph.graph)
-    name_layers(graph.graph)
-    lower_rows(graph.graph)
-    # Stack traces and module paths of the exporting machine do not belong into the file.
-    ir.passes.Sequential(
-        RemoveUnusedNodesPass(),
-        RemoveUnusedOpsetsPass(),
-        ClearMetadataAndDocStringPass(),
-        # An initializer may have come to share its name with an output.
-        NameFixPass(),
-    )(graph)
+    for clean in _CLEANING:
+        clean(graph)
     # torch keeps the values of its last trace.
     for value in traced:
         if not value.is_initializer():
@@ -94,4 +98,4 @@ def _quiet() -> Iterator[None]:
     finally:
         logger.setLevel(level)
         if printed.getvalue():
-            _LOGGER.debug("torch.onnx: %s", printed.getvalue())
+            log.debug("torch.onnx: %s", printed.getvalue())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from epmq_deploy.exporters.graphs.layers import only_reader, producer
+from epmq_deploy.exporters.lowering.layers import only_reader, producer
 
 # The first version of the default operator set with this operator.
 ATTENTION_OPSET = 23
@@ -65,8 +65,20 @@ def has_attention(graph: ir.Graph) -> bool:
     return any(_all(graph))
 
 
+class FuseAttention(ir.passes.InPlacePass):
+    """Replace every attention of that form; any other is left as it is.
+
+    Does nothing to a graph of an operator set before `ATTENTION_OPSET`.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace them."""
+        known = model.graph.opset_imports[""] >= ATTENTION_OPSET
+        return ir.passes.PassResult(model, modified=known and fuse_attention(model.graph) > 0)
+
+
 def fuse_attention(graph: ir.Graph) -> int:
-    """Replace every attention of that form, in place; any other is left as it is.
+    """Replace every attention of that form, in place.
 
     Returns:
         How many were replaced.

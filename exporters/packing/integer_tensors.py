@@ -5,7 +5,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 
-from epmq_deploy.exporters.packing.bytes import Bytes, pack_flat
+from epmq_deploy.exporters.packing.bit_packing import Bytes, pack_flat
 from epmq_deploy.quantization.results import QuantizedLinear
 
 SIGNED = {4: ir.DataType.INT4, 8: ir.DataType.INT8}

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.exporters.packing.bytes import (
+from epmq_deploy.exporters.packing.bit_packing import (
     Bytes,
     pack_codes,
     pack_zero_points,

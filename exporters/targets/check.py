@@ -6,8 +6,9 @@ from typing import Any
 
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.exporters.formats import formats_of
+from epmq_deploy.exporters.targets import TARGETS, Target
+from epmq_deploy.exporters.targets.choice import chosen_formats
 from epmq_deploy.exporters.targets.layer_grid import LayerGrid
-from epmq_deploy.exporters.targets.registry import Target, chosen_formats, target_of
 from epmq_deploy.options.quantization import LayerOptions, QuantizeOptions
 from epmq_deploy.recipe import ExportOptions
 
@@ -32,7 +33,7 @@ def check_target(
         return
     if not any(fmt.low_bit for fmt in formats_of(chosen_formats(options))):
         return
-    target = target_of(options.target)
+    target = TARGETS.named(options.target)
     if problems := _problems(target, layers):
         helpful = changes(quantized, fitting(target, layers, quantized))
         advice = ", ".join(_assignment(key, value) for key, value in helpful.items())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.errors import MismatchError, RecipeError
-from epmq_deploy.exporters.formats import GraphFormat
+from epmq_deploy.exporters.formats.base import FormatPlan
 from epmq_deploy.models.base import Deployable
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.recipe import OPSETS
@@ -15,13 +15,13 @@ _BITS = (2, 3, 4, 8)
 _ACCURACY_LEVELS = range(5)
 
 
-def check_options(
-    formats: Sequence[GraphFormat],
-    layers: Mapping[str, QuantizedLinear],
-    opset: int | None,
-    accuracy_level: int,
-) -> None:
+def check_options(plans: Mapping[str, FormatPlan], opset: int | None, accuracy_level: int) -> None:
     """Check what the user chose.
+
+    Args:
+        plans: by format.
+        opset: version of the default operator set, None for each format's usual one.
+        accuracy_level: of MatMulNBits.
 
     Raises:
         RecipeError: an opset not exportable, an accuracy level there is not, or layers a format
@@ -32,8 +32,8 @@ def check_options(
         problems.append(f"opset is {OPSETS[0]} to {OPSETS[-1]}, not {opset}")
     if accuracy_level not in _ACCURACY_LEVELS:
         problems.append(f"accuracy level is 0 to 4, not {accuracy_level}")
-    for fmt in formats:
-        problems += [f"format {fmt.name}: {problem}" for problem in fmt.check(layers)]
+    for name, plan in plans.items():
+        problems += [f"format {name}: {problem}" for problem in plan.problems]
     if problems:
         raise RecipeError("; ".join(problems))
 

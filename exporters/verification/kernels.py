@@ -12,9 +12,9 @@ import torch
 
 from epmq_deploy.checkpoints.memory_map import release_mapped
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.exporters.graphs.files import weightless
-from epmq_deploy.exporters.graphs.layers import DOMAIN, OP_TYPE
+from epmq_deploy.exporters.files import weightless
 from epmq_deploy.exporters.lowering.int8.matmul import INT8_SUFFIX
+from epmq_deploy.exporters.lowering.layers import DOMAIN, OP_TYPE
 from epmq_deploy.exporters.verification.codes import stored_layers
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.solver.grid import expand_groups

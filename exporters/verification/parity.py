@@ -15,8 +15,8 @@ from epmq_deploy.data.samples import TextSamples, batches, load_samples
 from epmq_deploy.errors import EpmqError, NumericsError
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.formats.base import INT8_TOLERANCE
-from epmq_deploy.exporters.graphs.build import ExportedGraph
 from epmq_deploy.exporters.memory import living_objects_set_aside, weights_released
+from epmq_deploy.exporters.verification.graphs import ExportedGraph
 from epmq_deploy.models import Deployable, ModelFamily
 from epmq_deploy.recipe import Task
 from epmq_deploy.runtime.ort.graph_runs import INT8_LEVEL, run_graph

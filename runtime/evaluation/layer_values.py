@@ -1,7 +1,7 @@
 """Finding layers in an exported graph and making their inputs and outputs readable.
 
 A layer is found by the name of its multiplying node or, where that became several, of its product;
-see `epmq_deploy.exporters.graphs.layers` for the names.
+see `epmq_deploy.exporters.lowering.layers` for the names.
 """
 
 import tempfile

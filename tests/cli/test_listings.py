@@ -6,7 +6,7 @@ import pytest
 from command_line import run
 
 from epmq_deploy.exporters.formats import FORMATS
-from epmq_deploy.exporters.targets.registry import TARGETS
+from epmq_deploy.exporters.targets import TARGETS
 from epmq_deploy.registry import QUANTIZATION_METHODS
 
 

@@ -24,7 +24,7 @@ def test_formats_are_discovered() -> None:
 
 
 def test_unknown_format() -> None:
-    known = "known: fp16, fp32, int8-expand, matmulnbits, qdq"
+    known = "choose from fp16, fp32, int8-expand, matmulnbits, qdq"
     with pytest.raises(RecipeError, match=f"'gguf'; {known}"):
         formats_of(["qdq", "gguf"])
 

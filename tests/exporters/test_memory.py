@@ -14,6 +14,7 @@ from torch import nn
 from epmq_deploy.checkpoints.memory_map import release_mapped
 from epmq_deploy.checkpoints.tensors import stored_tensors
 from epmq_deploy.errors import NumericsError
+from epmq_deploy.exporters.formats.base import ExportContext
 from epmq_deploy.exporters.formats.fp16 import FORMAT as FP16
 from epmq_deploy.exporters.graphs.quantized_backbone import quantized_layers
 from epmq_deploy.exporters.memory import map_weights, weights_released
@@ -130,7 +131,7 @@ def test_float16_keeps_what_is_too_large_finite() -> None:
     node.outputs[0].shape = x.shape
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 21})
     model = ir.Model(graph, ir_version=10)
-    FP16.lower(model)
+    FP16.plan({}, ExportContext()).lower(model)
     stored = model.graph.initializers["w"].const_value
     assert stored.dtype == ir.DataType.FLOAT16
     assert (stored.numpy() == np.finfo(np.float16).max).all()

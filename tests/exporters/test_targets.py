@@ -15,14 +15,14 @@ from epmq_deploy.cli.errors import flags_text
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.exporters.formats import format_names
 from epmq_deploy.exporters.packing.packed_linear import pack_linear
+from epmq_deploy.exporters.targets import TARGETS
 from epmq_deploy.exporters.targets.check import check_target
-from epmq_deploy.exporters.targets.layer_grid import LayerGrid, planned_grids
-from epmq_deploy.exporters.targets.registry import (
-    TARGETS,
+from epmq_deploy.exporters.targets.choice import (
     check_export,
     chosen_formats,
     chosen_two_bit_containers,
 )
+from epmq_deploy.exporters.targets.layer_grid import LayerGrid, planned_grids
 from epmq_deploy.models import Block, Group
 from epmq_deploy.quantization.methods.rtn import RtnOptions
 from epmq_deploy.recipe import ExportOptions, Recipe, override, parse_recipe
@@ -185,7 +185,7 @@ def test_a_target_given_later_brings_its_formats() -> None:
 
 
 def test_unknown_target() -> None:
-    with pytest.raises(RecipeError, match="'toaster'; known: cpu, cuda"):
+    with pytest.raises(RecipeError, match="unknown export target 'toaster'; choose from cpu, cuda"):
         check_export(ExportOptions(target="toaster"))
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from epmq_deploy.exporters.graphs.layers import add_initializer
 from epmq_deploy.exporters.lowering.int8.plan import activation_grid
+from epmq_deploy.exporters.lowering.layers import add_initializer
 
 INT8_SUFFIX = ".int8"
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from epmq_deploy.exporters.graphs.layers import LAYER_KEY
 from epmq_deploy.exporters.lowering.int8.rows import DEQUANTIZE, LOOK_UP, ROWS_DOMAIN, signed_codes
+from epmq_deploy.exporters.lowering.layers import LAYER_KEY
 from epmq_deploy.quantization.results import QuantizedLinear
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from epmq_deploy.exporters.graphs.layers import only_reader
 from epmq_deploy.exporters.lowering.int8.matmul import (
     INT8_SUFFIX,
     Emitter,
@@ -19,6 +18,7 @@ from epmq_deploy.exporters.lowering.int8.matmul import (
     weight_source,
 )
 from epmq_deploy.exporters.lowering.int8.rows import row_layer
+from epmq_deploy.exporters.lowering.layers import only_reader
 from epmq_deploy.quantization.results import QuantizedLinear
 
 
@@ -43,12 +43,18 @@ class _Patches:
     grid: tuple[int, int]
 
 
-def expand_patches(graph: ir.Graph) -> None:
-    """Replace every such convolution of a kernel stored as rows (`int8_rows`), in place."""
-    for node in list(graph):
-        patches = _patches(node) if node.op_type == "Conv" else None
-        if patches is not None:
-            _lower(graph, node, patches)
+class ExpandPatches(ir.passes.InPlacePass):
+    """Replace every such convolution whose kernel is stored as INT8 rows (`lowering.int8.rows`)."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace them."""
+        modified = False
+        for node in list(model.graph):
+            patches = _patches(node) if node.op_type == "Conv" else None
+            if patches is not None:
+                _lower(model.graph, node, patches)
+                modified = True
+        return ir.passes.PassResult(model, modified=modified)
 
 
 def read_patches(graph: ir.Graph) -> Iterator[tuple[str, QuantizedLinear]]:
@@ -59,7 +65,7 @@ def read_patches(graph: ir.Graph) -> Iterator[tuple[str, QuantizedLinear]]:
             continue
         codes = transpose.inputs[0].producer().inputs[0].const_value  # type: ignore[union-attr]
         scales = graph.initializers[f"{node.name}.scales"].const_value
-        assert codes is not None and scales is not None, "written by `expand_patches`"
+        assert codes is not None and scales is not None, "written by `ExpandPatches`"
         yield str(node.name), row_layer(codes, scales, None)
 
 

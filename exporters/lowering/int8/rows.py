@@ -11,7 +11,7 @@ compute the whole table on every run; behind it, blocked (opset 21), it is slowe
 but needs its scales repeated per block (2.8% more bytes) and saves 0.1 ms for 1024 tokens, nothing
 for 32 (``benchmarks/low_bit_kernels.py``): not worth leaving standard ONNX for.
 
-Naming is that of `epmq_deploy.exporters.graphs.layers`: initializers ``<layer>.codes`` and
+Naming is that of `epmq_deploy.exporters.lowering.layers`: initializers ``<layer>.codes`` and
 ``<layer>.scales``, and the layer's name on the Conv or Mul.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from epmq_deploy.exporters.graphs.layers import (
+from epmq_deploy.exporters.lowering.layers import (
     LAYER_KEY,
     add_initializer,
     constant,
@@ -47,23 +47,28 @@ def signed_codes(layer: QuantizedLinear) -> torch.Tensor:
     return shifted.to(torch.int8)
 
 
-def lower_rows(graph: ir.Graph) -> None:
-    """Replace the placeholders by standard operators, named after their layers.
+class LowerRows(ir.passes.InPlacePass):
+    """Replace the placeholders by standard operators, named after their layers."""
 
-    Raises:
-        MismatchError: a layer runs more than once.
-    """
-    nodes = [node for node in graph if node.domain == ROWS_DOMAIN]
-    refuse_repeated(nodes)
-    for node in nodes:
-        name = node.metadata_props[LAYER_KEY]
-        lower = _lower_dequantize if node.op_type == DEQUANTIZE else _lower_look_up
-        new = lower(graph, node, name)
-        ir.convenience.replace_nodes_and_values(
-            graph, node, [node], new, node.outputs, new[-1].outputs
-        )
-        if node.op_type == DEQUANTIZE:
-            _name_convolution(new[-1], name)
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Replace them.
+
+        Raises:
+            MismatchError: a layer runs more than once.
+        """
+        graph = model.graph
+        nodes = [node for node in graph if node.domain == ROWS_DOMAIN]
+        refuse_repeated(nodes)
+        for node in nodes:
+            name = node.metadata_props[LAYER_KEY]
+            lower = _lower_dequantize if node.op_type == DEQUANTIZE else _lower_look_up
+            new = lower(graph, node, name)
+            ir.convenience.replace_nodes_and_values(
+                graph, node, [node], new, node.outputs, new[-1].outputs
+            )
+            if node.op_type == DEQUANTIZE:
+                _name_convolution(new[-1], name)
+        return ir.passes.PassResult(model, modified=bool(nodes))
 
 
 def read_rows(graph: ir.Graph) -> Iterator[tuple[str, QuantizedLinear]]:

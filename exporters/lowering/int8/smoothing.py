@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor
 
-from epmq_deploy.exporters.graphs.layers import add_initializer, constant, producer
+from epmq_deploy.exporters.lowering.layers import add_initializer, constant, producer
 
 # Which inputs hold a gain and, for the first, a bias per channel. A norm that is spelled out ends
 # with a multiplication by its gain.

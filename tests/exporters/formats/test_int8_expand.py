@@ -17,7 +17,7 @@ from torch import Tensor
 
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.exporters.formats import formats_of
-from epmq_deploy.exporters.formats.base import ExportContext
+from epmq_deploy.exporters.formats.base import ExportContext, FormatPlan
 from epmq_deploy.exporters.lowering.int8.plan import Int8Plan, int8_error, plan_layers
 from epmq_deploy.exporters.lowering.int8.smoothing import divide_input
 from epmq_deploy.exporters.verification.kernels import verify_runs_low_bit
@@ -233,7 +233,7 @@ def test_a_norm_that_is_spelled_out_takes_factors_in(gain_first: bool) -> None:
 
 def one_layer(layer: QuantizedLinear, plan: Int8Plan, rows: Tensor) -> Tensor:
     """A layer's outputs in onnxruntime, in int8."""
-    from epmq_deploy.exporters.formats.int8_expand import Int8ExpandFormat
+    from epmq_deploy.exporters.formats.int8_expand import int8_passes
     from epmq_deploy.exporters.packing.packed_linear import pack_linear
 
     packed = pack_linear("layer", layer)
@@ -258,7 +258,7 @@ def one_layer(layer: QuantizedLinear, plan: Int8Plan, rows: Tensor) -> Tensor:
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph([node], "layer", [x], [y], tensors)
     model = ir.from_proto(helper.make_model(graph, opset_imports=opsets, ir_version=10))
-    Int8ExpandFormat({"layer": plan}).lower(model)
+    FormatPlan(int8_passes({"layer": plan})).lower(model)
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
     )
@@ -327,7 +327,7 @@ def test_errors_that_are_not_known_are_said(
     case: Any, tools: Any, caplog: pytest.LogCaptureFixture, known: bool
 ) -> None:
     context = calibrated(case, tools) if known else ExportContext()
-    formats_of([FORMAT])[0].planned(case.linear, context)
+    formats_of([FORMAT])[0].plan(case.linear, context)
     assert ("no layer's error in int8 is known" in caplog.text) is not known
 
 
@@ -352,4 +352,4 @@ def test_layer_that_is_not_fused_is_found(case: Any, smoothed: Any, tmp_path: Pa
 
 def test_no_statistics_no_smoothing(exported: Any) -> None:
     assert {item["int8_error"] for item in exported.graphs[FORMAT].layers.values()} == {None}
-    assert formats_of([FORMAT])[0].details() == {}
+    assert formats_of([FORMAT])[0].plan({}, ExportContext()).details == {}

@@ -5,7 +5,6 @@ dotted name, and the layer's initializers are ``<layer>.codes``, ``<layer>.scale
 present, ``<layer>.zero_points``.
 """
 
-import ast
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -19,16 +18,9 @@ DOMAIN = "com.microsoft"
 OP_TYPE = "MatMulNBits"
 LAYER_KEY = "epmq_deploy.layer"
 
-# The modules a node comes from, outermost first, as torch's exporter notes them.
-_SCOPES_KEY = "pkg.torch.onnx.name_scopes"
-_BACKBONE = "backbone."
-_FLOAT_LAYERS = ("MatMul", "Gemm", "Conv", "Gather")
-
-_SUFFIXES = ((1, "codes"), (2, "scales"), (3, "zero_points"))
-
 
 def low_bit_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
-    """All MatMulNBits nodes; their names are the layers' once `name_layers` ran."""
+    """All MatMulNBits nodes; their names are the layers' once `NameLayers` ran."""
     return (node for node in graph if node.domain == DOMAIN and node.op_type == OP_TYPE)
 
 
@@ -64,45 +56,6 @@ def refuse_repeated(nodes: Iterable[ir.Node]) -> None:
     repeated = [f"layer {name} runs {count} times" for name, count in runs.items() if count > 1]
     if repeated:
         raise MismatchError("cannot export layers that run more than once", repeated)
-
-
-def name_layers(graph: ir.Graph) -> None:
-    """Give nodes and initializers their layers' names.
-
-    Equal initializers of different layers, which the optimizer merged into one, get one each
-    again: onnxruntime does not fuse a QDQ layer whose initializers are shared.
-
-    Raises:
-        MismatchError: a layer runs more than once.
-    """
-    nodes = list(low_bit_nodes(graph))
-    refuse_repeated(nodes)
-    for node in nodes:
-        node.name = node.metadata_props[LAYER_KEY]
-        if not node.outputs[0].is_graph_output():
-            node.outputs[0].name = f"{node.name}.product"
-        for index, suffix in _SUFFIXES:
-            array = constant(node, index)
-            if array is not None:
-                value = add_initializer(graph, ir.Tensor(array, name=f"{node.name}.{suffix}"))
-                node.replace_input_with(index, value)
-
-
-def name_float_layers(graph: ir.Graph) -> None:
-    """Give the nodes of float layers their modules' names, as those of low-bit layers have them.
-
-    So that both can be found under one name. Runs while torch's metadata is still there.
-    """
-    for node in graph:
-        scopes = node.metadata_props.get(_SCOPES_KEY)
-        if scopes is None or node.op_type not in _FLOAT_LAYERS:
-            continue
-        weight = node.inputs[0 if node.op_type == "Gather" else 1]
-        if weight is not None and weight.const_value is not None:
-            # The last scope is the operation itself.
-            module = ast.literal_eval(scopes)[-2]
-            if module.startswith(_BACKBONE):
-                node.name = module.removeprefix(_BACKBONE)
 
 
 def read_packed(node: ir.Node) -> PackedLinear:

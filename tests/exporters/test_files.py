@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.exporters.graphs.files import outline, write_model
+from epmq_deploy.exporters.files import outline, write_model
 from epmq_deploy.exporters.verification.kernels import verify_valid
 
 

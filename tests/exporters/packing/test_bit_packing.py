@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from epmq_deploy.exporters.packing.bytes import (
+from epmq_deploy.exporters.packing.bit_packing import (
     pack_codes,
     pack_flat,
     pack_zero_points,

@@ -1,0 +1,65 @@
+"""Naming the nodes of layers, low-bit and float alike, after their modules."""
+
+import onnx_ir as ir
+
+from epmq_deploy.exporters.compat import module_of
+from epmq_deploy.exporters.lowering.layers import (
+    LAYER_KEY,
+    add_initializer,
+    constant,
+    low_bit_nodes,
+    refuse_repeated,
+)
+
+_BACKBONE = "backbone."
+_FLOAT_LAYERS = ("MatMul", "Gemm", "Conv", "Gather")
+_SUFFIXES = ((1, "codes"), (2, "scales"), (3, "zero_points"))
+
+
+class NameLayers(ir.passes.InPlacePass):
+    """Give MatMulNBits nodes and their initializers their layers' names.
+
+    Equal initializers of different layers, which the optimizer merged into one, get one each
+    again: onnxruntime does not fuse a QDQ layer whose initializers are shared.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Name them.
+
+        Raises:
+            MismatchError: a layer runs more than once.
+        """
+        nodes = list(low_bit_nodes(model.graph))
+        refuse_repeated(nodes)
+        for node in nodes:
+            node.name = node.metadata_props[LAYER_KEY]
+            if not node.outputs[0].is_graph_output():
+                node.outputs[0].name = f"{node.name}.product"
+            for index, suffix in _SUFFIXES:
+                array = constant(node, index)
+                if array is not None:
+                    tensor = ir.Tensor(array, name=f"{node.name}.{suffix}")
+                    node.replace_input_with(index, add_initializer(model.graph, tensor))
+        return ir.passes.PassResult(model, modified=bool(nodes))
+
+
+class NameFloatLayers(ir.passes.InPlacePass):
+    """Give nodes of float layers their modules' names, so that both kinds are found alike.
+
+    Before: torch's metadata is still there.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Name them."""
+        modified = False
+        for node in model.graph:
+            if node.op_type not in _FLOAT_LAYERS:
+                continue
+            weight = node.inputs[0 if node.op_type == "Gather" else 1]
+            if weight is None or weight.const_value is None:
+                continue
+            module = module_of(node)
+            if module is not None and module.startswith(_BACKBONE):
+                node.name = module.removeprefix(_BACKBONE)
+                modified = True
+        return ir.passes.PassResult(model, modified=modified)

@@ -1,0 +1,12 @@
+"""CPUs in the browser, with onnxruntime-web."""
+
+from epmq_deploy.exporters.targets.base import Target
+
+TARGET = Target(
+    name="wasm",
+    formats=("int8-expand",),
+    why=(
+        "in WebAssembly MatMulNBits unpacks its weights on every run; int8-expand does so once "
+        "and multiplies in int8."
+    ),
+)

@@ -1,0 +1,15 @@
+"""GPUs in the browser, with onnxruntime-web."""
+
+from epmq_deploy.exporters.targets.base import Target
+
+TARGET = Target(
+    name="webgpu",
+    formats=("matmulnbits", "fp16"),
+    why=(
+        "onnxruntime-web has WebGPU kernels for MatMulNBits of 2, 4 and 8 bits, blocks of 16 "
+        "to 256, with and without zero points (measured with 1.30 on a software adapter); they "
+        "refuse g_idx, which is never written."
+    ),
+    two_bit_containers=True,
+    unverified="GPUs; older versions of onnxruntime-web take 4 bits only.",
+)
