@@ -68,7 +68,7 @@ class QuantizeOptions(Options):
     )
     outer: bool = Field(
         True,
-        description="quantize embeddings and projections outside the blocks too, to 8 bits",
+        description="also quantize embeddings and projections outside the blocks, to 8 bits",
     )
     skip: Annotated[tuple[str, ...], SEVERAL] = Field(
         (), description="layers to leave unquantized, as name patterns (*.mlp.fc2)"
@@ -110,16 +110,17 @@ class QuantizeOptions(Options):
 
     def idle(self) -> dict[str, str]:
         """Return options that were given but have no effect next to the others, with the reason."""
-        for target in ("target_bits", "target_size"):
-            if getattr(self, target) is not None and "bits" in self.model_fields_set:
-                return {"bits": f"with quantize.{target}, which chooses bits by layer"}
+        budgets = {"target_bits": self.target_bits, "target_size": self.target_size}
+        for option, budget in budgets.items():
+            if budget is not None and "bits" in self.model_fields_set:
+                return {"bits": f"with quantize.{option}, which chooses bits by layer"}
         return {}
 
     def for_layer(self, name: str) -> Self:
         """Return these options as they apply to one layer; later patterns override earlier ones."""
         given = {pattern: options.given for pattern, options in self.layers.items()}
-        own = given_for(given, name)
-        return self.model_copy(update=own) if own else self
+        update = given_for(given, name)
+        return self.model_copy(update=update) if update else self
 
     def probing(self, bits: int) -> Self:
         """Return these options at another width, with nothing that takes long."""
