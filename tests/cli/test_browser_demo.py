@@ -302,8 +302,8 @@ def test_texts_bring_their_tokenizer(texts_model: Path, stand_ins: Path, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--target", "cpu"], "--demo needs --target webgpu or wasm"),
-        ([], "--demo needs --target"),
+        (["--target", "cpu"], "export.demo needs export.target webgpu or wasm"),
+        ([], "export.demo needs export.target"),
         (["--target", "webgpu"], "npm install --ignore-scripts --prefix"),
     ],
 )

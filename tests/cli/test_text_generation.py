@@ -13,6 +13,7 @@ import torch
 from command_line import run
 from tiny_text_generators import WRITER_TASKS, WRITERS, TinyWriters, build_tiny_text_generators
 
+from epmq_deploy.artifacts.manifest import GraphEntry, read_manifest
 from epmq_deploy.data.samples import load_samples
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import family_of
@@ -64,8 +65,13 @@ class Chain:
         graphs: list[Mapping[str, Any]] = manifest["details"]["graphs"]
         return graphs
 
+    @property
+    def entries(self) -> tuple[GraphEntry, ...]:
+        """The same graphs, as the library reads them."""
+        return read_manifest(self.exported, "export").details.graphs
+
     def writer(self, name: str) -> TextWriter:
-        scorer = TextScorer(self.family, self.exported, self.graphs, "cpu", 4, TOKENS)
+        scorer = TextScorer(self.family, self.exported, self.entries, "cpu", 4, TOKENS)
         return scorer.open(1)[name]
 
     def model(self, name: str) -> Any:
@@ -275,7 +281,7 @@ def test_an_application_gets_what_evaluation_counts(chain: Chain, name: str) -> 
     """From columns of the data, in other batches than evaluation's."""
     model = load(chain.exported, format=name, provider="cpu", threads=1, batch_size=3)
     assert model.tasks == tuple(WRITER_TASKS)
-    scorer = TextScorer(chain.family, chain.exported, chain.graphs, "cpu", 4, 32)
+    scorer = TextScorer(chain.family, chain.exported, chain.entries, "cpu", 4, 32)
     writer = scorer.open(1)[name]
     recipe = load_recipe(chain.models.recipe)
     for task, labels in WRITER_TASKS.items():
@@ -379,7 +385,7 @@ def test_what_has_no_use_for_texts_is_refused_before_any_work(
 ) -> None:
     assert run("eval", chain.exported, "--diagnose", "-q", "--overwrite") == 3
     assert "eval.diagnose compares layers of classifiers; leave it out" in capsys.readouterr().err
-    demo = "--demo: the page classifies, and this model writes texts; leave it out"
+    demo = "export.demo: the page classifies, and this model generates text; leave it out"
     command = ["export", chain.out / "quantized", "-o", tmp_path / "x", "-q"]
     assert run(*command, "--demo") == 2
     assert demo in capsys.readouterr().err
