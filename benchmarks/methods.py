@@ -164,9 +164,9 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
     )
     method = QUANTIZATION_METHODS[options.method]
     if search := method.anchor_search(options):
-        options = search.options_with(plan_anchor(search, ctx)["anchor"])
+        options = search.options_with(plan_anchor(search, ctx).anchor)
     if options.target_bits or options.target_size:
-        options = with_bits(options, plan_bits(options, ctx)["layers"])
+        options = with_bits(options, plan_bits(options, ctx).layers)
     model = suite.family.load(suite.folder)
     started = time.perf_counter()
     quantized = quantize_model(

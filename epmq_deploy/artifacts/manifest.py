@@ -55,6 +55,48 @@ class MergeDetails(_Record):
     answers_by_experts: Mapping[str, int] = Field(default_factory=dict)
 
 
+class AnchorPlan(_Record):
+    """How strongly layers are held to the anchor, and the search that found it.
+
+    Attributes:
+        anchor: the strength chosen.
+        curve: mean divergence from the experts by strength tried, as pairs, ascending.
+        standard_error: of the difference between the best and the starting strength.
+    """
+
+    anchor: float
+    curve: tuple[tuple[float, float], ...]
+    standard_error: float
+
+
+class BitPlan(_Record):
+    """Bits by layer under a budget.
+
+    Attributes:
+        layers: bits by layer name.
+        mean_bits: average over the weights of these layers.
+    """
+
+    layers: Mapping[str, int]
+    mean_bits: float
+
+
+class Distillation(_Record):
+    """What distillation did.
+
+    Attributes:
+        epochs: how often every sample was seen.
+        before: mean divergence from the experts before it.
+        after: the same after it.
+        kept: whether its result was kept, because it lowered the divergence.
+    """
+
+    epochs: int
+    before: float
+    after: float
+    kept: bool
+
+
 class QuantizeDetails(_Record):
     """What a quantization reports.
 
@@ -66,9 +108,9 @@ class QuantizeDetails(_Record):
         input_statistics: number of layers whose inputs calibration saw.
         mean_error_before: mean relative error of layers after the solver.
         mean_error_after: the same after refinement.
-        anchor: how a searched anchor was found.
-        bits: bits by layer that a budget gave.
-        distill: what distillation did.
+        anchor: the anchor's strength, where it was searched for.
+        bits: bits by layer, where a budget chose them.
+        distill: distillation, where there was one.
         answers_by_experts: number of pseudo-labels by task, where data had no labels.
     """
 
@@ -79,9 +121,9 @@ class QuantizeDetails(_Record):
     input_statistics: int = 0
     mean_error_before: float = 0.0
     mean_error_after: float = 0.0
-    anchor: Mapping[str, Any] | None = None
-    bits: Mapping[str, Any] | None = None
-    distill: Mapping[str, Any] | None = None
+    anchor: AnchorPlan | None = None
+    bits: BitPlan | None = None
+    distill: Distillation | None = None
     answers_by_experts: Mapping[str, int] = Field(default_factory=dict)
 
 

@@ -9,12 +9,12 @@ used.
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from epmq_deploy.artifacts.manifest import Distillation
 from epmq_deploy.data.agreement import Judge, divergence, mean_divergence
 from epmq_deploy.data.samples import batches
 from epmq_deploy.models.predictions import Predictions, predictions
@@ -40,7 +40,7 @@ def distill(
     ctx: CalibrationContext,
     epochs: int,
     products: torch.dtype = torch.float32,
-) -> tuple[QuantizedModel, dict[str, Any]]:
+) -> tuple[QuantizedModel, Distillation]:
     """Tune a quantized model on its calibration samples.
 
     Args:
@@ -52,7 +52,7 @@ def distill(
 
     Returns:
         The model with new scales, biases and norms, and the divergence from the experts before and
-        after as plain data. A result that did not lower the divergence is undone, with a warning.
+        after. A result that did not lower the divergence is undone, with a warning.
     """
     judge = ctx.judge(ctx.samples)
     before = mean_divergence(judge.scores(model))
@@ -76,7 +76,7 @@ def distill(
     # Bit for bit as they will be stored.
     apply_quantized(model, layers, replaced)
     after = mean_divergence(judge.scores(model))
-    outcome = {"epochs": epochs, "before": before, "after": after, "kept": after < before}
+    outcome = Distillation(epochs=epochs, before=before, after=after, kept=after < before)
     log.info("distillation: divergence from the experts %.4f, before %.4f", after, before)
     if not after < before:
         log.warning("distillation did not lower the divergence from the experts; it is undone")

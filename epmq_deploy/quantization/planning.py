@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from epmq_deploy.artifacts.manifest import AnchorPlan, BitPlan
 from epmq_deploy.data.agreement import Scores, Tuned, mean_divergence, tune
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.options.quantization import LayerOptions, QuantizeOptions
@@ -41,8 +42,8 @@ def search_anchor(score: Callable[[float], Scores], start: float) -> Tuned:
     return tune(score, start, factor=_FACTOR, steps=_STEPS)
 
 
-def plan_anchor(search: AnchorSearch[Any], ctx: CalibrationContext) -> dict[str, Any]:
-    """Search the anchor's strength; return it as ``anchor`` with the search's curve, as plain data.
+def plan_anchor(search: AnchorSearch[Any], ctx: CalibrationContext) -> AnchorPlan:
+    """Search the anchor's strength by how closely held-back samples are predicted.
 
     Raises:
         RecipeError: there is nothing to search on.
@@ -68,11 +69,11 @@ def plan_anchor(search: AnchorSearch[Any], ctx: CalibrationContext) -> dict[str,
         return scores
 
     tuned = search_anchor(score, search.start)
-    return {
-        "anchor": tuned.value,
-        "curve": [[strength, mean] for strength, mean in tuned.curve.items()],
-        "standard_error": tuned.standard_error,
-    }
+    return AnchorPlan(
+        anchor=tuned.value,
+        curve=tuple(tuned.curve.items()),
+        standard_error=tuned.standard_error,
+    )
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def allocate(layers: Mapping[str, Choice], budget: float) -> dict[str, int]:
         chosen[name] = bits
 
 
-def plan_bits(options: QuantizeOptions, ctx: CalibrationContext) -> dict[str, Any]:
-    """Choose bits per layer for ``target_bits`` or ``target_size``; plain data with ``layers``.
+def plan_bits(options: QuantizeOptions, ctx: CalibrationContext) -> BitPlan:
+    """Choose bits per layer for ``target_bits`` or ``target_size``.
 
     Layers whose bits ``quantize.layers`` fixes keep them, and count.
 
@@ -143,7 +144,7 @@ def plan_bits(options: QuantizeOptions, ctx: CalibrationContext) -> dict[str, An
         budget.bits,
     )
     bits = sum(width * budget.weights[name] for name, width in chosen.items())
-    return {"layers": chosen, "mean_bits": bits / sum(budget.weights.values())}
+    return BitPlan(layers=chosen, mean_bits=bits / sum(budget.weights.values()))
 
 
 def with_bits(options: QuantizeOptions, bits: Mapping[str, int]) -> QuantizeOptions:

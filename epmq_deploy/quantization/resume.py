@@ -1,12 +1,13 @@
 """What an interrupted quantization has finished, kept next to the output until that is written."""
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from pydantic import TypeAdapter
 
 from epmq_deploy.artifacts.folders import atomic_folder, atomic_text
 from epmq_deploy.errors import EpmqError
@@ -21,6 +22,8 @@ from epmq_deploy.quantization.results import QuantizedModel
 log = logging.getLogger(__name__)
 
 _FINGERPRINT = "fingerprint"
+
+T = TypeVar("T")
 
 
 class FinishedWork:
@@ -87,12 +90,18 @@ class FinishedWork:
         with atomic_folder(self._block(index)) as folder:
             save_artifact(folder, result)
 
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return a value of plain data that the first run makes and later ones remember."""
-        file = self._folder / f"{name}.json"
+    def once(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
+        """Return a value that the first run makes and later ones remember.
+
+        Args:
+            name: of the value; a file name without extension.
+            kind: its type, which pydantic can write as JSON and read again.
+            make: makes it.
+        """
+        file, adapter = self._folder / f"{name}.json", TypeAdapter(kind)
         if not file.is_file():
-            atomic_text(file, json.dumps(make()))
-        return json.loads(file.read_text())
+            atomic_text(file, adapter.dump_json(make()).decode())
+        return adapter.validate_json(file.read_text())
 
     def remove(self) -> None:
         """Forget everything."""

@@ -8,12 +8,15 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
 from epmq_deploy.artifacts.manifest import (
+    AnchorPlan,
+    BitPlan,
+    Distillation,
     MergeManifest,
     QuantizeDetails,
     QuantizeManifest,
@@ -22,7 +25,6 @@ from epmq_deploy.artifacts.manifest import (
 from epmq_deploy.artifacts.outputs import finish_output, open_output
 from epmq_deploy.data.heads import build_heads, heads_of_experts, heads_sha256
 from epmq_deploy.data.pseudo_labels import (
-    answer_details,
     with_answers,
     without_answers,
     write_answers,
@@ -47,6 +49,15 @@ log = logging.getLogger(__name__)
 
 # The merged model travels inside the artifact, so that export needs this one folder.
 MERGED_FOLDER = "merged"
+
+
+class _Decisions(TypedDict, total=False):
+    """What was decided by looking at models and data; fields of ``QuantizeDetails``."""
+
+    anchor: AnchorPlan
+    bits: BitPlan
+    distill: Distillation
+    answers_by_experts: Mapping[str, int]
 
 
 def check_options(recipe: Recipe) -> None:
@@ -158,12 +169,12 @@ def quantize(
     finished = FinishedWork(output, f"{identity} {_arithmetic(recipe.quantize, ctx.device)}")
     with finished.kept_when_interrupted():
         ctx = replace(ctx, scratch=finished.scratch)
-        quantized, details = _quantize_model(recipe, ctx, finished)
+        quantized, decisions = _quantize_model(recipe, ctx, finished)
     manifest = QuantizeManifest(
         fingerprint=identity,
         recipe=recipe,
         inputs=inputs | merge_manifest.models,
-        details=_details(merge_manifest, quantized, details),
+        details=_details(merge_manifest, quantized, decisions),
     )
     manifest = _write(output, merged, quantized, manifest)
     finished.remove()
@@ -205,33 +216,35 @@ def _arithmetic(options: QuantizeOptions, device: torch.device) -> str:
 
 def _quantize_model(
     recipe: Recipe, ctx: CalibrationContext, finished: FinishedWork
-) -> tuple[QuantizedModel, dict[str, Any]]:
-    """Return the quantized model and the manifest's details on plans and pseudo-labels."""
-    ctx, answers = _with_answers(ctx, finished)
+) -> tuple[QuantizedModel, _Decisions]:
+    """Return the quantized model and the decisions that depended on models and data."""
+    decisions: _Decisions = {}
+    ctx = _with_answers(ctx, finished, decisions)
     ctx = _with_heads(recipe, ctx)
-    options, plans = _planned(recipe.quantize, ctx, finished)
+    options = _planned(recipe.quantize, ctx, finished, decisions)
     model, quantized = ctx.calibrate(options, finished=finished)
     method = QUANTIZATION_METHODS[options.method]
     if epochs := method.distillation_epochs(options):
         products = method.products_dtype(options)
-        quantized, plans["distill"] = distill(model, quantized, ctx, epochs, products)
-    return quantized, plans | answers
+        quantized, decisions["distill"] = distill(model, quantized, ctx, epochs, products)
+    return quantized, decisions
 
 
 def _with_answers(
-    ctx: CalibrationContext, finished: FinishedWork
-) -> tuple[CalibrationContext, dict[str, Any]]:
-    """Fill in pseudo-labels where data have no answers; also return the manifest's details."""
+    ctx: CalibrationContext, finished: FinishedWork, decisions: _Decisions
+) -> CalibrationContext:
+    """Fill in pseudo-labels where data have no answers."""
     if not without_answers(ctx.samples):
-        return ctx, {}
+        return ctx
 
     def write() -> dict[str, list[str]]:
         return write_answers(
             ctx.samples, ctx.family, ctx.folder, ctx.experts().become, ctx.progress
         )
 
-    answers = finished.once("answers", write)
-    return replace(ctx, samples=with_answers(ctx.samples, answers)), answer_details(answers)
+    answers = finished.once("answers", dict[str, list[str]], write)
+    decisions["answers_by_experts"] = {task: len(texts) for task, texts in answers.items()}
+    return replace(ctx, samples=with_answers(ctx.samples, answers))
 
 
 def _with_heads(recipe: Recipe, ctx: CalibrationContext) -> CalibrationContext:
@@ -251,23 +264,25 @@ def _with_heads(recipe: Recipe, ctx: CalibrationContext) -> CalibrationContext:
 
 
 def _planned(
-    options: QuantizeOptions, ctx: CalibrationContext, finished: FinishedWork
-) -> tuple[QuantizeOptions, dict[str, Any]]:
-    """Settle options that depend on the model; also return how, for the manifest."""
-    plans: dict[str, Any] = {}
+    options: QuantizeOptions,
+    ctx: CalibrationContext,
+    finished: FinishedWork,
+    decisions: _Decisions,
+) -> QuantizeOptions:
+    """Settle the options that depend on the model: the anchor's strength, bits per layer."""
     if search := QUANTIZATION_METHODS[options.method].anchor_search(options):
-        plan = plans["anchor"] = finished.once("anchor", partial(plan_anchor, search, ctx))
-        log.info("anchor auto: %g", plan["anchor"])
-        options = search.options_with(plan["anchor"])
+        anchor = finished.once("anchor", AnchorPlan, partial(plan_anchor, search, ctx))
+        log.info("anchor auto: %g", anchor.anchor)
+        options, decisions["anchor"] = search.options_with(anchor.anchor), anchor
     if options.target_bits is not None or options.target_size is not None:
-        plan = plans["bits"] = finished.once("bits", partial(plan_bits, options, ctx))
-        log.info("bits per layer: %.3f on average", plan["mean_bits"])
-        options = with_bits(options, plan["layers"])
-    return options, plans
+        bits = finished.once("bits", BitPlan, partial(plan_bits, options, ctx))
+        log.info("bits per layer: %.3f on average", bits.mean_bits)
+        options, decisions["bits"] = with_bits(options, bits.layers), bits
+    return options
 
 
 def _details(
-    merge_manifest: MergeManifest, quantized: QuantizedModel, plans: Mapping[str, Any]
+    merge_manifest: MergeManifest, quantized: QuantizedModel, decisions: _Decisions
 ) -> QuantizeDetails:
     solved = [report for report in quantized.reports if report.bits]
 
@@ -282,7 +297,7 @@ def _details(
         input_statistics=len(quantized.inputs),
         mean_error_before=mean_of(report.error_before for report in solved),
         mean_error_after=mean_of(report.error_after for report in solved),
-        **plans,
+        **decisions,
     )
 
 
