@@ -1,6 +1,5 @@
-"""Latency and throughput, measured side by side."""
+"""Latency and throughput, measured interleaved in one run."""
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,16 +8,13 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from epmq_deploy.runtime.evaluation.significance import CONFIDENCE, Interval
+from epmq_deploy.runtime.evaluation.significance import Interval, median_interval
 
 _WARMUP = 5
-# Fewer runs tell nothing: of two graphs equally fast, one is faster in all of three runs than the
-# other in any of its three one time in ten.
-_FEWEST = 4
 
 
 class Runs(Protocol):
-    """What can be timed: a graph, or graphs that write a text together."""
+    """Something that can be timed: a graph, or graphs that generate text together."""
 
     @property
     def provider(self) -> str:
@@ -37,10 +33,8 @@ class Timing:
         threads: intra-op threads, None for onnxruntime's default.
         p50_ms: median milliseconds per run; p95 and p99 likewise.
         throughput: samples per second at the median.
-        ratio: of this graph's lower quartile to the reference's, which other programs on the
-            machine disturb less than medians.
-        ratio_interval: of the median over turns of this graph's time to the reference's; None where
-            there were too few runs to tell.
+        ratio: median over rounds of this graph's time to the reference's in the same round.
+        ratio_interval: of that median, 95%; None where there were too few runs to tell.
     """
 
     batch: int
@@ -61,9 +55,9 @@ def measure_latency(
     runs: int,
     warmup: int = _WARMUP,
 ) -> dict[str, Timing]:
-    """Time every graph on one batch, taking turns so that a noisy machine favours none.
+    """Time every graph on one batch, interleaved so that a noisy machine favours none.
 
-    Each turn begins with another graph, so that none always runs after the same one.
+    Each round begins with another graph, so that none always runs after the same one.
 
     Args:
         graphs: by name, with that many threads.
@@ -84,10 +78,10 @@ def measure_latency(
             if turn >= warmup:
                 times[name].append(elapsed)
     batch = len(inputs[0])
-    base = float(np.percentile(times[reference], 25))
     timings = {}
     for name, values in times.items():
-        p25, p50, p95, p99 = (float(value) for value in np.percentile(values, (25, 50, 95, 99)))
+        p50, p95, p99 = (float(value) for value in np.percentile(values, (50, 95, 99)))
+        ratios = [one / other for one, other in zip(values, times[reference], strict=True)]
         timings[name] = Timing(
             batch=batch,
             threads=threads,
@@ -95,27 +89,7 @@ def measure_latency(
             p95_ms=p95,
             p99_ms=p99,
             throughput=1000 * batch / p50,
-            ratio=p25 / base,
-            ratio_interval=median_interval(
-                [own / other for own, other in zip(values, times[reference], strict=True)]
-            ),
+            ratio=float(np.median(ratios)),
+            ratio_interval=median_interval(ratios),
         )
     return timings
-
-
-def median_interval(values: Sequence[float]) -> Interval | None:
-    """95% interval of a median between two of the values, whatever their distribution.
-
-    As many values as possible are left out at either end so that the sign test still rejects what
-    lies outside (Conover, Practical Nonparametric Statistics, 1999, section 3.2). That is none with
-    fewer than six values; of fewer than four, None is returned.
-    """
-    count = len(values)
-    if count < _FEWEST:
-        return None
-    left_out, tail = 0, 1
-    # Integers divide to the nearest float however large they are.
-    while 2 * (tail := tail + math.comb(count, left_out + 1)) / 2**count <= 1 - CONFIDENCE:
-        left_out += 1
-    ordered = sorted(values)
-    return Interval(ordered[left_out], ordered[count - 1 - left_out])

@@ -54,7 +54,8 @@ class Score(ABC):
 class Accuracy(Score):
     """The share of samples that are predicted correctly.
 
-    Resampling with replacement makes counts multinomial, which are drawn here at once (Efron &
+    Own code where `scipy.stats.bootstrap` would resample every prediction: resampling with
+    replacement makes counts multinomial, which are drawn here at once (Efron &
     Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3). Half a sample is added to
     each possible outcome, as in Agresti & Min (Statistics in Medicine 24, 2005), so that a few
     samples with the same outcome leave some doubt.
