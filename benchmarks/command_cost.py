@@ -28,12 +28,12 @@ _INTERVAL = 0.005
 
 
 def resident(process: str = "self") -> int:
-    """Bytes in memory now."""
+    """Return the bytes in memory now."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak(process: str = "self") -> int:
-    """Of one process alone; ``ru_maxrss`` starts at what the process that made it had."""
+    """Return one process's peak; ``ru_maxrss`` starts at that of the process that forked it."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
@@ -52,10 +52,10 @@ class Children(threading.Thread):
         self._own = Path("/proc/self/cmdline").read_bytes()
 
     def run(self) -> None:
-        """Look until the process ends."""
+        """Sample until the process ends."""
         while True:
-            found = [self._child(process) for process in self._children()]
-            self.together = max(self.together, resident() + sum(found))
+            sizes = [self._child(process) for process in self._children()]
+            self.together = max(self.together, resident() + sum(sizes))
             time.sleep(_INTERVAL)
 
     def _children(self) -> list[str]:
