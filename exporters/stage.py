@@ -19,7 +19,8 @@ from epmq_deploy.artifacts.manifest import (
     fingerprint,
 )
 from epmq_deploy.artifacts.outputs import finish_output, open_output
-from epmq_deploy.checkpoints.checkpoint import Checkpoint, copy_settings
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.data.heads import class_names, heads_sha256, leaves_head_to_expert, save_heads
 from epmq_deploy.exporters.browser.page import check_demo, check_demo_model, write_demo
 from epmq_deploy.exporters.formats import FORMATS
@@ -129,7 +130,7 @@ def export(
         parities = _parities(graphs, written, options)
         heads = written.heads
         classes = {name: class_names(recipe.tasks[name], head) for name, head in heads.items()}
-        copy_settings(merged, folder)
+        ModelFolder.at(merged).copy_settings(folder)
         if heads:
             save_heads(folder, heads)
         # The evaluation's page shows how each layer fared.
@@ -182,7 +183,8 @@ def _write(
     layers, replaced = load_artifact(quantized)
     with large_blocks_returned():
         backbone = family.load(merged)
-        map_weights(backbone, Checkpoint.open(merged, family.canonical_key, family.tied).tensors)
+        source = ModelFolder.at(merged)
+        map_weights(backbone, Checkpoint.open(source, family.canonical_key, family.tied).tensors)
     groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
     inside = {name for group in groups for name in group.layers}
     grids = {

@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_fr
 
 from epmq_deploy.artifacts.manifest import AnyManifest, MergeManifest
 from epmq_deploy.artifacts.names import CARD
-from epmq_deploy.checkpoints.checkpoint import model_config
 from epmq_deploy.checkpoints.hub import hub_id
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import DataSource, Recipe
 from epmq_deploy.registry import MERGE_METHODS
@@ -112,7 +112,7 @@ def license_of(path_or_id: str) -> str | None:
             found = None
     if found is None and file.parent.is_dir():
         try:
-            found = (model_config(file.parent) or {}).get("license")
+            found = (ModelFolder.at(file.parent).config or {}).get("license")
         except RecipeError:
             found = None
     return found if isinstance(found, str) else None

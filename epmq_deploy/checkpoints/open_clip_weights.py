@@ -1,4 +1,7 @@
-"""Bare weights of ``open_clip``, whose architecture is known by name: ``open_clip:NAME=PATH``."""
+"""Bare weights of ``open_clip`` with the name of their architecture: ``open_clip:NAME=PATH``.
+
+Known are the architectures of Radford et al. (arXiv 2103.00020) and ViT-H/14.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +15,6 @@ from epmq_deploy.checkpoints.open_clip import (
     clip_config,
     open_clip_tensors,
 )
-from epmq_deploy.checkpoints.open_clip_architectures import ARCHITECTURES
 from epmq_deploy.checkpoints.pickle_conversion import refuse_pickled, refuse_pickled_file
 from epmq_deploy.checkpoints.tensors import TensorInfo
 from epmq_deploy.errors import MismatchError, RecipeError
@@ -27,8 +29,32 @@ _TOKENIZER = (
     "merges.txt",
     "added_tokens.json",
 )
-# By name and file; they end with the process.
+# Temporary folders by architecture and weights file; they exist until the process ends.
 _folders: dict[tuple[str, Path], TemporaryDirectory[str]] = {}
+
+
+def _architecture(
+    embed: int, vision: Mapping[str, Any], text_width: int, text_layers: int = 12
+) -> dict[str, Any]:
+    """Return a ``model_cfg`` as open_clip's own configurations have it; the rest are defaults."""
+    text = {"context_length": 77, "vocab_size": 49408, "width": text_width}
+    text |= {"heads": text_width // 64, "layers": text_layers}
+    return {"embed_dim": embed, "vision_cfg": {"image_size": 224, **vision}, "text_cfg": text}
+
+
+_LARGE = {"layers": 24, "width": 1024, "patch_size": 14}
+_HUGE = {"layers": 32, "width": 1280, "head_width": 80, "patch_size": 14}
+_GELU = {
+    "ViT-B-32": _architecture(512, {"layers": 12, "width": 768, "patch_size": 32}, 512),
+    "ViT-B-16": _architecture(512, {"layers": 12, "width": 768, "patch_size": 16}, 512),
+    "ViT-L-14": _architecture(768, _LARGE, 768),
+    "ViT-L-14-336": _architecture(768, _LARGE | {"image_size": 336}, 768),
+    "ViT-H-14": _architecture(1024, _HUGE, 1024, 24),
+}
+# ``model_cfg`` by name. OpenAI published the weights of the quickgelu variants.
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = _GELU | {
+    f"{name}-quickgelu": model | {"quick_gelu": True} for name, model in _GELU.items()
+}
 
 
 def split_named(text: str) -> tuple[str, str] | None:

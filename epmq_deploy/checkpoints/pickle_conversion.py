@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from epmq_deploy.checkpoints.files import SINGLE_FILE
 from epmq_deploy.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_FILE
 from epmq_deploy.checkpoints.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
 from epmq_deploy.errors import RecipeError
 
-SINGLE_FILE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # By the file that tells what a folder holds: names of its weights, the likeliest first, and what
 # safetensors of the same weights are called.

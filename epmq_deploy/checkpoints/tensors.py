@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from epmq_deploy.errors import RecipeError
 # first dimension.
 Rename = Callable[[str], str | tuple[str, ...]]
 
-_DTYPES = {
+# Dtypes by their names in safetensors files.
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -186,11 +187,11 @@ def tensors_of_file(file: Path) -> list[StoredTensor]:
         offsets = _offsets(file)
         for key in handle.keys():  # noqa: SIM118 - no mapping
             view = handle.get_slice(key)
-            dtype = _DTYPES.get(view.get_dtype())
+            dtype = DTYPES.get(view.get_dtype())
             if dtype is None:
                 raise RecipeError(
                     f"{file}: tensor {key!r} has dtype {view.get_dtype()}, "
-                    f"supported: {', '.join(_DTYPES)}"
+                    f"supported: {', '.join(DTYPES)}"
                 )
             found.append(StoredTensor(tuple(view.get_shape()), dtype, file, key, offsets[key]))
     return found
@@ -206,35 +207,3 @@ def _offsets(file: Path) -> dict[str, int]:
         for key, entry in header.items()
         if key != "__metadata__"
     }
-
-
-def write_tensors(
-    file: Path,
-    layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    tensors: Iterable[tuple[str, Tensor]],
-) -> None:
-    """Write a safetensors file holding one tensor at a time, which ``safetensors`` cannot.
-
-    Args:
-        file: to write.
-        layout: dtype and shape of every tensor.
-        tensors: names and values, each of ``layout`` once, in any order.
-    """
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    # Wide dtypes first, so that every tensor starts at a multiple of its width.
-    for key in sorted(layout, key=lambda key: -layout[key][0].itemsize):
-        dtype, shape = layout[key]
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[key] = {"dtype": names[dtype], "shape": shape, "data_offsets": [start, end]}
-    content = json.dumps(header, separators=(",", ":")).encode()
-    content += b" " * (-len(content) % 8)
-    with file.open("wb") as handle:
-        handle.write(len(content).to_bytes(8, "little") + content)
-        handle.truncate(8 + len(content) + end)
-        for key, value in tensors:
-            assert (value.dtype, tuple(value.shape)) == layout[key], f"{key} is not as announced"
-            handle.seek(8 + len(content) + header[key]["data_offsets"][0])
-            flat: Any = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            handle.write(memoryview(flat))

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from epmq_deploy.artifacts.manifest import fingerprint
-from epmq_deploy.checkpoints.checkpoint import Checkpoint, fetch_model, model_config
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.hashing import file_sha256
 from epmq_deploy.models import ModelFamily, TaskHead
@@ -130,13 +131,13 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
     """
     if not leaves_head_to_expert(task, family):
         return None
-    folder = fetch_model(task.expert)
-    opened = Checkpoint.open(base, family.canonical_key)
-    head = family.expert_head(Checkpoint.open_expert(folder, opened, family.canonical_key))
+    source = ModelFolder.open(task.expert)
+    opened = Checkpoint.open(ModelFolder.at(base), family.canonical_key)
+    head = family.expert_head(Checkpoint.open_expert(source, opened, family.canonical_key))
     if head is None and task.head is not None:
         raise RecipeError(
-            f"{folder} holds no head of the {family.name} family that head.from_expert could take; "
-            "give classes or matrix"
+            f"{source.path} holds no head of the {family.name} family that head.from_expert could "
+            "take; give classes or matrix"
         )
     return head
 
@@ -148,7 +149,7 @@ def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
     """
     if task.head is not None and not task.head.from_expert:
         return task.head.classes
-    stored = (model_config(fetch_model(task.expert)) or {}).get("id2label") or {}
+    stored = (ModelFolder.open(task.expert).config or {}).get("id2label") or {}
     names = tuple(str(stored.get(str(index), "")) for index in range(head.classes))
     numbered = tuple(f"LABEL_{index}" for index in range(head.classes))
     return names if all(names) and names != numbered else None

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_deploy.checkpoints.checkpoint import Checkpoint, copy_settings, read_json, save_sharded
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.files import read_json
 from epmq_deploy.checkpoints.weight_scan import all_finite
+from epmq_deploy.checkpoints.writing import save_sharded
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.options.merging import MergeOptions
 from epmq_deploy.progress import Progress
@@ -36,7 +38,7 @@ def write_merged(
     Raises:
         NumericsError: values are not finite, or not in the dtype asked for.
     """
-    copy_settings(base.folder, folder)
+    base.source.copy_settings(folder)
     if options.dtype != "base":
         _name_dtype(folder / "config.json", options.dtype)
     layout = {

@@ -7,16 +7,13 @@ from typing import Self
 
 import torch
 
-from epmq_deploy.checkpoints.checkpoint import Checkpoint, model_config
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.tensors import StoredTensor, TensorInfo
 from epmq_deploy.checkpoints.weight_scan import READERS, is_finite
 from epmq_deploy.errors import EpmqError, MismatchError, joined
-from epmq_deploy.models.experts import Sources
+from epmq_deploy.models.experts import BASE, Sources
 
 log = logging.getLogger(__name__)
-
-# No task's name: those have no space.
-_BASE = "the base"
 
 
 def check_experts(
@@ -63,7 +60,7 @@ class ExpertCheck:
         self._sources = sources
         self.names, self._layout = _layout_problems(sources, mixed_dtypes=mixed_dtypes)
         if missing_experts:
-            self._layout[_BASE] = []
+            self._layout[BASE] = []
         self._others: tuple[EpmqError, ...] = ()
         self._finite: dict[TensorInfo, bool] = {}
         self._ahead = ThreadPoolExecutor(1)
@@ -111,7 +108,7 @@ class ExpertCheck:
             MismatchError: with every problem of every expert.
             EpmqError: see ``begin``.
         """
-        sources, problems = self._sources, list(self._layout[_BASE])
+        sources, problems = self._sources, list(self._layout[BASE])
         with ThreadPoolExecutor(READERS) as threads:
             of_base, *of_experts = threads.map(
                 self._value_problems, (sources.base, *sources.experts.values())
@@ -159,10 +156,10 @@ def _layout_problems(
         for name, info in base.tensors.items()
         if name in held and family.is_merged(name) and info.dtype.is_floating_point
     )
-    problems = {_BASE: _common_problems(sources, names, held)}
+    problems = {BASE: _common_problems(sources, names, held)}
     for task, expert in experts.items():
         problems[task] = family.config_problems(
-            model_config(base.folder) or {}, model_config(expert.folder) or {}
+            base.source.config or {}, expert.source.config or {}
         )
         problems[task] += _tensor_problems(sources, expert, names)
         if not mixed_dtypes:

@@ -1,4 +1,4 @@
-"""Base and experts: opened, checked to be unchanged, and run in torch."""
+"""Opening base and experts, checking that they are unchanged, and running experts in torch."""
 
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,30 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.artifacts.manifest import AnyManifest
-from epmq_deploy.checkpoints.checkpoint import (
-    Checkpoint,
-    expert_files,
-    fetch_model,
-    model_config,
-    setting_files,
-    weight_files,
-)
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.checkpoints.weight_scan import READERS, scan
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.hashing import file_sha256, files_sha256
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.recipe import Recipe
 
-# No task's name: those have no space.
-_BASE = "the base"
+# Stands among task names, which cannot contain spaces.
+BASE = "the base"
 
 
 @dataclass(frozen=True)
 class Sources:
-    """The models a recipe names, opened; tensor names are the base's.
+    """The models a recipe names, each folder opened once; tensor names are the base's.
 
     Attributes:
-        family: of all of them.
+        family: of base and experts.
         base: the base model.
         experts: task name to expert.
     """
@@ -42,19 +36,19 @@ class Sources:
     experts: Mapping[str, Checkpoint]
 
     def sha256(self) -> dict[str, str]:
-        """Hashes of weights and settings by role: ``base``, ``expert:<task>``."""
-        folders = {"base": self.base.folder}
-        folders |= {f"expert:{name}": expert.folder for name, expert in self.experts.items()}
+        """Hash weights and settings by role: ``base``, ``expert:<task>``."""
+        folders = {"base": self.base.source}
+        folders |= {f"expert:{name}": expert.source for name, expert in self.experts.items()}
         with ThreadPoolExecutor(READERS) as threads:
             return dict(zip(folders, threads.map(_folder_sha256, folders.values()), strict=True))
 
 
-def _folder_sha256(folder: Path) -> str:
-    return files_sha256(folder, [*expert_files(folder), *setting_files(folder)], _sha256)
+def _folder_sha256(folder: ModelFolder) -> str:
+    return files_sha256(folder.path, [*folder.weight_files, *folder.setting_files], _file_sha256)
 
 
-def _sha256(file: Path) -> str:
-    # Checking the values of weights has read them already.
+def _file_sha256(file: Path) -> str:
+    # Where the values of weights were checked, their files have been read and hashed already.
     return scan(file).sha256 if file.suffix == ".safetensors" else file_sha256(file)
 
 
@@ -72,60 +66,62 @@ def open_sources(recipe: Recipe) -> Sources:
 
 
 def open_available(recipe: Recipe) -> tuple[Sources | None, list[str]]:
-    """Open base and experts as far as they can be; no tensor is read yet.
+    """Open whatever can be opened of base and experts; no tensor is read yet.
 
     Returns:
-        The base with those experts that could be opened, None where there is nothing to compare;
-        and one sentence for every model that cannot be opened.
+        The base with the experts that could be opened, None where the base or all experts could
+        not; and one sentence for every model that cannot be opened.
 
     Raises:
         RecipeError: the base's model type is not supported, and nothing else is wrong.
     """
     folders, problems = _folders(recipe)
-    where = folders.pop(_BASE, None)
-    if where is None:
+    base_folder = folders.pop(BASE, None)
+    if base_folder is None:
         return None, problems
     try:
-        family = family_of(where).merging(recipe.base.part)
+        family = family_of(base_folder.path).merging(recipe.base.part)
     except RecipeError as error:
         if not problems:
             raise
-        return None, [*problems, f"{_BASE}: {error}"]
+        return None, [*problems, f"{BASE}: {error}"]
     try:
-        base = Checkpoint.open(where, family.canonical_key, family.tied)
+        base = Checkpoint.open(base_folder, family.canonical_key, family.tied)
     except EpmqError as error:
-        return None, [*problems, f"{_BASE}: {error}"]
+        return None, [*problems, f"{BASE}: {error}"]
     experts = {}
     for name, folder in folders.items():
         try:
-            rename = family.expert_rename(model_config(folder) or {})
+            rename = family.expert_rename(folder.config or {})
             experts[name] = Checkpoint.open_expert(folder, base, rename, family.tied)
         except EpmqError as error:
             problems.append(f"expert {name!r}: {error}")
     return (Sources(family, base, experts) if experts else None), problems
 
 
-def _folders(recipe: Recipe) -> tuple[dict[str, Path], list[str]]:
-    """Where base and experts are, by task, and every one of them that cannot be used."""
+def _folders(recipe: Recipe) -> tuple[dict[str, ModelFolder], list[str]]:
+    """Open the folders of base and experts, by task; also return why others cannot be used."""
     folders, problems = {}, []
-    paths = {_BASE: recipe.base.path}
+    paths = {BASE: recipe.base.path}
     paths |= {name: task.expert for name, task in recipe.tasks.items()}
     for name, path in paths.items():
         try:
-            folder = fetch_model(path)
-            files = weight_files if name == _BASE else expert_files
-            files(folder)
+            folder = ModelFolder.open(path)
+            if name == BASE:
+                folder.check_base()
+            else:
+                folder.check_expert()
             folders[name] = folder
         except EpmqError as error:
-            problems.append(f"{name if name == _BASE else f'expert {name!r}'}: {error}")
+            problems.append(f"{name if name == BASE else f'expert {name!r}'}: {error}")
     return folders, problems
 
 
 def check_unchanged(sources: Sources, manifest: AnyManifest) -> None:
-    """Make sure base and experts are those a stage's output was made from.
+    """Make sure that base and experts are those a stage's output was computed from.
 
     Raises:
-        MismatchError: names every model that was changed or was no part of it.
+        MismatchError: names every model that was changed or was not among them.
     """
     problems = []
     for role, digest in sources.sha256().items():
@@ -140,13 +136,14 @@ def check_unchanged(sources: Sources, manifest: AnyManifest) -> None:
 
 
 class ExpertBackbone:
-    """One backbone in memory that takes on each expert's weights in turn.
+    """One backbone in memory that takes each expert's weights in turn.
 
-    Tensors that an expert does not hold (a projection, say) or that are not merged are the base's.
+    Tensors that an expert does not hold (a projection, for example) or that are not merged are the
+    base's.
 
     Args:
         sources: base and experts.
-        device: where to run.
+        device: that the backbone is on.
     """
 
     def __init__(self, sources: Sources, device: torch.device) -> None:
@@ -156,33 +153,33 @@ class ExpertBackbone:
 
     @property
     def tasks(self) -> Collection[str]:
-        """Names of the experts."""
+        """Task names of the experts."""
         return tuple(self._sources.experts)
 
     def embedding_width(self) -> int:
-        """Width of the embedding that heads take, whichever weights are held."""
+        """Return the width of the embedding that heads take; all experts have the same."""
         return self._sources.family.embedding_width(self._model, self._sources.base.folder)
 
     def base_tensor(self, name: str) -> Tensor:
-        """One of the base's tensors, float32, on the device."""
+        """Read one of the base's tensors, float32, on the device."""
         return self._sources.base.load(name).to(self.device, torch.float32)
 
     def tensor(self, task: str, name: str) -> Tensor:
-        """One of an expert's tensors, float32, on the device."""
+        """Read one of an expert's tensors, float32, on the device."""
         return self._source(task, name).load(name).to(self.device, torch.float32)
 
     def become(self, task: str, *, without: Collection[str] = ()) -> nn.Module:
-        """The backbone with an expert's weights, until the next call.
+        """Return the backbone with an expert's weights, valid until the next call.
 
         Args:
             task: the expert's task.
-            without: modules by dotted name whose weights are not needed and stay as they are.
+            without: dotted names of modules whose weights are not needed and stay as they are.
         """
         skipped = tuple(f"{name}." for name in without)
         return self._take(task, "", skipped)
 
     def module(self, task: str, name: str) -> nn.Module:
-        """One module of the backbone with an expert's weights, until the next call."""
+        """Return one module of the backbone with an expert's weights, valid until the next call."""
         return self._take(task, f"{name}.", ()).get_submodule(name)
 
     def _take(self, task: str, prefix: str, skipped: tuple[str, ...]) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_deploy.checkpoints.checkpoint import is_open_clip, preprocessor_config
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.encoders.classifier import ClassifierFamily
 from epmq_deploy.models.tokens import TokenWeights
@@ -80,10 +80,11 @@ def image_processor(folder: Path) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     file = folder / "preprocessor_config.json"
-    settings = preprocessor_config(folder)
+    model_folder = ModelFolder.at(folder)
+    settings = model_folder.preprocessor_config
     if settings is None:
         raise RecipeError(f"{file} is missing; it says how images become pixel_values")
-    if is_open_clip(folder):
+    if model_folder.layout.translates_settings:
         return CLIPImageProcessorPil.from_dict(settings)
     try:
         processor = AutoImageProcessor.from_pretrained(

@@ -1,4 +1,4 @@
-"""Reading a model folder: its settings, and its tensors into a module; comparing settings."""
+"""Reading configs and loading weights into modules; comparing configs."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from epmq_deploy.checkpoints.checkpoint import Checkpoint, model_config
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.checkpoints.tensors import Rename
 from epmq_deploy.errors import MismatchError, RecipeError
 
@@ -31,20 +32,21 @@ def fill(
     rename: Rename = lambda key: key,
     tied: Mapping[str, str] = MappingProxyType({}),
 ) -> M:
-    """Give every parameter the checkpoint's tensor of the same name, as float32, in eval mode.
+    """Load the checkpoint's tensors into parameters of the same names, float32, in eval mode.
 
-    Tensors the module has no parameter for are left out: a folder may hold more (another tower).
+    Tensors that are not parameters of the module are ignored: a folder may hold more, such as
+    another tower.
 
     Args:
-        model: with parameters of any value.
+        model: its parameters may have any value.
         folder: a Hugging Face model folder.
-        rename: stored name to parameter name.
-        tied: see ``Checkpoint.open``.
+        rename: as for ``Checkpoint.open``, to parameter names.
+        tied: as for ``Checkpoint.open``.
 
     Raises:
         MismatchError: names every parameter the checkpoint lacks or holds in another shape.
     """
-    checkpoint = Checkpoint.open(folder, rename, tied)
+    checkpoint = Checkpoint.open(ModelFolder.at(folder), rename, tied)
     problems = []
     for name, parameter in model.named_parameters():
         info = checkpoint.tensors.get(name)
@@ -62,12 +64,12 @@ def fill(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's ``config.json``.
+    """Read a model folder's ``config.json``.
 
     Raises:
-        RecipeError: there is none, or it is no JSON object.
+        RecipeError: there is none, or it is not a JSON object.
     """
-    config = model_config(folder)
+    config = ModelFolder.at(folder).config
     if config is None:
         raise RecipeError(f"{folder}: no config.json; expected a Hugging Face model folder")
     return config
@@ -76,7 +78,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def config_differences(
     keys: Iterable[str], base: Mapping[str, Any], expert: Mapping[str, Any]
 ) -> list[str]:
-    """One sentence for each of ``keys`` that both configs hold, with different values."""
+    """Return one sentence for each of ``keys`` that both configs hold with different values."""
     return [
         f"{key} is {expert[key]!r} in its config.json, the base has {base[key]!r}"
         for key in keys

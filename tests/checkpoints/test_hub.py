@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 from datasets import Dataset, DatasetDict
 
-from epmq_deploy.checkpoints.checkpoint import fetch_model
 from epmq_deploy.checkpoints.hub import HubId, hub_id
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.data.samples import load_samples
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
@@ -77,8 +77,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
 def test_the_revision_is_fetched(hub: Hub) -> None:
     hub.files["owner/name", "refs/pr/15"] = ["config.json", "model.safetensors"]
     hub.files["owner/name", None] = ["config.json", "model.safetensors"]
-    assert fetch_model("owner/name@refs/pr/15") == hub.folder
-    assert fetch_model("owner/name") == hub.folder
+    assert ModelFolder.open("owner/name@refs/pr/15").path == hub.folder
+    assert ModelFolder.open("owner/name").path == hub.folder
     assert hub.asked == [("owner/name", "refs/pr/15"), ("owner/name", None)]
 
 
@@ -88,7 +88,7 @@ def test_pickles_on_the_hub_are_named_with_what_to_do(hub: Hub, revision: str | 
     files = ["config.json", "flax_model.msgpack", "pytorch_model.bin", "sub/model.safetensors"]
     hub.files["owner/name", revision] = files
     with pytest.raises(RecipeError) as caught:
-        fetch_model(wanted)
+        ModelFolder.open(wanted)
     message = str(caught.value)
     assert message.startswith(f"{wanted}: the hub has only pickled weights of it (pytorch_model.b")
     assert "as owner/name@REVISION" in message
@@ -100,16 +100,16 @@ def test_pickles_on_the_hub_are_named_with_what_to_do(hub: Hub, revision: str | 
 def test_shards_and_adapters_on_the_hub_are_found(hub: Hub) -> None:
     hub.files["owner/shards", None] = [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
     with pytest.raises(RecipeError, match=r"'shards/pytorch_model-\*\.bin' shards/model\.safet"):
-        fetch_model("owner/shards")
+        ModelFolder.open("owner/shards")
     hub.files["owner/lora", None] = ["adapter_config.json", "adapter_model.bin"]
     with pytest.raises(RecipeError, match=r"lora/adapter_model\.bin lora/adapter_model\.safete"):
-        fetch_model("owner/lora")
+        ModelFolder.open("owner/lora")
 
 
 def test_a_repository_without_weights_is_said_to_have_none(hub: Hub) -> None:
     hub.files["owner/name", None] = ["README.md"]
     with pytest.raises(RecipeError, match="owner/name: the hub has no safetensors of it"):
-        fetch_model("owner/name")
+        ModelFolder.open("owner/name")
 
 
 def test_a_hub_that_cannot_be_asked_is_an_error(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +119,10 @@ def test_a_hub_that_cannot_be_asked_is_an_error(hub: Hub, monkeypatch: pytest.Mo
     hub.files["owner/name", None] = ["config.json"]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
     with pytest.raises(RecipeError, match=r"does not say what it has \(no route\)"):
-        fetch_model("owner/name")
+        ModelFolder.open("owner/name")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(RecipeError, match=r"did not deliver it \(no route\)"):
-        fetch_model("owner/name@v1")
+        ModelFolder.open("owner/name@v1")
 
 
 def test_an_existing_folder_wins(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_an_existing_folder_wins(hub: Hub, tmp_path: Path, monkeypatch: pytest.M
     assert recipe.base.path == str(tmp_path / "owner" / "name@2")
     assert recipe.tasks["t"].expert == "other/name@refs/pr/15"
     monkeypatch.chdir(tmp_path)
-    assert fetch_model("owner/name@2") == Path("owner/name@2")
+    assert ModelFolder.open("owner/name@2").path == Path("owner/name@2")
     assert hub.asked == []
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
-from epmq_deploy.checkpoints.checkpoint import Checkpoint, copy_settings, model_config
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.merging.preflight import check_experts
 from epmq_deploy.merging.stage import merge
@@ -84,7 +85,7 @@ def test_both_towers_compute_the_same(tmp_path: Path, quick: bool) -> None:
     assert torch.allclose(found, F.normalize(plain.image(pixels), dim=-1), atol=1e-5)
     other = Plain(tensors, not quick).image(pixels)
     assert not torch.allclose(found, F.normalize(other, dim=-1), atol=1e-4)
-    config = model_config(folder)
+    config = ModelFolder.at(folder).config
     assert config is not None
     whole = fill(CLIPModel(CLIPConfig.from_dict(config)), folder)
     # The end of a text has the largest id; what comes after it is padding.
@@ -97,12 +98,12 @@ def test_both_towers_compute_the_same(tmp_path: Path, quick: bool) -> None:
 
 def test_custom_text_towers_have_the_same_names(tmp_path: Path) -> None:
     tensors = random_tensors()
-    plain = Checkpoint.open(write(tmp_path / "plain", tensors))
+    plain = Checkpoint.open(ModelFolder.at(write(tmp_path / "plain", tensors)))
     moved = {
         name if name.startswith(("visual.", "logit_scale")) else f"text.{name}": value
         for name, value in tensors.items()
     }
-    custom = Checkpoint.open(write(tmp_path / "custom", moved, custom_text=True))
+    custom = Checkpoint.open(ModelFolder.at(write(tmp_path / "custom", moved, custom_text=True)))
     assert set(plain.tensors) == set(custom.tensors)
     assert all(torch.equal(plain.load(name), custom.load(name)) for name in plain.tensors)
 
@@ -120,7 +121,7 @@ def test_settings_are_copied_as_transformers_has_them(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", random_tensors())
     (folder / "tokenizer.json").write_text("{}")
     (tmp_path / "copy").mkdir()
-    copy_settings(folder, tmp_path / "copy")
+    ModelFolder.at(folder).copy_settings(tmp_path / "copy")
     names = {file.name for file in (tmp_path / "copy").iterdir()}
     assert names == {"config.json", "preprocessor_config.json", "tokenizer.json"}
     config = CLIPConfig.from_pretrained(tmp_path / "copy")
@@ -170,8 +171,8 @@ def test_merging_does_not_care_about_the_layout(zoo: TinyZoo, tmp_path: Path) ->
 def test_activations_are_compared_with_what_configs_leave_out(tmp_path: Path) -> None:
     """A published base does not name the activation; its default is quick_gelu."""
     family = family_of(write(tmp_path / "quick", random_tensors(), quick_gelu=True))
-    base = model_config(tmp_path / "quick")
-    other = model_config(write(tmp_path / "other", random_tensors(), quick_gelu=False))
+    base = ModelFolder.at(tmp_path / "quick").config
+    other = ModelFolder.at(write(tmp_path / "other", random_tensors(), quick_gelu=False)).config
     assert base is not None
     assert other is not None
     del base["vision_config"]["hidden_act"]
@@ -210,7 +211,7 @@ def test_other_architectures_are_refused(
 def test_tensors_clip_does_not_have_are_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", random_tensors() | {"logit_bias": torch.zeros(())})
     with pytest.raises(MismatchError, match="logit_bias"):
-        Checkpoint.open(folder)
+        Checkpoint.open(ModelFolder.at(folder))
 
 
 def test_both_towers_of_open_clip_experts_are_merged(tmp_path: Path) -> None:
@@ -227,8 +228,8 @@ def test_both_towers_of_open_clip_experts_are_merged(tmp_path: Path) -> None:
         )
     )
     merge(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "merged")
-    found = Checkpoint.open(tmp_path / "merged")
-    wanted = Checkpoint.open(tmp_path / "expert")
+    found = Checkpoint.open(ModelFolder.at(tmp_path / "merged"))
+    wanted = Checkpoint.open(ModelFolder.at(tmp_path / "expert"))
     assert found.tensors.keys() == wanted.tensors.keys()
     for name in wanted.tensors:
         assert torch.allclose(found.load(name), wanted.load(name), atol=1e-5), name

@@ -14,15 +14,10 @@ from tiny_open_clip import MODEL, random_tensors, write
 from tiny_zoo import SIZE, TASKS, build_tiny_zoo
 from torch import Tensor
 
-from epmq_deploy.checkpoints.checkpoint import (
-    Checkpoint,
-    fetch_model,
-    model_config,
-    preprocessor_config,
-)
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.checkpoints.open_clip import clip_config
-from epmq_deploy.checkpoints.open_clip_architectures import ARCHITECTURES
-from epmq_deploy.checkpoints.open_clip_weights import _folders
+from epmq_deploy.checkpoints.open_clip_weights import ARCHITECTURES, _folders
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.recipe import load_recipe
@@ -52,21 +47,21 @@ def bare(file: Path, tensors: dict[str, Tensor] | None = None) -> Path:
 @pytest.mark.parametrize("given", ["file", "folder"])
 def test_weights_compute_what_a_folder_with_a_config_does(tmp_path: Path, given: str) -> None:
     file = bare(tmp_path / "weights" / "cars.safetensors")
-    found = fetch_model(f"open_clip:tiny={file if given == 'file' else file.parent}")
+    found = ModelFolder.open(f"open_clip:tiny={file if given == 'file' else file.parent}").path
     folder = write(tmp_path / "folder", random_tensors())
-    assert model_config(found) == model_config(folder)
+    assert ModelFolder.at(found).config == ModelFolder.at(folder).config
     family, pixels = family_of(found), torch.randn(3, 3, SIZE, SIZE)
     with torch.no_grad():
         outputs = [family.embed(family.load(where), pixels) for where in (found, folder)]
     assert torch.equal(*outputs)
-    one, other = Checkpoint.open(found), Checkpoint.open(folder)
+    one, other = Checkpoint.open(ModelFolder.at(found)), Checkpoint.open(ModelFolder.at(folder))
     assert one.tensors.keys() == other.tensors.keys()
     assert all(torch.equal(one.load(name), other.load(name)) for name in one.tensors)
 
 
 def test_images_are_made_ready_as_openai_s(tmp_path: Path) -> None:
-    found = fetch_model(f"open_clip:tiny={bare(tmp_path / 'cars.safetensors')}")
-    settings = preprocessor_config(found)
+    found = ModelFolder.open(f"open_clip:tiny={bare(tmp_path / 'cars.safetensors')}").path
+    settings = ModelFolder.at(found).preprocessor_config
     assert settings is not None
     assert settings["size"] == {"shortest_edge": SIZE}
     assert settings["image_mean"] == [0.48145466, 0.4578275, 0.40821073]
@@ -129,7 +124,7 @@ def test_quantizing_finds_the_models_unchanged(tmp_path: Path) -> None:
 
 def test_a_tokenizer_beside_the_weights_is_taken(tmp_path: Path) -> None:
     file = bare(tmp_path / "cars.safetensors")
-    found = fetch_model(f"open_clip:tiny={file}")
+    found = ModelFolder.open(f"open_clip:tiny={file}").path
     head = {"classes": ["red", "blue"], "templates": ["{}"], "device": torch.device("cpu")}
     family: Any = family_of(found)
     with pytest.raises(RecipeError, match=rf"^{tmp_path}: heads from class names need"):
@@ -137,7 +132,7 @@ def test_a_tokenizer_beside_the_weights_is_taken(tmp_path: Path) -> None:
     (tmp_path / "with").mkdir()
     file = bare(tmp_path / "with" / "cars.safetensors")
     write_word_tokenizer(file.parent, 0)
-    found = fetch_model(f"open_clip:tiny={file}")
+    found = ModelFolder.open(f"open_clip:tiny={file}").path
     assert family.zero_shot_head(found, **head).shape[0] == 2
     # Nothing else that happens to lie there.
     assert not (found / "config.json").exists()
@@ -147,13 +142,13 @@ def test_a_tokenizer_beside_the_weights_is_taken(tmp_path: Path) -> None:
 def test_the_wrong_name_is_told_with_the_right_one(tmp_path: Path, name: str) -> None:
     file = bare(tmp_path / "cars.safetensors")
     with pytest.raises(RecipeError, match=rf"not the weights of {name}: .* are those of tiny$"):
-        fetch_model(f"open_clip:{name}={file}")
+        ModelFolder.open(f"open_clip:{name}={file}")
 
 
 def test_unknown_names_are_told_which_are_known(tmp_path: Path) -> None:
     file = bare(tmp_path / "cars.safetensors")
     with pytest.raises(RecipeError, match=r"tiny, wider, .* folder with open_clip_config\.json"):
-        fetch_model(f"open_clip:RN50={file}")
+        ModelFolder.open(f"open_clip:RN50={file}")
 
 
 @pytest.mark.parametrize("text", ["open_clip:tiny", "open_clip:tiny=", "open_clip:=x"])
@@ -168,7 +163,7 @@ def test_other_forms_are_refused(tmp_path: Path, text: str) -> None:
 def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     def refused(path: Path, message: str) -> None:
         with pytest.raises(RecipeError, match=message):
-            fetch_model(f"open_clip:tiny={path}")
+            ModelFolder.open(f"open_clip:tiny={path}")
 
     refused(tmp_path / "nowhere", "no such file or folder")
     refused(tmp_path, "expected one safetensors file, found none")
@@ -186,16 +181,16 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
 def test_weights_of_something_else_are_named_by_their_own_file(tmp_path: Path) -> None:
     file = bare(tmp_path / "bert.safetensors", {"encoder.weight": torch.zeros(2)})
     with pytest.raises(RecipeError, match=rf"{file}: not a CLIP in the layout .*: it has encoder"):
-        fetch_model(f"open_clip:tiny={file}")
+        ModelFolder.open(f"open_clip:tiny={file}")
     file = bare(tmp_path / "scale.safetensors", {"logit_scale": torch.zeros(())})
     with pytest.raises(RecipeError, match="no tower is in it; no known name fits"):
-        fetch_model(f"open_clip:tiny={file}")
+        ModelFolder.open(f"open_clip:tiny={file}")
 
 
 def test_an_image_tower_alone_is_an_expert(tmp_path: Path) -> None:
     image = {name: value for name, value in random_tensors().items() if "visual" in name}
-    found = fetch_model(f"open_clip:tiny={bare(tmp_path / 'tower.safetensors', image)}")
-    names = Checkpoint.open(found).tensors
+    found = ModelFolder.open(f"open_clip:tiny={bare(tmp_path / 'tower.safetensors', image)}").path
+    names = Checkpoint.open(ModelFolder.at(found)).tensors
     assert {name.split(".")[0] for name in names} == {"vision_model", "visual_projection"}
 
 

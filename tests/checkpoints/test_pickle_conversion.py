@@ -14,8 +14,8 @@ from tiny_zoo import build_tiny_zoo
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-from epmq_deploy.checkpoints.checkpoint import expert_files, fetch_model, weight_files
 from epmq_deploy.checkpoints.lora import ADAPTER_FILE
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.checkpoints.open_clip import OPEN_CLIP_FILES
 from epmq_deploy.checkpoints.pickle_conversion import pickled_weights
 from epmq_deploy.errors import RecipeError
@@ -31,7 +31,7 @@ def convert(message: str, folder: Path) -> None:
 
 def refused(folder: Path) -> str:
     with pytest.raises(RecipeError, match="pickled weights") as caught:
-        expert_files(folder)
+        ModelFolder.at(folder).check_expert()
     return str(caught.value)
 
 
@@ -72,7 +72,7 @@ def test_a_classifier_is_converted_with_its_head(
     for name in ("optimizer.pt", "training_args.bin", "scheduler.pt", "rng_state.pth"):
         torch.save({"nothing": torch.zeros(1)}, folder / name)
     convert(refused(folder), folder)
-    assert weight_files(folder) == (folder / "model.safetensors",)
+    assert ModelFolder.at(folder).weight_files == (folder / "model.safetensors",)
     assert same(load_file(folder / "model.safetensors"), classifier)
     assert "classifier.weight" in classifier
 
@@ -101,9 +101,9 @@ def test_a_file_given_in_place_of_a_folder_is_converted(
 ) -> None:
     torch.save(classifier, folder / name)
     with pytest.raises(RecipeError, match="convert them, and give the folder") as caught:
-        fetch_model(str(folder / name))
+        ModelFolder.open(str(folder / name))
     convert(str(caught.value), folder)
-    assert same(load_file(weight_files(folder)[0]), classifier)
+    assert same(load_file(ModelFolder.at(folder).weight_files[0]), classifier)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_other_layouts_get_the_file_they_need(
     (folder / mark).write_text("{}")
     torch.save(classifier, folder / name)
     convert(refused(folder), folder)
-    assert expert_files(folder) == (folder / target,)
+    assert ModelFolder.at(folder).weight_files == (folder / target,)
     assert same(load_file(folder / target), classifier)
 
 
@@ -134,16 +134,16 @@ def test_an_open_clip_folder_with_both_layouts_keeps_to_its_own() -> None:
 def test_folders_without_weights_are_not_said_to_have_pickles(folder: Path) -> None:
     (folder / "training_args.bin").touch()
     with pytest.raises(RecipeError, match=r"no model\.safetensors and no"):
-        weight_files(folder)
+        ModelFolder.at(folder).check_base()
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"no adapter_model\.safetensors beside"):
-        expert_files(folder)
+    with pytest.raises(RecipeError, match=r"no adapter_model\.safetensors next to"):
+        ModelFolder.at(folder).check_expert()
 
 
 def test_safetensors_given_as_a_file_are_no_folder(folder: Path) -> None:
     save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(RecipeError, match="a file, where a model folder is needed"):
-        fetch_model(str(folder / "model.safetensors"))
+        ModelFolder.open(str(folder / "model.safetensors"))
 
 
 def test_the_command_prints_the_line_and_goes_on_after_it(

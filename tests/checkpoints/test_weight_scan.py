@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from epmq_deploy.checkpoints.tensors import stored_tensors, write_tensors
+from epmq_deploy.checkpoints.tensors import stored_tensors
 from epmq_deploy.checkpoints.weight_scan import is_finite, scan
+from epmq_deploy.checkpoints.writing import write_tensors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

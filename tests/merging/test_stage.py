@@ -10,8 +10,9 @@ from tiny_folder import copied, edit
 from tiny_zoo import TASKS, TinyZoo
 from transformers import CLIPModel
 
-from epmq_deploy.checkpoints.checkpoint import Checkpoint, save_sharded
-from epmq_deploy.checkpoints.tensors import write_tensors
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.model_folder import ModelFolder
+from epmq_deploy.checkpoints.writing import save_sharded, write_tensors
 from epmq_deploy.errors import MismatchError, NumericsError, RecipeError
 from epmq_deploy.merging import task_vectors
 from epmq_deploy.merging.methods import MERGE_METHODS
@@ -22,7 +23,9 @@ from epmq_deploy.recipe import Recipe, load_recipe, override
 
 
 def expert_tensors(tiny: TinyZoo, task: str) -> dict[str, torch.Tensor]:
-    checkpoint = Checkpoint.open(tiny.expert(task), family_of(tiny.base).canonical_key)
+    checkpoint = Checkpoint.open(
+        ModelFolder.at(tiny.expert(task)), family_of(tiny.base).canonical_key
+    )
     return {name: checkpoint.load(name) for name in checkpoint.tensors}
 
 
@@ -61,7 +64,7 @@ def test_sharded_checkpoints_read_the_same(tiny: TinyZoo, tmp_path: Path) -> Non
     save_sharded(tmp_path, layout, tensors.items(), max_shard_bytes=20_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert not (tmp_path / "model.safetensors").exists()
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(ModelFolder.at(tmp_path))
     assert set(checkpoint.tensors) == set(tensors)
     assert all(torch.equal(checkpoint.load(name), value) for name, value in tensors.items())
 

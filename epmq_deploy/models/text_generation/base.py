@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.loading import fill, read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
@@ -106,7 +107,8 @@ class TextGenerationFamily(TypedFamily):
         model = self.build(config)
         # One module for all its places, so that it has one name.
         model.set_input_embeddings(model.get_input_embeddings())
-        stored = Checkpoint.open(folder, self.canonical_key, self.tied).tensors
+        source = ModelFolder.at(folder)
+        stored = Checkpoint.open(source, self.canonical_key, self.tied).tensors
         apart = [copy for copy in self.tied if copy in stored and copy != OUTPUT]
         if apart:
             raise RecipeError(

@@ -1,0 +1,1 @@
+"""Layouts of model folders: one module each, found by its ``LAYOUT``."""

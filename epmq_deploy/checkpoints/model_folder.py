@@ -1,0 +1,148 @@
+"""A model's folder, opened once: its layout, weight files and settings."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from epmq_deploy.checkpoints.files import CONFIG_FILE, PREPROCESSOR_FILE, setting_files
+from epmq_deploy.checkpoints.hub import fetch_snapshot, hub_id
+from epmq_deploy.checkpoints.layouts import transformers
+from epmq_deploy.checkpoints.layouts.base import Layout
+from epmq_deploy.checkpoints.lora import ADAPTER_CONFIG
+from epmq_deploy.checkpoints.open_clip import OPEN_CLIP_CONFIG
+from epmq_deploy.checkpoints.open_clip_weights import named_folder, split_named
+from epmq_deploy.checkpoints.pickle_conversion import refuse_pickled, refuse_pickled_file
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.registry import Registry
+
+LAYOUTS: Registry[Layout] = Registry(
+    "layout of model folders",
+    "epmq_deploy.checkpoints.layouts",
+    "LAYOUT",
+    "epmq_deploy.checkpoint_layouts",
+)
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local folder with a model or an adapter, read on demand and at most once.
+
+    Attributes:
+        path: of the folder.
+        layout: says which files it has and what they mean.
+    """
+
+    path: Path
+    layout: Layout
+
+    @classmethod
+    def open(cls, path_or_id: str) -> "ModelFolder":
+        """Open a local folder, or one made from another name of a model.
+
+        Args:
+            path_or_id: a folder; a hub id, of which safetensors and settings are fetched, with
+                ``@revision`` where it is not the main branch; or ``open_clip:NAME=PATH``.
+
+        Raises:
+            RecipeError: it is none of these, or the hub does not deliver it; names the conversion
+                for pickled weights.
+        """
+        return cls.at(_local_folder(path_or_id))
+
+    @classmethod
+    def at(cls, path: Path) -> "ModelFolder":
+        """Open a local folder; where no other layout recognises it, that of ``transformers``."""
+        default = transformers.LAYOUT
+        others = (layout for layout in LAYOUTS.values() if layout is not default)
+        return cls(path, next((layout for layout in others if layout.recognises(path)), default))
+
+    @cached_property
+    def weight_files(self) -> tuple[Path, ...]:
+        """The safetensors files.
+
+        Raises:
+            RecipeError: there are none, or shards are missing; names the conversion for pickled
+                weights.
+        """
+        files = self.layout.weight_files(self.path)
+        if not files:
+            refuse_pickled(self.path)
+            raise RecipeError(f"{self.path}: {self.layout.without_weights}")
+        return files
+
+    def check_base(self) -> None:
+        """Make sure that the folder holds the weights of a whole model.
+
+        Raises:
+            RecipeError: it does not.
+        """
+        if not self.layout.is_whole_model:
+            raise RecipeError(f"{self.path}: an adapter, where a whole model is needed")
+        _ = self.weight_files
+
+    def check_expert(self) -> None:
+        """Make sure that the folder holds either a whole model or an adapter.
+
+        Raises:
+            RecipeError: it holds neither or both.
+        """
+        files = self.weight_files
+        if self.layout.is_whole_model and (self.path / ADAPTER_CONFIG).is_file():
+            raise RecipeError(
+                f"{self.path}: holds both an adapter ({ADAPTER_CONFIG}) and a whole model "
+                f"({files[0].name}); move one of them elsewhere"
+            )
+
+    @cached_property
+    def config(self) -> dict[str, Any] | None:
+        """The content of ``config.json``, or its equivalent for ``transformers``; None without one.
+
+        Raises:
+            RecipeError: it is not a JSON object, or describes an unsupported model.
+        """
+        return self.layout.config(self.path)
+
+    @cached_property
+    def preprocessor_config(self) -> dict[str, Any] | None:
+        """As ``config``, of ``preprocessor_config.json``."""
+        return self.layout.preprocessor_config(self.path)
+
+    @property
+    def setting_files(self) -> tuple[Path, ...]:
+        """Everything next to the weights: config, tokenizer, processor."""
+        return setting_files(self.path)
+
+    def copy_settings(self, target: Path) -> None:
+        """Copy config, tokenizer and processor files, in the layout of ``transformers``.
+
+        Args:
+            target: existing folder.
+        """
+        for file in self.setting_files:
+            if file.name != OPEN_CLIP_CONFIG:
+                shutil.copyfile(file, target / file.name)
+        if self.layout.translates_settings:
+            for name, content in (
+                (CONFIG_FILE, self.config),
+                (PREPROCESSOR_FILE, self.preprocessor_config),
+            ):
+                (target / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _local_folder(path_or_id: str) -> Path:
+    folder = Path(path_or_id)
+    if folder.is_dir():
+        return folder
+    named = split_named(path_or_id)
+    if named is not None:
+        return named_folder(named[0], Path(named[1]))
+    if folder.is_file():
+        refuse_pickled_file(folder, "the folder")
+        raise RecipeError(f"{folder}: a file, where a model folder is needed")
+    repository = hub_id(path_or_id)
+    if repository is None:
+        raise RecipeError(f"{path_or_id}: no such folder")
+    return fetch_snapshot(repository)
