@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.cache import ActivationCache, Kept
+from epmq_deploy.calibration.cache import ActivationCache, CachedTensor
 from epmq_deploy.compat import map_instances
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.models.modules import first_input
@@ -33,23 +33,23 @@ class BlockBatch:
 
     Attributes:
         hidden: hidden states the current block receives.
-        args: its other positional arguments; floating-point tensors in them are ``Kept``.
-        kwargs: its keyword arguments; floating-point tensors in them are ``Kept``.
+        args: its other positional arguments; floating-point tensors in them are ``CachedTensor``.
+        kwargs: its keyword arguments; floating-point tensors in them are ``CachedTensor``.
         products: dtype in which blocks multiply matrices, float32 or bfloat16; hidden states,
             norms and softmax are float32 in either case.
         remembered: outputs of layers of the current block that will not change any more.
     """
 
-    hidden: Kept
+    hidden: CachedTensor
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     products: torch.dtype = torch.float32
-    remembered: dict[str, Kept] = field(default_factory=dict)
+    remembered: dict[str, CachedTensor] = field(default_factory=dict)
 
     def run(self, block: nn.Module) -> tuple[Any, ...]:
         """Return the block's outputs for this batch, hidden states first."""
         hidden = self.hidden.value()
-        args, kwargs = map_instances(Kept, Kept.peek, (self.args, self.kwargs))
+        args, kwargs = map_instances(CachedTensor, CachedTensor.peek, (self.args, self.kwargs))
         low = self.products == torch.bfloat16
         with torch.autocast(hidden.device.type, dtype=torch.bfloat16, enabled=low):
             output = block(hidden, *args, **kwargs)
@@ -85,13 +85,13 @@ def capture_block_batch(
     """
     captured: list[BlockBatch] = []
 
-    def kept_if_floating(tensor: Tensor) -> Tensor | Kept:
+    def cached_if_floating(tensor: Tensor) -> Tensor | CachedTensor:
         return cache.keep(tensor) if tensor.is_floating_point() else tensor
 
     def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rest = dict(kwargs)
         hidden = args[0] if args else rest.pop("hidden_states")
-        positional, named = map_instances(Tensor, kept_if_floating, (args[1:], rest))
+        positional, named = map_instances(Tensor, cached_if_floating, (args[1:], rest))
         captured.append(BlockBatch(cache.keep(hidden, dtype), positional, named, products))
         raise _Reached
 
@@ -178,7 +178,7 @@ def record(
     dtype: torch.dtype | None = None,
     layer_dtype: torch.dtype | None = None,
     passed_on: PassedOn = (),
-) -> dict[str, Kept]:
+) -> dict[str, CachedTensor]:
     """Take a batch through an expert's block and keep what its layers and norms give.
 
     Args:
@@ -194,7 +194,7 @@ def record(
     Returns:
         Outputs by layer and norm.
     """
-    outputs: dict[str, Kept] = {}
+    outputs: dict[str, CachedTensor] = {}
     norm_inputs: dict[str, Tensor] = {}
 
     def keep_output(name: str) -> Callable[..., None]:
@@ -234,8 +234,8 @@ def _remembering(
     handles = []
     patched = []
 
-    def remembered(kept: Kept) -> Callable[..., Tensor]:
-        return lambda *args, **kwargs: kept.value()
+    def remembered(output: CachedTensor) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: output.value()
 
     def remember(name: str, cache: ActivationCache) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -54,7 +54,7 @@ class CalibrationBatch:
 
     Attributes:
         tokens: which tokens count, by stream.
-        student: what the block receives in the model that is calibrated.
+        student: what the block receives in the model that batches run through.
         expert: what it receives in the task's expert, where experts run along.
     """
 
@@ -63,7 +63,7 @@ class CalibrationBatch:
     expert: BlockBatch | None = None
 
     def token_weights(self, stream: str, activations: Tensor, unpooled: float) -> Tensor | None:
-        """Weight of each token of a stream, float32 ``[B, T]``; None when all weigh 1.
+        """Return the weight of each token of a stream, float32 ``[B, T]``; None when all weigh 1.
 
         Args:
             stream: whose tokens ``activations`` hold.
@@ -88,7 +88,7 @@ class BlockRunner:
         products: dtype in which blocks multiply matrices.
 
     Attributes:
-        batches: by task, at the entrance of the block entered last.
+        batches: by task, at the entrance of the current block.
     """
 
     def __init__(
@@ -117,9 +117,10 @@ class BlockRunner:
         self.batches: dict[str, list[CalibrationBatch]] = {task: [] for task in batches}
 
     def enter(self, block: Block) -> None:
-        """Run everything before a block that begins a stream; at any other, batches are already.
+        """Bring the batches to a block, to be called in the order of blocks.
 
-        Blocks of earlier streams are finished by then, so that this one receives what they give.
+        Everything before a stream's first block runs now, with earlier streams as they are by now;
+        to its other blocks ``advance`` has taken the batches already.
 
         Raises:
             NumericsError: the block does not run.

@@ -13,7 +13,7 @@ from torch import Tensor
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-class Kept:
+class CachedTensor:
     """One tensor in an ``ActivationCache``; its memory or file is freed with this object."""
 
     def __init__(self, load: Callable[[], Tensor], dtype: torch.dtype) -> None:
@@ -49,7 +49,7 @@ class ActivationCache:
 
     def keep(
         self, tensor: Tensor, dtype: torch.dtype | None = None, *, owned: bool = False
-    ) -> Kept:
+    ) -> CachedTensor:
         """Keep a floating-point tensor.
 
         Args:
@@ -64,10 +64,10 @@ class ActivationCache:
             if shared and not owned:
                 # The caller may change it, and a view would keep the whole viewed tensor alive.
                 stored = stored.clone()
-            kept = Kept(lambda: stored, tensor.dtype)
+            cached = CachedTensor(lambda: stored, tensor.dtype)
             self.in_memory += size
-            weakref.finalize(kept, self._forget, size)
-            return kept
+            weakref.finalize(cached, self._forget, size)
+            return cached
         file = self._write(stored)
         shape, device, width = stored.shape, stored.device, stored.dtype
 
@@ -76,10 +76,10 @@ class ActivationCache:
             flat = torch.frombuffer(content, dtype=width)
             return flat.reshape(shape).to(device)
 
-        kept = Kept(load, tensor.dtype)
+        cached = CachedTensor(load, tensor.dtype)
         self.on_disk += size
-        weakref.finalize(kept, self._delete, file, size)
-        return kept
+        weakref.finalize(cached, self._delete, file, size)
+        return cached
 
     def _write(self, stored: Tensor) -> Path:
         if self._folder is None:

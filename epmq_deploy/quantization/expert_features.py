@@ -6,14 +6,14 @@ import torch
 
 from epmq_deploy.calibration.activations import record
 from epmq_deploy.calibration.block_runner import BlockRunner, ModuleSource
-from epmq_deploy.calibration.cache import ActivationCache, Kept
+from epmq_deploy.calibration.cache import ActivationCache, CachedTensor
 from epmq_deploy.models import Block
 from epmq_deploy.models.modules import linear_layer
 from epmq_deploy.quantization.base import CalibrationSettings
 
 # By task, batch by batch: outputs by the name of a layer (without bias) or norm (without gain and
 # bias). Empty for tasks whose expert does not run along.
-Features = Mapping[str, Sequence[Mapping[str, Kept]]]
+Features = Mapping[str, Sequence[Mapping[str, CachedTensor]]]
 
 
 class ExpertRecorder:
@@ -52,7 +52,7 @@ class ExpertRecorder:
 
     def _of_task(
         self, task: str, block: Block, layers: Sequence[str], norms: Sequence[str]
-    ) -> list[dict[str, Kept]]:
+    ) -> list[dict[str, CachedTensor]]:
         batches = [batch.expert for batch in self._runner.batches[task] if batch.expert is not None]
         if self._experts is None or not batches:
             return []

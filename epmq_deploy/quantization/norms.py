@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from epmq_deploy.calibration.activations import input_of
 from epmq_deploy.calibration.block_runner import BlockRunner
-from epmq_deploy.calibration.cache import ActivationCache, Kept
+from epmq_deploy.calibration.cache import ActivationCache, CachedTensor
 from epmq_deploy.models import Block
 from epmq_deploy.models.modules import bias_of
 from epmq_deploy.models.norms import pre_affine
@@ -123,7 +123,7 @@ class RefittedNorm:
 
     name: str
     norm: nn.Module
-    inputs: Mapping[str, Sequence[Kept]]
+    inputs: Mapping[str, Sequence[CachedTensor]]
     gain: Tensor
     bias: Tensor | None
     error_before: float
@@ -193,7 +193,7 @@ class NormRefit:
         norm = self._model.get_submodule(name)
         gain, bias = norm.get_parameter("weight"), bias_of(norm)
         sums = NormSums.zeros(gain.shape[0], gain.device)
-        inputs: dict[str, list[Kept]] = {}
+        inputs: dict[str, list[CachedTensor]] = {}
         for task in self._runner.batches:
             task_sums, inputs[task] = self._of_task(
                 task, block, name, features.get(task, ()), pooled=pooled, done=done
@@ -211,11 +211,11 @@ class NormRefit:
         task: str,
         block: Block,
         name: str,
-        features: Sequence[Mapping[str, Kept]],
+        features: Sequence[Mapping[str, CachedTensor]],
         *,
         pooled: bool,
         done: Mapping[str, nn.Module],
-    ) -> tuple[NormSums, list[Kept]]:
+    ) -> tuple[NormSums, list[CachedTensor]]:
         """Return sums over one task's tokens, and what the norm received, batch by batch."""
         student = self._model.get_submodule(block.name)
         norm = self._model.get_submodule(name)

@@ -11,7 +11,7 @@ from tiny_text_generators import WRITER_TASKS
 from torch import Tensor, nn
 
 from epmq_deploy.artifacts.manifest import read_manifest
-from epmq_deploy.calibration.cache import Kept
+from epmq_deploy.calibration.cache import CachedTensor
 from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.data.samples import batches
 from epmq_deploy.quantization.artifact import load_artifact, load_reports
@@ -169,9 +169,9 @@ def test_activations_on_disk_change_nothing(
     """What blocks receive besides hidden states, too: the encoder's output, masks and biases."""
     _, in_memory = quantized(merged_text_generator, cache_limit=None)
     shapes = set()
-    original = Kept.peek
+    original = CachedTensor.peek
     monkeypatch.setattr(
-        Kept, "peek", lambda self: shapes.add(original(self).dim()) or original(self)
+        CachedTensor, "peek", lambda self: shapes.add(original(self).dim()) or original(self)
     )
     _, on_disk = quantized(merged_text_generator, cache_limit=0)
     assert {3, 4} <= shapes
