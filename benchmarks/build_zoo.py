@@ -175,7 +175,7 @@ def write_recipe(path: Path, tasks: list[Task]) -> None:
         "merge": {"method": "task_arithmetic", "scaling": SCALING},
         "quantize": {"method": "epmq", "bits": 4, "group_size": 64},
         "export": {"formats": ["matmulnbits", "qdq", "int8-expand"]},
-        "eval": {},
+        "eval": {"latency_runs": 200},
     }
     text = yaml.dump(recipe, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=100)
     path.write_text(text)

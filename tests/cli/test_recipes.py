@@ -172,3 +172,5 @@ def test_recipes_run_on_local_folders_of_the_same_layout(file: Path, tmp_path: P
 def test_the_bundled_recipe_shows_the_format_to_ship_on_a_cpu_last() -> None:
     recipe = load_recipe(Path(str(files("epmq_deploy") / "zoo" / "recipe.yaml")))
     assert recipe.export.formats == ("matmulnbits", "qdq", "int8-expand")
+    # With fewer runs, models this small often seem equally fast where other programs run, too.
+    assert recipe.eval.latency_runs >= 200
