@@ -14,9 +14,9 @@ from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.hashing import file_sha256
 from epmq_deploy.models import ModelFamily, TaskHead
-from epmq_deploy.models.experts import open_sources
+from epmq_deploy.models.experts import Sources
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.recipe import Recipe, Task
+from epmq_deploy.recipe import Task
 
 HEADS_FILE = "heads.safetensors"
 
@@ -62,33 +62,37 @@ def build_heads(
 
 
 def heads_of_experts(
-    recipe: Recipe, heads: Mapping[str, TaskHead], device: torch.device
+    tasks: Mapping[str, Task],
+    sources: Sources,
+    heads: Mapping[str, TaskHead],
+    device: torch.device,
 ) -> dict[str, TaskHead]:
-    """The heads to evaluate experts with.
+    """Return the heads to evaluate experts with.
 
     Args:
-        recipe: names base and experts.
+        tasks: the recipe's tasks.
+        sources: base and experts.
         heads: of the merged model, by task.
         device: where to run text towers.
 
     Returns:
-        ``heads``, but those from class names through each expert's own text tower where text towers
-        are merged.
+        ``heads``; where text towers are merged, heads from class names are built anew with the text
+        tower of each expert.
     """
-    sources = open_sources(recipe)
-    own = dict(heads)
-    if sources.family.merges_text_tower:
-        for name, task in recipe.tasks.items():
-            if name in own and task.head is not None and task.head.classes is not None:
-                found = sources.family.zero_shot_head(
-                    sources.base.folder,
-                    task.head.classes,
-                    task.head.templates,
-                    device,
-                    sources.experts[name],
-                )
-                own[name] = TaskHead(found)
-    return own
+    if not sources.family.merges_text_tower:
+        return dict(heads)
+    expert_heads = dict(heads)
+    for name, task in tasks.items():
+        if name in heads and task.head is not None and task.head.classes is not None:
+            matrix = sources.family.zero_shot_head(
+                sources.base.folder,
+                task.head.classes,
+                task.head.templates,
+                device,
+                sources.experts[name],
+            )
+            expert_heads[name] = TaskHead(matrix)
+    return expert_heads
 
 
 def heads_sha256(tasks: Mapping[str, Task]) -> dict[str, str]:

@@ -141,28 +141,28 @@ class ExpertBackbone:
     Tensors that an expert does not hold (a projection, for example) or that are not merged are the
     base's.
 
-    Args:
+    Attributes:
         sources: base and experts.
         device: that the backbone is on.
     """
 
     def __init__(self, sources: Sources, device: torch.device) -> None:
-        self._sources = sources
+        self.sources = sources
         self.device = device
         self._model = sources.family.load(sources.base.folder).to(device)
 
     @property
     def tasks(self) -> Collection[str]:
         """Task names of the experts."""
-        return tuple(self._sources.experts)
+        return tuple(self.sources.experts)
 
     def embedding_width(self) -> int:
         """Return the width of the embedding that heads take; all experts have the same."""
-        return self._sources.family.embedding_width(self._model, self._sources.base.folder)
+        return self.sources.family.embedding_width(self._model, self.sources.base.folder)
 
     def base_tensor(self, name: str) -> Tensor:
         """Read one of the base's tensors, float32, on the device."""
-        return self._sources.base.load(name).to(self.device, torch.float32)
+        return self.sources.base.load(name).to(self.device, torch.float32)
 
     def tensor(self, task: str, name: str) -> Tensor:
         """Read one of an expert's tensors, float32, on the device."""
@@ -189,6 +189,6 @@ class ExpertBackbone:
         return self._model
 
     def _source(self, task: str, name: str) -> Checkpoint:
-        expert = self._sources.experts[task]
-        held = name in expert.tensors and self._sources.family.is_merged(name)
-        return expert if held else self._sources.base
+        expert = self.sources.experts[task]
+        held = name in expert.tensors and self.sources.family.is_merged(name)
+        return expert if held else self.sources.base

@@ -259,7 +259,9 @@ def _with_heads(recipe: Recipe, ctx: CalibrationContext) -> CalibrationContext:
     heads = build_heads(recipe.tasks, ctx.family, ctx.folder, features, device=ctx.device)
     if problem := missing_heads(recipe.quantize, ctx.family, recipe.tasks, heads):
         raise RecipeError(problem)
-    expert_heads = heads_of_experts(recipe, heads, ctx.device) if heads else {}
+    expert_heads = (
+        heads_of_experts(recipe.tasks, ctx.experts().sources, heads, ctx.device) if heads else {}
+    )
     return replace(ctx, heads=heads, expert_heads=expert_heads)
 
 

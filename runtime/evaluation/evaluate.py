@@ -74,7 +74,7 @@ def measure(
     options, asked = recipe.eval, provider or recipe.eval.provider
     experts = _experts(recipe, made, device or torch.device("cpu"))
     if experts is not None and heads:
-        heads = heads_of_experts(recipe, heads, experts.device)
+        heads = heads_of_experts(recipe.tasks, experts.sources, heads, experts.device)
     scorer = _scorer(options, family, exported, made.graphs, asked, heads, experts)
     bench = Bench(exported, formats, scorer, samples, options, asked, progress)
     models = scorer.open(bench.threads[0])

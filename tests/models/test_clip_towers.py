@@ -32,6 +32,7 @@ from epmq_deploy.data.samples import batches
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.merging.stage import merge, merge_fingerprint
 from epmq_deploy.models import TaskHead, family_of
+from epmq_deploy.models.experts import open_sources
 from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.stage import quantize
 from epmq_deploy.recipe import DataSource, Recipe, override, parse_recipe
@@ -154,7 +155,7 @@ def test_heads_follow_the_text_tower_that_is_merged(
     merged = CLIPModel.from_pretrained(tmp_path / "merged").eval()
     family = family_of(tmp_path / "merged")
     heads = build_heads(recipe.tasks, family, tmp_path / "merged", 12)
-    own = heads_of_experts(recipe, heads, CPU)
+    own = heads_of_experts(recipe.tasks, open_sources(recipe), heads, CPU)
     base = plain_head(held["base"].eval(), folder / "base")
     for task in ("one", "two"):
         wanted = plain_head(merged, tmp_path / "merged")
@@ -173,7 +174,7 @@ def test_only_heads_from_class_names_differ_between_experts(
     matrix = {"head": None}
     tasks = {name: task.model_copy(update=matrix) for name, task in recipe.tasks.items()}
     heads = {"one": TaskHead(torch.eye(3, 12))}
-    found = heads_of_experts(recipe.model_copy(update={"tasks": tasks}), heads, CPU)
+    found = heads_of_experts(tasks, open_sources(recipe), heads, CPU)
     assert found == heads
 
 
