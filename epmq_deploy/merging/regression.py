@@ -129,13 +129,13 @@ class _Regression:
     ) -> None:
         self._data, self._vectors, self._options = data, vectors, options
         self._runner, self._merged = runner, merged
-        self._held = set(vectors.names)
+        self._names = set(vectors.names)
 
     def merge_block(self, block: Block) -> dict[str, Tensor]:
         """Return merged task vectors of a block's linear layers; batches go on to the next one."""
         self._runner.enter(block)
         groups = [
-            [name for layer in group.layers if (name := f"{layer}.weight") in self._held]
+            [name for layer in group.layers if (name := f"{layer}.weight") in self._names]
             for group in block.groups
         ]
         sums = [_Sums() for _ in groups]
@@ -146,7 +146,7 @@ class _Regression:
         for group_sums, names in zip(sums, groups, strict=True):
             solved |= {name: group_sums.solve(name, self._factor(name)) for name in names}
         if self._merged is not None:
-            inside = [name for name in self._held if name.startswith(f"{block.name}.")]
+            inside = [name for name in self._names if name.startswith(f"{block.name}.")]
             _add_to(self._merged, self._vectors, inside, solved)
             self._runner.advance(block)
         return solved

@@ -16,14 +16,15 @@ from epmq_deploy.options import (
 )
 
 
-def _runs_somewhere(value: int) -> int:
+def _kernel_group_size(value: int) -> int:
+    """Refuse group sizes that no low-bit kernel runs."""
     if value != -1 and (value < 16 or value % 16):
         raise ValueError("must be a multiple of 16 (what low-bit kernels run) or -1")
     return value
 
 
 Bits = Literal[2, 3, 4, 8]
-GroupSize = Annotated[int, AfterValidator(_runs_somewhere)]
+GroupSize = Annotated[int, AfterValidator(_kernel_group_size)]
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class QuantizeOptions(Options):
         """Return these options at another width, with nothing that takes long."""
         return self.model_copy(update={"bits": bits})
 
-    def own_bits(self, name: str) -> int | None:
+    def fixed_bits(self, name: str) -> int | None:
         """Return the bits that ``layers`` gives to one layer, or None."""
         given = {pattern: options.given for pattern, options in self.layers.items()}
         return given_for(given, name).get("bits")

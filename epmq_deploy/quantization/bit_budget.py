@@ -24,7 +24,7 @@ class BitBudget:
 
     Attributes:
         bits: of all of them.
-        sizes: bits by layer and width; of one width where a layer has bits of its own.
+        sizes: bits by layer and width; one width for layers whose bits are fixed.
         weights: number of weights by layer.
     """
 
@@ -53,7 +53,7 @@ def bit_budget(model: nn.Module, blocks: tuple[Block, ...], options: QuantizeOpt
     layers = [name for name in inside if not options.skips(name)]
     by_size = options.target_bits is None
     option = "quantize.target_size" if by_size else "quantize.target_bits"
-    if all(options.own_bits(name) for name in layers):
+    if all(options.fixed_bits(name) for name in layers):
         raise RecipeError(
             f"{option}: there are no bits to choose, as every layer in the blocks is skipped or "
             "has bits of its own in quantize.layers; leave it out"
@@ -90,7 +90,7 @@ def _sizes(
             return float(rows * columns * bits)
         return stored_bits(rows, columns, bits, options.for_layer(name).group_size)
 
-    fixed = {name: options.own_bits(name) for name in layers}
+    fixed = {name: options.fixed_bits(name) for name in layers}
     return {
         name: {width: size(name, width) for width in ((bits,) if bits else widths)}
         for name, bits in fixed.items()

@@ -103,7 +103,7 @@ def _unfit(target: Target, layers: Mapping[str, LayerGrid], options: QuantizeOpt
     found = []
     for name, grid in layers.items():
         own = options if grid.outer else options.for_layer(name)
-        bits = grid.bits if grid.outer else options.own_bits(name) or _bits(grid, own)
+        bits = grid.bits if grid.outer else options.fixed_bits(name) or _bits(grid, own)
         if target.refuses(grid.made_with(bits, own)):
             found.append(name)
     return found
@@ -125,7 +125,7 @@ def _with(
         return options
     budgeted = options.target_bits is not None or options.target_size is not None
     if name == "bits" and budgeted:
-        own = [layer for layer in layers if options.own_bits(layer)]
+        own = [layer for layer in layers if options.fixed_bits(layer)]
         if len(own) < len(layers):
             # Those without bits of their own.
             target = {"target_bits": float(value), "target_size": None}
