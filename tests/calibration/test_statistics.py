@@ -24,12 +24,12 @@ def test_tiles_make_no_difference(tile: int, monkeypatch: pytest.MonkeyPatch) ->
     batches = [normal(1, B, T, K), normal(2, 1, T, K)]
     for batch in batches:
         accumulator.add(batch)
-    found = accumulator.statistics()
+    statistics = accumulator.statistics()
     rows = torch.cat([batch.reshape(-1, K) for batch in batches]).double()
-    assert torch.allclose(found.gram.double(), rows.T @ rows / len(rows), atol=1e-6)
-    assert torch.equal(found.gram, found.gram.T)
-    assert torch.allclose(found.mean, rows.mean(dim=0), atol=1e-6)
-    assert found.tokens == len(rows)
+    assert torch.allclose(statistics.gram.double(), rows.T @ rows / len(rows), atol=1e-6)
+    assert torch.equal(statistics.gram, statistics.gram.T)
+    assert torch.allclose(statistics.mean, rows.mean(dim=0), atol=1e-6)
+    assert statistics.tokens == len(rows)
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.3, 1.0])
@@ -41,18 +41,18 @@ def test_weighted_tokens_and_wanted_outputs(mix: float) -> None:
     weights = tokens.weights(x.shape, 0.1, x.device)
     accumulator = Accumulator()
     accumulator.add(x, weights, {"layer": weight}, {"layer": own}, mix)
-    found = accumulator.statistics()
+    statistics = accumulator.statistics()
     share = torch.tensor([[1, 0.1, 0.1, 0.1], [0.1, 1, 0, 0], [1, 0, 0, 0]], dtype=torch.float64)
     share /= share.sum()
-    wanted = ((1 - mix) * x @ weight.T + mix * own).double()
+    target = ((1 - mix) * x @ weight.T + mix * own).double()
     gram = torch.einsum("bt,bti,btj->ij", share, x.double(), x.double())
-    cross = torch.einsum("bt,bti,btj->ij", share, wanted, x.double())
-    assert torch.allclose(found.gram.double(), gram, atol=1e-6)
-    assert torch.allclose(found.cross["layer"].double(), cross, atol=1e-5)
-    assert torch.allclose(found.mean, torch.einsum("bt,bti->i", share, x.double()), atol=1e-6)
-    mean = torch.einsum("bt,bti->i", share, wanted)
-    assert torch.allclose(found.output_mean["layer"], mean, atol=1e-5)
-    assert found.tokens == 7
+    cross = torch.einsum("bt,bti,btj->ij", share, target, x.double())
+    assert torch.allclose(statistics.gram.double(), gram, atol=1e-6)
+    assert torch.allclose(statistics.cross["layer"].double(), cross, atol=1e-5)
+    assert torch.allclose(statistics.mean, torch.einsum("bt,bti->i", share, x.double()), atol=1e-6)
+    mean = torch.einsum("bt,bti->i", share, target)
+    assert torch.allclose(statistics.output_mean["layer"], mean, atol=1e-5)
+    assert statistics.tokens == 7
 
 
 def test_nothing_to_weigh_needs_no_weights() -> None:
@@ -80,9 +80,9 @@ def test_biases_of_all_tasks_meet_their_own_means() -> None:
     for task in range(3):
         accumulator = Accumulator()
         accumulator.add(normal(task, 20, K), None, {"layer": normal(10 + task, N, K)})
-        found, bias = accumulator.statistics(), normal(20 + task, N)
-        sums.add(found, 0.5 + task, {"layer": bias})
-        expected += (0.5 + task) * torch.outer(bias.double(), found.mean)
+        statistics, bias = accumulator.statistics(), normal(20 + task, N)
+        sums.add(statistics, 0.5 + task, {"layer": bias})
+        expected += (0.5 + task) * torch.outer(bias.double(), statistics.mean)
     assert torch.allclose(sums.bias_cross("layer"), expected)
 
 

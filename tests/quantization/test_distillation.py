@@ -39,9 +39,9 @@ def with_head(recipe: Recipe, head: Head | None) -> Recipe:
 def test_codes_stay_and_the_divergence_falls(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
     quantize(distilling(tiny, 0), merged, tmp_path / "plain")
     manifest = quantize(distilling(tiny, 2), merged, tmp_path / "tuned")
-    found = manifest.reported["distill"]
-    assert found["kept"]
-    assert found["after"] < found["before"]
+    outcome = manifest.reported["distill"]
+    assert outcome["kept"]
+    assert outcome["after"] < outcome["before"]
     (plain, _), (tuned, replaced) = (load_artifact(tmp_path / name) for name in ("plain", "tuned"))
     moved = set()
     for name, linear in plain.items():

@@ -41,13 +41,13 @@ def statistics_of(inputs: Tensor) -> TaskStatistics:
 def exact_statistics(inputs: Tensor, expert: Tensor, own: Tensor, mix: float) -> TaskStatistics:
     """Return statistics without rounding; ``own`` are the expert's own inputs."""
     x, z, weight = inputs.double(), own.double(), expert.double()
-    wanted = ((1 - mix) * x + mix * z) @ weight.T
+    target = ((1 - mix) * x + mix * z) @ weight.T
     return TaskStatistics(
         gram=x.T @ x / len(x),
         mean=x.mean(dim=0),
         tokens=len(x),
-        cross={"layer": wanted.T @ x / len(x)},
-        output_mean={"layer": wanted.mean(dim=0)},
+        cross={"layer": target.T @ x / len(x)},
+        output_mean={"layer": target.mean(dim=0)},
     )
 
 
@@ -62,9 +62,10 @@ def epmq_sums(
     sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
     tasks = zip(inputs, experts, own or inputs, strict=True)
     for index, (features, expert, expert_features) in enumerate(tasks):
-        found = exact_statistics(features, expert, expert_features, EPMQ.calibration(options).mix)
+        mix = EPMQ.calibration(options).mix
+        statistics = exact_statistics(features, expert, expert_features, mix)
         bias = None if biases is None else {"layer": biases[index]}
-        sums.add(found, EPMQ.task_weight(found, options), bias)
+        sums.add(statistics, EPMQ.task_weight(statistics, options), bias)
     return sums
 
 
@@ -88,8 +89,8 @@ def test_stated_objective_equals_the_solver_s_up_to_a_constant(
         total = 0.3 * float((candidate - anchor).square().sum())
         for x, z, expert in zip(inputs, own, experts, strict=True):
             weight = EPMQ.task_weight(exact_statistics(x, expert, z, alpha), options)
-            wanted = ((1 - alpha) * x.double() + alpha * z.double()) @ expert.double().T
-            miss = x.double() @ candidate.T - wanted
+            target = ((1 - alpha) * x.double() + alpha * z.double()) @ expert.double().T
+            miss = x.double() @ candidate.T - target
             total += weight * float(miss.square().sum()) / len(x)
         return total
 
@@ -111,16 +112,16 @@ def joint_brute_force(
     strength: float,
 ) -> Tensor:
     """Best ``[W b]`` of the stated problem by least squares with a column of ones."""
-    rows, wanted = [], []
+    rows, targets = [], []
     for x, expert, bias, weight in zip(inputs, experts, biases, weights, strict=True):
         root = (weight / len(x)) ** 0.5
         ones = torch.ones(len(x), 1, dtype=torch.float64)
         rows.append(root * torch.cat([x.double(), ones], dim=1))
-        wanted.append(root * (x.double() @ expert.double().T + bias.double()))
+        targets.append(root * (x.double() @ expert.double().T + bias.double()))
     rows.append(strength**0.5 * torch.eye(COLUMNS + 1, dtype=torch.float64))
     pulled = torch.cat([anchor.double(), bias_anchor.double()[:, None]], dim=1)
-    wanted.append(strength**0.5 * pulled.T)
-    return torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)).solution.T
+    targets.append(strength**0.5 * pulled.T)
+    return torch.linalg.lstsq(torch.cat(rows), torch.cat(targets)).solution.T
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.2])
@@ -157,8 +158,8 @@ def test_joint_objective_is_that_of_every_weight_with_its_best_bias() -> None:
     def stated(candidate: Tensor) -> float:
         misses = []
         for x, expert, bias in zip(inputs, experts, biases, strict=True):
-            wanted = x.double() @ expert.double().T + bias.double()
-            misses.append(wanted - x.double() @ candidate.T)
+            target = x.double() @ expert.double().T + bias.double()
+            misses.append(target - x.double() @ candidate.T)
         total = sum(miss.mean(dim=0) for miss in misses) + 0.3 * bias_of(3).double()
         best = total / (len(inputs) + 0.3)
         lost = sum(float((miss - best).square().sum()) / len(miss) for miss in misses)
@@ -175,7 +176,7 @@ def test_joint_gptq_keeps_its_target_and_loses_less() -> None:
     sums = GroupSums.zeros(COLUMNS, torch.device("cpu"))
     sums.add(exact_statistics(features, merged, features, 0.0), 1.0)
     layer = LayerWeights("layer", merged, bias_of(1))
-    wanted = features.double() @ merged.double().T + bias_of(1).double()
+    target = features.double() @ merged.double().T + bias_of(1).double()
     lost = {}
     for bias in ("joint", "after"):
         options = GptqOptions(bits=2, group_size=16, damping=1e-6, bias=bias)
@@ -184,7 +185,7 @@ def test_joint_gptq_keeps_its_target_and_loses_less() -> None:
         done = quantize_layer("layer", bias_of(1), problem, sums, options)
         assert done.bias is not None
         outputs = features.double() @ done.linear.dequantize().double().T + done.bias.double()
-        lost[bias] = float((outputs - wanted).square().mean())
+        lost[bias] = float((outputs - target).square().mean())
     assert lost["joint"] < 0.95 * lost["after"]
 
 
@@ -265,11 +266,11 @@ def test_refitted_bias_undoes_the_mean_shift() -> None:
     )
     done = quantize_layer("layer", bias, problem, sums, options)
     assert done.bias is not None
-    wanted = (features @ merged.T + bias).mean(dim=0)
+    target = (features @ merged.T + bias).mean(dim=0)
     shifted = (features @ done.linear.dequantize().T + bias).mean(dim=0)
     refitted = (features @ done.linear.dequantize().T + done.bias).mean(dim=0)
-    assert (shifted - wanted).abs().max() > 0.05
-    assert torch.allclose(refitted, wanted, atol=1e-4)
+    assert (shifted - target).abs().max() > 0.05
+    assert torch.allclose(refitted, target, atol=1e-4)
 
 
 def test_undamped_dead_inputs_do_not_spoil_the_layer() -> None:

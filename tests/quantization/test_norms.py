@@ -23,7 +23,7 @@ def test_equals_ridge_regression_channel_by_channel(damping: float) -> None:
     sums = NormSums.zeros(CHANNELS, torch.device("cpu"))
     sums.add(first, wanted_first, torch.ones(40))
     sums.add(second, wanted_second, torch.full((40,), 3.0))
-    found = fit_affine(sums, gain, bias, damping)
+    fitted = fit_affine(sums, gain, bias, damping)
     for channel in range(CHANNELS):
         # Ridge as ordinary least squares with two more rows that pull towards the anchor.
         n = torch.cat([first[:, channel], second[:, channel]])
@@ -35,8 +35,8 @@ def test_equals_ridge_regression_channel_by_channel(damping: float) -> None:
         left = torch.cat([rows, pull])
         right = torch.cat([y * share.sqrt(), damping**0.5 * anchor])
         solution = torch.linalg.lstsq(left, right[:, None]).solution[:, 0]
-        assert found[0][channel].item() == pytest.approx(solution[0].item(), rel=1e-5)
-        assert found[1][channel].item() == pytest.approx(solution[1].item(), rel=1e-5)
+        assert fitted[0][channel].item() == pytest.approx(solution[0].item(), rel=1e-5)
+        assert fitted[1][channel].item() == pytest.approx(solution[1].item(), rel=1e-5)
 
 
 def test_a_reachable_target_is_reached_and_the_error_is_the_stated_one() -> None:
@@ -45,22 +45,22 @@ def test_a_reachable_target_is_reached_and_the_error_is_the_stated_one() -> None
     sums = NormSums.zeros(CHANNELS, torch.device("cpu"))
     sums.add(activations, gain * activations + bias, torch.ones(40))
     start = torch.ones(CHANNELS), torch.zeros(CHANNELS)
-    found = fit_affine(sums, *start, damping=1e-12)
-    assert torch.allclose(found[0].double(), gain, atol=1e-6)
-    assert torch.allclose(found[1].double(), bias, atol=1e-6)
+    fitted = fit_affine(sums, *start, damping=1e-12)
+    assert torch.allclose(fitted[0].double(), gain, atol=1e-6)
+    assert torch.allclose(fitted[1].double(), bias, atol=1e-6)
     miss = (activations - gain * activations - bias).square().sum()
     total = (gain * activations + bias).square().sum()
     assert sums.error(*start) == pytest.approx(float(miss / total))
-    assert sums.error(*found) < 1e-10
+    assert sums.error(*fitted) < 1e-10
 
 
 def test_heavy_damping_keeps_the_anchor() -> None:
     gain, bias = tokens(5, 1)[0], tokens(6, 1)[0]
     sums = NormSums.zeros(CHANNELS, torch.device("cpu"))
     sums.add(tokens(1), tokens(2), torch.ones(40))
-    found = fit_affine(sums, gain, bias, damping=1e9)
-    assert torch.allclose(found[0].double(), gain, atol=1e-6)
-    assert torch.allclose(found[1].double(), bias, atol=1e-6)
+    fitted = fit_affine(sums, gain, bias, damping=1e9)
+    assert torch.allclose(fitted[0].double(), gain, atol=1e-6)
+    assert torch.allclose(fitted[1].double(), bias, atol=1e-6)
 
 
 def test_pre_affine_is_what_the_norm_scales_and_shifts() -> None:

@@ -25,18 +25,18 @@ def quantized(tiny: TinyZoo, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tmp_path_factory.mktemp("merge") / "merged"
     plain = load_recipe(tiny.recipe)
     merge(plain, folder)
-    known: dict[str, QuantizedModel] = {}
+    results: dict[str, QuantizedModel] = {}
 
     def quantize(**options: Any) -> QuantizedModel:
-        if repr(options) not in known:
+        if repr(options) not in results:
             recipe = override(plain, "quantize", SETTINGS | options)
             family = family_of(folder)
             samples = calibration_samples(recipe, family, folder)
             cpu = torch.device("cpu")
             experts = ExpertBackbone(open_sources(recipe), cpu)
             ctx = CalibrationContext(family, folder, samples, lambda: experts, cpu)
-            _, known[repr(options)] = ctx.calibrate(recipe.quantize)
-        return known[repr(options)]
+            _, results[repr(options)] = ctx.calibrate(recipe.quantize)
+        return results[repr(options)]
 
     return quantize
 

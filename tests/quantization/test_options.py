@@ -25,9 +25,9 @@ def recipe(**options: Any) -> Recipe:
     return parse_recipe(content, "test")
 
 
-def carried(made: Recipe, folder: Path) -> Recipe:
+def carried(original: Recipe, folder: Path) -> Recipe:
     """Return the recipe as an earlier stage's manifest hands it on."""
-    finish_output(folder, MergeManifest(fingerprint="mark", recipe=made, inputs={}))
+    finish_output(folder, MergeManifest(fingerprint="0", recipe=original, inputs={}))
     return read_manifest(folder, "merge").recipe
 
 
@@ -49,7 +49,7 @@ def test_without_data_options_of_data_are_refused(option: str, tmp_path: Path) -
     given = {option: OF_DATA[option]}
     as_auto = "as auto " if option == "anchor" else ""
     message = rf"^{NO_DATA.format(option, as_auto)}; leave it out$"
-    for made in (
+    for original in (
         recipe(preset="weights", **given),
         carried(recipe(preset="weights", **given), tmp_path),
         override(recipe(preset="weights"), "quantize", given),
@@ -57,7 +57,7 @@ def test_without_data_options_of_data_are_refused(option: str, tmp_path: Path) -
         override(carried(recipe(), tmp_path), "quantize", {"preset": "weights", **given}),
     ):
         with pytest.raises(RecipeError, match=message):
-            check_options(made)
+            check_options(original)
 
 
 def test_options_of_one_reason_are_named_in_one_sentence() -> None:
@@ -75,9 +75,9 @@ def test_what_is_refused_without_data_has_indeed_no_effect(tiny: TinyZoo, tmp_pa
         chosen = EpmqOptions(preset="weights", group_size=16).model_dump() | options
         # Constructed, not validated, so that nothing counts as given.
         unseen = EpmqOptions.model_construct(_fields_set=set(), **chosen)
-        made = plain.model_copy(update={"quantize": unseen})
-        found = quantize(made, merged, tmp_path / name).outputs
-        return {file: digest for file, digest in found.items() if file != "report.json"}
+        original = plain.model_copy(update={"quantize": unseen})
+        outputs = quantize(original, merged, tmp_path / name).outputs
+        return {file: digest for file, digest in outputs.items() if file != "report.json"}
 
     unused = {key: value for key, value in OF_DATA.items() if key != "anchor"}
     assert outputs("unused", **unused) == outputs("plain")
@@ -90,8 +90,8 @@ def test_defaults_and_what_flags_put_out_of_use_are_not_refused(tmp_path: Path) 
     check_options(carried(recipe(target_bits=4.5), tmp_path))
     check_options(override(carried(recipe(), tmp_path), "quantize", {"preset": "weights"}))
     full = recipe(**OF_DATA)
-    for made in (full, carried(full, tmp_path)):
-        plain = override(made, "quantize", {"preset": "weights"})
+    for original in (full, carried(full, tmp_path)):
+        plain = override(original, "quantize", {"preset": "weights"})
         check_options(plain)
         assert plain.quantize == EpmqOptions(preset="weights")
 
@@ -100,18 +100,18 @@ def test_defaults_and_what_flags_put_out_of_use_are_not_refused(tmp_path: Path) 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bits_beside_a_target_are_refused(target: dict[str, float], bits: int) -> None:
     (option,) = target
-    for made in (
+    for original in (
         recipe(bits=bits, **target),
         override(recipe(), "quantize", {"bits": bits, **target}),
         override(recipe(method="rtn"), "quantize", {"bits": bits, **target}),
     ):
         with pytest.raises(RecipeError, match=rf"^quantize\.bits has no effect with .*{option}, "):
-            check_options(made)
+            check_options(original)
 
 
 def test_bits_and_targets_given_as_flags_take_each_others_place(tmp_path: Path) -> None:
-    for made in (recipe(bits=8), carried(recipe(bits=8), tmp_path)):
-        changed = override(made, "quantize", {"target_bits": 5})
+    for original in (recipe(bits=8), carried(recipe(bits=8), tmp_path)):
+        changed = override(original, "quantize", {"target_bits": 5})
         check_options(changed)
         back = override(changed, "quantize", {"bits": 3})
         check_options(back)
@@ -119,7 +119,7 @@ def test_bits_and_targets_given_as_flags_take_each_others_place(tmp_path: Path) 
 
 
 def test_a_manifest_s_methods_are_kept(tmp_path: Path) -> None:
-    made = parse_recipe(
+    original = parse_recipe(
         recipe(method="gptq", bits=3).model_dump() | {"merge": {"method": "average"}}, "test"
     )
-    assert carried(made, tmp_path) == made
+    assert carried(original, tmp_path) == original

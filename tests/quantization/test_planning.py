@@ -14,13 +14,13 @@ from epmq_deploy.quantization.planning import Choice, allocate, search_anchor
 def choices(seed: int, layers: int = 5) -> dict[str, Choice]:
     """Layers of several sizes whose errors fall about fourfold per bit, as rounding's do."""
     generator = torch.Generator().manual_seed(seed)
-    found = {}
+    choices = {}
     for index in range(layers):
         scale, weights = torch.rand(2, generator=generator).tolist()
         sizes = {bits: (1 + round(9 * weights)) * bits * 100.0 for bits in (2, 3, 4, 8)}
         errors = {bits: (0.1 + scale) * 4.0**-bits for bits in sizes}
-        found[f"layer{index}"] = Choice(errors, sizes)
-    return found
+        choices[f"layer{index}"] = Choice(errors, sizes)
+    return choices
 
 
 def total(layers: dict[str, Choice], chosen: dict[str, int]) -> tuple[float, float]:
@@ -37,7 +37,7 @@ def test_close_to_the_best_of_all_allocations(seed: int, bits: float) -> None:
     assert size <= budget
     widths = [tuple(choice.sizes) for choice in layers.values()]
     every = (dict(zip(layers, some, strict=True)) for some in itertools.product(*widths))
-    best = min(found[0] for found in (total(layers, one) for one in every) if found[1] <= budget)
+    best = min(pair[0] for pair in (total(layers, one) for one in every) if pair[1] <= budget)
     # Widths are discrete: one layer may miss its last step for want of budget.
     smallest = allocate(layers, sum(choice.sizes[2] for choice in layers.values()))
     assert error - best <= 0.05 * (total(layers, smallest)[0] - best)
@@ -68,9 +68,9 @@ def bowl(best: float, noise: float = 0.0) -> object:
 
 @pytest.mark.parametrize("best", [0.05, 0.2, 0.8, 3.2, 0.0125])
 def test_walks_to_the_least_divergence(best: float) -> None:
-    found = search_anchor(bowl(best), 0.05)  # type: ignore[arg-type]
-    assert found.value == pytest.approx(best)
-    assert found.curve[found.value] == pytest.approx(0, abs=1e-9)
+    tuned = search_anchor(bowl(best), 0.05)  # type: ignore[arg-type]
+    assert tuned.value == pytest.approx(best)
+    assert tuned.curve[tuned.value] == pytest.approx(0, abs=1e-9)
 
 
 def test_noise_alone_does_not_move_it() -> None:
@@ -79,8 +79,8 @@ def test_noise_alone_does_not_move_it() -> None:
         return {"task": torch.randn(400, generator=generator)}
 
     # One of five candidates beats one standard error by chance now and then; not by three.
-    found = search_anchor(score, 0.05)
-    assert abs(found.curve[found.value] - found.curve[0.05]) < 3 * found.standard_error + 1e-12
+    tuned = search_anchor(score, 0.05)
+    assert abs(tuned.curve[tuned.value] - tuned.curve[0.05]) < 3 * tuned.standard_error + 1e-12
 
 
 def test_divergence_is_that_of_the_distributions() -> None:

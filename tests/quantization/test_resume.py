@@ -33,19 +33,19 @@ def blocks_done(
     recipe: Recipe, merged: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> list[list[Path]]:
     """Quantize; for every block quantized, the files in the run's scratch folder at its end."""
-    found = []
+    files = []
     original = BlockQuantizer.quantize
 
     def remember(self: BlockQuantizer, block: Block) -> QuantizedModel:
         result = original(self, block)
         scratch = output.with_name(f".{output.name}.unfinished") / "scratch"
-        found.append([file for file in scratch.rglob("*") if file.is_file()])
+        files.append([file for file in scratch.rglob("*") if file.is_file()])
         return result
 
     with monkeypatch.context() as patch:
         patch.setattr(BlockQuantizer, "quantize", remember)
         quantize(recipe, merged, output)
-    return found
+    return files
 
 
 def other_threads(monkeypatch: pytest.MonkeyPatch) -> None:

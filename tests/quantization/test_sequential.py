@@ -104,9 +104,9 @@ def test_what_is_outside_the_blocks_is_rounded_where_it_is_worth_it(
     assert all(item.scales.shape[1] == 1 and item.symmetric for item in tables)
 
     def kept(**options: object) -> dict[str, str]:
-        _, found = quantized(recipe, merged, method="rtn", **options)
-        reports = {report.layer: report for report in found.reports if report.status == "kept"}
-        assert not set(reports) & set(found.layers)
+        _, result = quantized(recipe, merged, method="rtn", **options)
+        reports = {report.layer: report for report in result.reports if report.status == "kept"}
+        assert not set(reports) & set(result.layers)
         return {name: report.reason for name, report in reports.items()}
 
     assert kept(outer=False) == dict.fromkeys(OUTER, "outside the blocks")
@@ -130,11 +130,11 @@ def test_model_ends_with_the_artifact_s_weights(tiny: TinyZoo, merged: Path) -> 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_gptq_keeps_features_closer_than_rounding(tiny: TinyZoo, merged: Path, bits: int) -> None:
     recipe = load_recipe(tiny.recipe)
-    wanted = features(merged, family_of(merged).load(merged), recipe)
+    expected = features(merged, family_of(merged).load(merged), recipe)
     error = {}
     for method in ("rtn", "gptq"):
         model, _ = quantized(recipe, merged, method=method, bits=bits)
-        error[method] = float((features(merged, model, recipe) - wanted).norm())
+        error[method] = float((features(merged, model, recipe) - expected).norm())
     assert error["gptq"] < 0.9 * error["rtn"]
 
 
@@ -169,9 +169,9 @@ def test_one_expert_almost_without_anchor_is_given_back(
         batches={"all": lambda: inputs},
         experts=OneExpert(expert),
     )
-    wanted = features(merged, expert, recipe)
-    before = (features(merged, original, recipe) - wanted).norm()
-    assert (features(merged, model, recipe) - wanted).norm() < 0.1 * before
+    expected = features(merged, expert, recipe)
+    before = (features(merged, original, recipe) - expected).norm()
+    assert (features(merged, model, recipe) - expected).norm() < 0.1 * before
 
 
 def test_later_layers_see_the_quantized_earlier_ones(tiny: TinyZoo, merged: Path) -> None:

@@ -157,11 +157,11 @@ def test_nothing_is_left_in_the_cache(
 def test_options_by_layer(tiny: TinyZoo, merged: Path) -> None:
     layers = ["*.fc2:bits=8,group_size=32", "*.layers.1.*:bits=2", "*.q_proj:symmetric=true"]
     _, result = run(load_recipe(tiny.recipe), merged, layers=layers)
-    found = {name: (item.bits, item.group_size) for name, item in result.layers.items()}
-    assert found["vision_model.encoder.layers.0.mlp.fc1"] == (4, 16)
-    assert found["vision_model.encoder.layers.0.mlp.fc2"] == (8, 32)
+    grids = {name: (item.bits, item.group_size) for name, item in result.layers.items()}
+    assert grids["vision_model.encoder.layers.0.mlp.fc1"] == (4, 16)
+    assert grids["vision_model.encoder.layers.0.mlp.fc2"] == (8, 32)
     # Of two patterns that match, the later one counts, option by option.
-    assert found["vision_model.encoder.layers.1.mlp.fc2"] == (2, 32)
+    assert grids["vision_model.encoder.layers.1.mlp.fc2"] == (2, 32)
     symmetric = {
         name for name, item in result.layers.items() if item.symmetric and ".layers." in name
     }
@@ -209,17 +209,15 @@ def test_target_size_is_met(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None
             item.codes.numel() * item.bits + item.scales.numel() * (32 + item.bits)
             for item in result.layers.values()
         )
-    wanted = (sizes[4] + sizes[8]) / 2 / 8e6
-    recipe = override(
-        load_recipe(tiny.recipe), "quantize", {"method": "rtn", "target_size": wanted}
-    )
+    size = (sizes[4] + sizes[8]) / 2 / 8e6
+    recipe = override(load_recipe(tiny.recipe), "quantize", {"method": "rtn", "target_size": size})
     quantize(recipe, merged, tmp_path / "out")
     layers, _ = load_artifact(tmp_path / "out")
     stored = sum(
         item.codes.numel() * item.bits + item.scales.numel() * (32 + item.bits)
         for item in layers.values()
     )
-    assert 0.8 * wanted < stored / 8e6 <= wanted
+    assert 0.8 * size < stored / 8e6 <= size
     recipe = override(recipe, "quantize", {"target_size": sizes[4] / 9e6})
     with pytest.raises(RecipeError, match="target_size cannot be met"):
         quantize(recipe, merged, tmp_path / "small")
@@ -230,20 +228,20 @@ def test_target_size_is_met(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None
 def test_an_anchor_is_a_positive_number_or_auto(tiny: TinyZoo, anchor: object) -> None:
     with pytest.raises(RecipeError, match=r"^[^\n]*quantize\.anchor: .*number or auto[^\n]*$"):
         override(load_recipe(tiny.recipe), "quantize", {"anchor": anchor})
-    for given, found in (("0.3", 0.3), (2, 2.0), ("auto", "auto")):
+    for given, expected in (("0.3", 0.3), (2, 2.0), ("auto", "auto")):
         recipe = override(load_recipe(tiny.recipe), "quantize", {"anchor": given})
-        assert recipe.quantize.model_dump()["anchor"] == found
+        assert recipe.quantize.model_dump()["anchor"] == expected
 
 
 def test_anchor_auto_reports_its_curve(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
     recipe = override(load_recipe(tiny.recipe), "quantize", {"anchor": "auto"})
     manifest = quantize(recipe, merged, tmp_path / "out")
-    found = manifest.reported["anchor"]
-    curve = dict(found["curve"])
-    assert found["anchor"] in curve
+    plan = manifest.reported["anchor"]
+    curve = dict(plan["curve"])
+    assert plan["anchor"] in curve
     assert len(curve) >= 3
-    assert curve[found["anchor"]] <= curve[EpmqOptions().values.anchor]
-    fixed = override(recipe, "quantize", {"anchor": found["anchor"]})
+    assert curve[plan["anchor"]] <= curve[EpmqOptions().values.anchor]
+    fixed = override(recipe, "quantize", {"anchor": plan["anchor"]})
     quantize(fixed, merged, tmp_path / "fixed")
     codes = [read_manifest(tmp_path / name, "quantize").outputs for name in ("out", "fixed")]
     assert codes[0]["quantized.safetensors"] == codes[1]["quantized.safetensors"]
@@ -284,10 +282,10 @@ def test_gptaq_undoes_more_of_earlier_errors_than_gptq(tiny: TinyZoo, merged: Pa
     pixels = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(5))
     error = {}
     with torch.inference_mode():
-        wanted = family.embed(family.load(merged), pixels)
+        expected = family.embed(family.load(merged), pixels)
         for method in ("gptq", "gptaq"):
             model, _ = run(recipe, merged, method=method, bits=2)
-            error[method] = float((family.embed(model, pixels) - wanted).norm())
+            error[method] = float((family.embed(model, pixels) - expected).norm())
     assert error["gptaq"] < error["gptq"]
 
 
@@ -317,11 +315,11 @@ def test_without_data_targets_come_from_weights(
 def test_data_free_statistics_follow_task_vectors() -> None:
     base, vector = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     vector[:, 2] = 0
-    found = weight_statistics({"a": base + vector, "b": base}, {"a": base, "b": base})
-    assert torch.allclose(found.gram, vector.T @ vector, atol=1e-5)
-    assert torch.allclose(found.cross["a"], (base + vector) @ vector.T @ vector, atol=1e-4)
-    assert found.tokens == 0
-    assert not found.gram[2].any()
+    statistics = weight_statistics({"a": base + vector, "b": base}, {"a": base, "b": base})
+    assert torch.allclose(statistics.gram, vector.T @ vector, atol=1e-5)
+    assert torch.allclose(statistics.cross["a"], (base + vector) @ vector.T @ vector, atol=1e-4)
+    assert statistics.tokens == 0
+    assert not statistics.gram[2].any()
 
 
 def test_one_expert_without_data_is_given_back_where_its_task_vector_reaches(
@@ -332,11 +330,11 @@ def test_one_expert_without_data_is_given_back_where_its_task_vector_reaches(
     one = recipe.model_copy(update={"tasks": {TASKS[0]: recipe.tasks[TASKS[0]]}})
     model, _ = run(one, merged, {"rounding": False}, preset="weights", anchor=1e-8)
     expert = ExpertBackbone(open_sources(one), torch.device("cpu"))
-    wanted = expert.tensor(TASKS[0], f"{FC2}.weight")
-    vector = wanted - expert.base_tensor(f"{FC2}.weight")
+    expected = expert.tensor(TASKS[0], f"{FC2}.weight")
+    vector = expected - expert.base_tensor(f"{FC2}.weight")
     start = family_of(merged).load(merged).get_parameter(f"{FC2}.weight")
-    found = model.get_parameter(f"{FC2}.weight")
-    assert ((found - wanted) @ vector.T).norm() < 0.01 * ((start - wanted) @ vector.T).norm()
+    weight = model.get_parameter(f"{FC2}.weight")
+    assert ((weight - expected) @ vector.T).norm() < 0.01 * ((start - expected) @ vector.T).norm()
 
 
 def test_errors_are_probed_at_every_width(tiny: TinyZoo, merged: Path) -> None:

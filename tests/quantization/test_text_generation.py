@@ -40,13 +40,13 @@ def test_every_layer_of_all_blocks_is_quantized(
         report.status in ("solved", "refitted", "kept") for report in load_reports(tmp_path / "out")
     )
     norms = {name for name in replaced if name.endswith("norm.weight")}
-    wanted = {
+    expected = {
         f"{group.norm}.weight"
         for block in merged_text_generator.family.blocks(model)
         for group in block.groups
         if group.norm
     }
-    assert norms == (wanted if method == "epmq" else set())
+    assert norms == (expected if method == "epmq" else set())
     apply_quantized(model, layers, replaced)
     assert bool(torch.isfinite(logits(merged_text_generator, model)).all())
 
@@ -94,9 +94,9 @@ def test_one_expert_almost_without_anchor_is_given_back(
         experts=OneExpert(expert),
         rounding=False,
     )
-    wanted = logits(merged_text_generator, expert)
-    before = (logits(merged_text_generator, original) - wanted).norm()
-    assert (logits(merged_text_generator, model) - wanted).norm() < 0.02 * before
+    expected = logits(merged_text_generator, expert)
+    before = (logits(merged_text_generator, original) - expected).norm()
+    assert (logits(merged_text_generator, model) - expected).norm() < 0.02 * before
 
 
 def test_later_layers_see_the_quantized_earlier_ones(

@@ -28,11 +28,11 @@ def test_the_anchor_is_searched_on_samples_held_back(
 ) -> None:
     recipe = override(merged_text_generator.recipe, "quantize", {"anchor": "auto"})
     manifest = quantize(recipe, merged_text_generator.folder, tmp_path / "auto")
-    found = manifest.reported["anchor"]
-    curve, start = dict(found["curve"]), PRESETS["outputs"].anchor
+    plan = manifest.reported["anchor"]
+    curve, start = dict(plan["curve"]), PRESETS["outputs"].anchor
     assert len(curve) >= 3
-    assert curve[found["anchor"]] <= curve[start]
-    number = override(merged_text_generator.recipe, "quantize", {"anchor": found["anchor"]})
+    assert curve[plan["anchor"]] <= curve[start]
+    number = override(merged_text_generator.recipe, "quantize", {"anchor": plan["anchor"]})
     given = quantize(number, merged_text_generator.folder, tmp_path / "number")
     assert given.outputs["quantized.safetensors"] == manifest.outputs["quantized.safetensors"]
     # The curve is that of models calibrated on the rest.
@@ -44,7 +44,7 @@ def test_the_anchor_is_searched_on_samples_held_back(
     experts = ExpertBackbone(open_sources(recipe), device)
     ctx = CalibrationContext(family, folder, fitted, lambda: experts, device)
     assert isinstance(recipe.quantize, EpmqOptions)
-    for strength in (start, found["anchor"]):
+    for strength in (start, plan["anchor"]):
         options = recipe.quantize.model_copy(update={"anchor": strength})
         model, _ = ctx.calibrate(options, rounding=False)
         expected = plain_divergence(merged_text_generator, held, model)
@@ -58,9 +58,9 @@ def test_the_scaling_is_searched(
     recipe = override(merged_text_generator.recipe, "merge", {"search": True, "search_samples": 8})
     manifest = merge(recipe, tmp_path / "merged")
     curve = {item["scaling"]: item["loss"] for item in manifest.reported["search"]}
-    found = manifest.reported["scaling"]
+    scaling = manifest.reported["scaling"]
     assert len(curve) >= 5
-    assert curve[found] <= curve[0.3]
+    assert curve[scaling] <= curve[0.3]
     family = merged_text_generator.family
     samples = {}
     for name, task in recipe.tasks.items():
@@ -68,7 +68,7 @@ def test_the_scaling_is_searched(
         samples[name] = load_samples(name, task.calibration, family, prompt=task.prompt, limit=8)
     model = merged_text_generator.models.load(tmp_path / "merged")
     expected = plain_divergence(merged_text_generator, samples, model)
-    assert curve[found] == pytest.approx(expected, rel=1e-3)
+    assert curve[scaling] == pytest.approx(expected, rel=1e-3)
 
 
 @tied_and_untied
@@ -80,9 +80,9 @@ def test_distillation_lowers_the_divergence_and_leaves_codes(
         for epochs in (0, 2)
     )
     quantize(plain, merged_text_generator.folder, tmp_path / "plain")
-    found = quantize(tuned, merged_text_generator.folder, tmp_path / "tuned").reported["distill"]
-    assert found["kept"]
-    assert found["after"] < found["before"]
+    outcome = quantize(tuned, merged_text_generator.folder, tmp_path / "tuned").reported["distill"]
+    assert outcome["kept"]
+    assert outcome["after"] < outcome["before"]
     (before, _), (after, _) = (load_artifact(tmp_path / name) for name in ("plain", "tuned"))
     for name, linear in before.items():
         assert torch.equal(linear.codes, after[name].codes)

@@ -74,8 +74,8 @@ def quantized(merged: MergedTextGenerator, **options: object) -> tuple[nn.Module
 def logits(merged: MergedTextGenerator, model: nn.Module) -> Tensor:
     """What a model says of all calibration samples."""
     with torch.inference_mode():
-        found = [merged.family.embed(model, *batch) for batch in inputs_of(merged.recipe, merged)]
-    return torch.cat(found)
+        outputs = [merged.family.embed(model, *batch) for batch in inputs_of(merged.recipe, merged)]
+    return torch.cat(outputs)
 
 
 def plain_scores(merged: MergedTextGenerator, model: nn.Module, pair: TextPair) -> Tensor:
@@ -87,11 +87,11 @@ def plain_scores(merged: MergedTextGenerator, model: nn.Module, pair: TextPair) 
     if start is None:
         # Cut on the left, as texts are.
         row = torch.tensor([[*ids[0].tolist(), *answer, 1][-int(tokenizer.model_max_length) :]])
-        found = model(input_ids=row).logits[0, -len(answer) - 2 : -1]
+        answer_logits = model(input_ids=row).logits[0, -len(answer) - 2 : -1]
     else:
         behind = torch.tensor([[start, *answer]])
-        found = model(input_ids=ids, decoder_input_ids=behind).logits[0]
-    scores: Tensor = found.log_softmax(dim=1)
+        answer_logits = model(input_ids=ids, decoder_input_ids=behind).logits[0]
+    scores: Tensor = answer_logits.log_softmax(dim=1)
     return scores
 
 
@@ -105,7 +105,9 @@ def plain_divergence(
         divergences = []
         for pair in chosen.inputs(0, len(chosen)):
             with torch.no_grad():
-                wanted, own = (plain_scores(merged, each, pair) for each in (expert, model))
-            divergences.append(kl_div(own, wanted, log_target=True, reduction="none").sum(1).mean())
+                target, predicted = (plain_scores(merged, each, pair) for each in (expert, model))
+            divergences.append(
+                kl_div(predicted, target, log_target=True, reduction="none").sum(1).mean()
+            )
         means.append(torch.stack(divergences).mean())
     return float(torch.stack(means).mean())

@@ -33,8 +33,8 @@ def test_factor_is_that_of_the_ordered_matrix(act_order: bool) -> None:
 
 def test_solve_is_the_inverse() -> None:
     matrix, right = matrix_of(), right_of()
-    found = Hessian(matrix).solve(right, torch.zeros_like(right))
-    assert torch.allclose(found @ matrix, right, atol=1e-9)
+    solution = Hessian(matrix).solve(right, torch.zeros_like(right))
+    assert torch.allclose(solution @ matrix, right, atol=1e-9)
 
 
 @pytest.mark.parametrize("columns", [3, 256, 700])

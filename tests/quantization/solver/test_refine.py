@@ -62,9 +62,9 @@ def test_every_sweep_lowers_the_exact_objective(
     codes = solve(weight, Hessian(hessian), grid).codes
     losses = [loss(weight, hessian, codes, grid)]
     for sweeps in (1, 2, 4):
-        found = refined(weight, hessian, codes, grid, sweeps=sweeps, tolerance=0.0)
-        losses.append(loss(weight, hessian, found.codes, found.grid))
-        assert found.objective == pytest.approx(losses[-1], rel=1e-9)
+        result = refined(weight, hessian, codes, grid, sweeps=sweeps, tolerance=0.0)
+        losses.append(loss(weight, hessian, result.codes, result.grid))
+        assert result.objective == pytest.approx(losses[-1], rel=1e-9)
     assert all(later <= earlier for earlier, later in itertools.pairwise(losses))
     assert losses[-1] < 0.95 * losses[0]
 
@@ -75,12 +75,12 @@ def test_stays_on_the_grid_and_leaves_its_inputs_alone() -> None:
     codes = round_to_nearest(weight, grid)
     kept = codes.clone(), grid.scales.clone(), weight.clone()
     done = refined(weight, hessian, codes, grid, sweeps=5)
-    found = done.codes
+    refined_codes = done.codes
     assert torch.equal(codes, kept[0])
     assert torch.equal(grid.scales, kept[1])
     assert torch.equal(weight, kept[2])
-    assert found.dtype == torch.uint8
-    assert int(found.max()) <= 7
+    assert refined_codes.dtype == torch.uint8
+    assert int(refined_codes.max()) <= 7
     assert done.grid.scales.dtype == torch.float32
     assert (done.grid.scales > 0).all()
     assert torch.equal(done.grid.zero_points, grid.zero_points)
@@ -107,9 +107,9 @@ def test_does_not_depend_on_the_block_size() -> None:
     codes = solve(weight, Hessian(hessian), grid).codes
     reference = refined(weight, hessian, codes, grid, sweeps=3, block_size=64)
     for block_size in (1, 5, 1000):
-        found = refined(weight, hessian, codes, grid, sweeps=3, block_size=block_size)
-        assert torch.equal(found.codes, reference.codes)
-        assert torch.allclose(found.grid.scales, reference.grid.scales)
+        result = refined(weight, hessian, codes, grid, sweeps=3, block_size=block_size)
+        assert torch.equal(result.codes, reference.codes)
+        assert torch.allclose(result.grid.scales, reference.grid.scales)
 
 
 def test_a_zero_group_survives() -> None:
