@@ -1,130 +1,220 @@
-"""Plots of a report as SVG: accuracies by task and model, and accuracy against speed and size."""
+"""Charts of a report, drawn by Vega-Lite through altair.
 
-import math
-from collections.abc import Callable, Sequence
+A chart is a specification as plain data; the page draws all of them with one copy of the library.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
 
 from epmq_deploy.runtime.evaluation.report import EXPERTS, REFERENCE, EvalReport, Row
 from epmq_deploy.runtime.evaluation.significance import Interval
-from epmq_deploy.runtime.report.markup import Markup, element, figure
 
-# In units of the drawing, which the page shows at about their size.
-WIDTH = 380.0
-_BAR, _GAP, _HEAD, _GROUP = 10.0, 4.0, 17.0, 8.0
-_VALUES = 38.0
-_LABEL = 14.0
-_MARGIN = 138.0
-_AXIS = 40.0
+# Okabe & Ito (Color Universal Design, 2008); grey for experts.
+_COLORS = ("#8a8f98", "#0072b2", "#d55e00", "#009e73", "#b8578f", "#9a7d00", "#3a9fd4", "#6a4c93")
+_FIXED = (EXPERTS, REFERENCE)
+_HEAT = ("#f6d9d2", "#c8402a")
+_ROW = 18
+_BAR = 9
+_AVERAGE = "average over tasks"
+_BLOCK = re.compile(r"^(?P<stack>.*?)\.(?P<block>\d+)\.(?P<kind>.+)$")
 
-Scale = Callable[[float], float]
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart of the page.
+
+    Attributes:
+        name: unique on the page.
+        title: what is shown.
+        description: what there is to see, for those who cannot see it.
+        spec: Vega-Lite, as plain data.
+    """
+
+    name: str
+    title: str
+    description: str
+    spec: Mapping[str, Any]
 
 
 def color(report: EvalReport, row: Row) -> str:
-    """CSS class of a model's colour: the same on every page for experts and fp32 merged."""
-    fixed = (EXPERTS, REFERENCE)
-    if row.name in fixed:
-        return f"m{fixed.index(row.name)}"
-    others = [other for other in report.rows if other.name not in fixed]
-    return f"m{2 + others.index(row) % 6}"
+    """Return a model's colour: the same on every page for experts and fp32 merged."""
+    if row.name in _FIXED:
+        return _COLORS[_FIXED.index(row.name)]
+    others = [other for other in report.rows if other.name not in _FIXED]
+    return _COLORS[2 + others.index(row) % (len(_COLORS) - 2)]
 
 
-def accuracy_plot(report: EvalReport) -> Markup:
-    """A bar with its interval per model and task, and on average over tasks."""
-    scale = (WIDTH - _VALUES) / 100
-    shapes: list[Markup] = []
-    y = 0.0
-    for task in [*report.samples, None]:
-        y += _HEAD
-        label = "average over tasks" if task is None else task
-        shapes.append(element("text", label, x=0, y=y - 5, class_="strong"))
-        for row in report.rows:
-            percent = row.average if task is None else row.accuracy[task]
-            interval = row.average_interval if task is None else row.intervals[task]
-            shapes += _bar(f"{row.title}, {label}", percent, interval, y, scale, color(report, row))
-            y += _BAR + _GAP
-        y += _GROUP
-    models = ", ".join(f"{row.title} {row.average:.1f}%" for row in report.rows)
-    return figure(
-        "accuracy",
-        "Accuracy by task and model, with 95% intervals",
-        f"Bars from 0 to 100 percent. On average over tasks: {models}.",
-        WIDTH,
-        y - _GROUP,
-        *shapes,
+def accuracy_chart(report: EvalReport) -> Chart:
+    """Return a bar with its interval per model and task, and on average over tasks."""
+    values = [
+        _point(row, task or _AVERAGE, percent, interval)
+        for task in [*report.samples, None]
+        for row in report.rows
+        for percent, interval in [
+            (row.average, row.average_interval)
+            if task is None
+            else (row.accuracy[task], row.intervals[task])
+        ]
+    ]
+    tasks = [*report.samples, _AVERAGE]
+    chosen = alt.selection_point(fields=["model"], bind="legend")
+    base = alt.Chart(alt.Data(values=values)).encode(
+        y=alt.Y("task:N", sort=tasks, title=None, axis=alt.Axis(labelLimit=110, tickSize=0)),
+        yOffset=alt.YOffset("model:N", sort=[row.title for row in report.rows]),
+        opacity=alt.when(chosen).then(alt.value(1)).otherwise(alt.value(0.15)),
+        tooltip=["task:N", "model:N", alt.Tooltip("shown:N", title=report.measure)],
     )
-
-
-def _bar(
-    label: str, percent: float, interval: Interval, y: float, scale: float, class_: str
-) -> list[Markup]:
-    # Rank correlations may be negative; bars start at 0.
-    low, high = (max(end, 0) * scale for end in (interval.low, interval.high))
-    middle = y + _BAR / 2
-    shown = f"{label}: {percent:.2f}% [{interval.low:.1f}, {interval.high:.1f}]"
-    bar = element(
-        "rect",
-        element("title", shown),
-        class_=f"bar {class_}",
-        x=0,
-        y=y,
-        # Zero percent and less are seen as well.
-        width=max(percent * scale, 1),
-        height=_BAR,
+    percents = alt.Scale(domain=[0, 100], clamp=True)
+    bars = base.mark_bar().encode(
+        x=alt.X("percent:Q", scale=percents, title=f"{report.measure}, %"),
+        color=_model_colors(report),
     )
-    whisker = Markup(f"M{low:.2f} {middle:.2f}H{high:.2f}") + "".join(
-        f"M{end:.2f} {middle - 2.5:.2f}v5" for end in (low, high)
-    )
-    value = element("text", f"{percent:.1f}", class_="end", x=WIDTH, y=y + _BAR - 1)
-    return [bar, element("path", d=whisker, class_="whisker"), value]
+    whiskers = base.mark_rule(clip=True).encode(x=alt.X("low:Q", scale=percents), x2="high:Q")
+    title = "Accuracy by task and model, with 95% intervals"
+    height = len(tasks) * (_BAR * len(report.rows) + 12)
+    averages = ", ".join(f"{row.title} {row.average:.1f}%" for row in report.rows)
+    description = f"Bars from 0 to 100 percent. On average over tasks: {averages}."
+    layered = alt.layer(bars, whiskers).add_params(chosen).properties(height=height)
+    return _chart("accuracy", title, description, layered)
 
 
-def tradeoff_plot(report: EvalReport) -> Markup:
-    """Accuracy over latency, a circle per graph with an area proportional to its file."""
+def tradeoff_chart(report: EvalReport) -> Chart:
+    """Return accuracy over latency, a circle per graph with an area proportional to its file."""
     graphs = [row for row in report.rows if row.timings]
-    height = max(230.0, _LABEL * (len(report.rows) + 2))
-    bottom, right = height - 34, WIDTH - _MARGIN
-    slowest = max(row.timings[0].p50_ms for row in graphs)
-    largest = max(row.bytes or 1 for row in graphs)
-    low, high = _nice_range([row.average_interval for row in report.rows])
-
-    def across(milliseconds: float) -> float:
-        return _AXIS + (right - _AXIS - 14) * milliseconds / slowest
-
-    def down(percent: float) -> float:
-        return bottom - (bottom - 12) * (percent - low) / (high - low)
-
-    shapes = _axes(low, high, slowest, across, down, bottom, right)
-    ordered = sorted(report.rows, key=lambda row: -row.average)
-    heights = _spread([down(row.average) for row in ordered], 10, height - 6)
-    for row, label_y in zip(ordered, heights, strict=True):
-        class_, y = color(report, row), down(row.average)
-        x = across(row.timings[0].p50_ms) if row.timings else _AXIS
-        leader = f"M{x:.2f} {y:.2f}H{right:.2f}L{right + 12:.2f} {label_y:.2f}"
-        dashed = "leader" if row.timings else "leader dashed"
-        shapes.append(element("path", d=leader, class_=f"{dashed} {class_}"))
-        if row.timings:
-            ends = f"M{x:.2f} {down(row.average_interval.low):.2f}"
-            ends += f"V{down(row.average_interval.high):.2f}"
-            shapes.append(element("path", d=ends, class_="whisker"))
-            radius = max(3.0, 14 * math.sqrt((row.bytes or 0) / largest))
-            shapes.append(_circle(row, x, y, radius, class_))
-        label = f"{row.title} {row.average:.1f}%"
-        shapes.append(element("text", label, x=right + 15, y=label_y + 3.5))
+    points = [
+        _point(row, _AVERAGE, row.average, row.average_interval)
+        | {"milliseconds": row.timings[0].p50_ms, "megabytes": (row.bytes or 0) / 1e6}
+        for row in graphs
+    ]
+    lines = [
+        _point(row, _AVERAGE, row.average, row.average_interval)
+        for row in report.rows
+        if not row.timings
+    ]
+    tooltip = [
+        "model:N",
+        alt.Tooltip("shown:N", title=report.measure),
+        alt.Tooltip("milliseconds:Q", title="median latency, ms", format=".2f"),
+        alt.Tooltip("megabytes:Q", title="file, MB", format=".2f"),
+    ]
+    x = alt.X("milliseconds:Q", title="median latency, ms", scale=alt.Scale(zero=True))
+    colors = _model_colors(report)
+    graph_data, line_data = alt.Data(values=points), alt.Data(values=lines)
+    y = alt.Y("percent:Q", title=f"average {report.measure}, %", scale=alt.Scale(zero=False))
+    circles = (
+        alt.Chart(graph_data)
+        .mark_circle(opacity=0.7)
+        .encode(
+            x=x,
+            y=y,
+            color=colors,
+            size=alt.Size("megabytes:Q", legend=None, scale=alt.Scale(rangeMin=40, rangeMax=900)),
+            tooltip=tooltip,
+        )
+    )
+    whiskers = alt.Chart(graph_data).mark_rule().encode(x=x, y="low:Q", y2="high:Q")
+    experts = (
+        alt.Chart(line_data)
+        .mark_rule(strokeDash=[4, 3])
+        .encode(y="percent:Q", color=colors, tooltip=["model:N", "shown:N"])
+    )
     batch = graphs[0].timings[0].batch
-    said = "; ".join(_told(row) for row in graphs)
-    return figure(
-        "tradeoff",
-        f"Average accuracy over latency at batch {batch}; the area of a circle is the file's size",
-        said,
-        WIDTH,
-        height,
-        *shapes,
+    title = f"Average accuracy over latency at batch {batch}; circle area is file size"
+    description = "; ".join(_told(row) for row in graphs)
+    layered = alt.layer(whiskers, experts, circles).properties(height=300)
+    return _chart("tradeoff", title, description, layered)
+
+
+def heat_maps(
+    name: str,
+    title: str,
+    values: Mapping[str, float],
+    scale: alt.Scale,
+    show: Callable[[float], str],
+) -> list[Chart]:
+    """Return a chart per stack of blocks; layers outside any block have one of their own.
+
+    Args:
+        name: prefix of the charts' names.
+        title: what is shown.
+        values: numbers by the layer's dotted name, in running order.
+        scale: from numbers to colours, see ``heat_scale``.
+        show: a number as text, short.
+    """
+    stacks: dict[str, list[dict[str, Any]]] = {}
+    for layer, value in values.items():
+        match = _BLOCK.match(layer)
+        stack, block, kind = match.group("stack", "block", "kind") if match else ("", "", layer)
+        cell = {"layer": layer, "block": block, "kind": kind, "value": value, "shown": show(value)}
+        stacks.setdefault(stack, []).append(cell)
+    return [
+        _heat_map(
+            f"{name}-{index}",
+            f"{title} in {stack}" if stack else f"{title} outside the blocks",
+            cells,
+            scale,
+        )
+        for index, (stack, cells) in enumerate(stacks.items())
+    ]
+
+
+def heat_scale(low: float, high: float, *, logarithmic: bool = False, reverse: bool = False) -> Any:
+    """Return the scale of a heat map, from light at ``low`` to dark at ``high``."""
+    return alt.Scale(
+        type="log" if logarithmic else "linear",
+        domain=[low, high],
+        range=list(_HEAT),
+        clamp=True,
+        reverse=reverse,
     )
 
 
-def _circle(row: Row, x: float, y: float, radius: float, class_: str) -> Markup:
-    return element(
-        "circle", element("title", _told(row)), class_=f"dot {class_}", cx=x, cy=y, r=radius
+def _heat_map(name: str, title: str, cells: list[dict[str, Any]], scale: alt.Scale) -> Chart:
+    kinds = list(dict.fromkeys(cell["kind"] for cell in cells))
+    blocks = list(dict.fromkeys(cell["block"] for cell in cells))
+    heat = (
+        alt.Chart(alt.Data(values=cells))
+        .mark_rect(stroke="#8884", strokeWidth=0.5)
+        .encode(
+            x=alt.X(
+                "block:O",
+                sort=blocks,
+                title="block" if blocks != [""] else None,
+                axis=alt.Axis(labelAngle=0, labelOverlap=True),
+            ),
+            y=alt.Y("kind:N", sort=kinds, title=None, axis=alt.Axis(labelLimit=130)),
+            color=alt.Color("value:Q", scale=scale, legend=None),
+            tooltip=["layer:N", alt.Tooltip("shown:N", title="value")],
+        )
+        .properties(height=_ROW * len(kinds))
     )
+    shown = ", ".join(f"{cell['layer']} {cell['shown']}" for cell in cells[:3])
+    description = f"Blocks across, kinds of layers down. The first: {shown}."
+    return _chart(name, title, description, heat)
+
+
+def _model_colors(report: EvalReport) -> alt.Color:
+    scale = alt.Scale(
+        domain=[row.title for row in report.rows],
+        range=[color(report, row) for row in report.rows],
+    )
+    legend = alt.Legend(orient="top", title=None, columns=3)
+    return alt.Color("model:N", scale=scale, legend=legend)
+
+
+def _point(row: Row, task: str, percent: float, interval: Interval) -> dict[str, Any]:
+    return {
+        "task": task,
+        "model": row.title,
+        "percent": percent,
+        "low": interval.low,
+        "high": interval.high,
+        "shown": f"{percent:.2f}% [{interval.low:.1f}, {interval.high:.1f}]",
+    }
 
 
 def _told(row: Row) -> str:
@@ -132,54 +222,20 @@ def _told(row: Row) -> str:
     return f"{row.title}: {row.average:.1f}%, {milliseconds:.2f} ms, {megabytes:.2f} MB"
 
 
-def _axes(
-    low: float,
-    high: float,
-    slowest: float,
-    across: Scale,
-    down: Scale,
-    bottom: float,
-    right: float,
-) -> list[Markup]:
-    shapes = []
-    for percent in _ticks(low, high):
-        y = down(percent)
-        shapes.append(element("path", d=f"M{_AXIS:g} {y:.2f}H{right:.2f}", class_="grid"))
-        shapes.append(element("text", f"{percent:g}%", class_="end", x=_AXIS - 4, y=y + 3.5))
-    for milliseconds in _ticks(0, slowest):
-        x = across(milliseconds)
-        shapes.append(element("path", d=f"M{x:.2f} {bottom:.2f}v4", class_="whisker"))
-        shapes.append(element("text", f"{milliseconds:g}", class_="middle", x=x, y=bottom + 15))
-    shapes.append(
-        element("text", "median latency, ms", class_="middle", x=(_AXIS + right) / 2, y=bottom + 29)
-    )
-    return shapes
+def _chart(name: str, title: str, description: str, chart: Any) -> Chart:
+    lines = alt.TitleParams(_wrapped(title))
+    chart = chart.properties(width="container", title=lines, description=description)
+    spec = chart.to_dict()
+    # The address of the schema, which nothing here needs.
+    spec.pop("$schema", None)
+    return Chart(name, title, description, spec)
 
 
-def _nice_range(intervals: Sequence[Interval]) -> tuple[float, float]:
-    """Whole tens around all intervals."""
-    low = 10 * math.floor(min(item.low for item in intervals) / 10)
-    high = 10 * math.ceil(max(item.high for item in intervals) / 10)
-    return float(low), float(max(high, low + 10))
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers from ``low`` to ``high``."""
-    span = high - low
-    unit = 10 ** math.floor(math.log10(span))
-    step = next(unit * part for part in (0.2, 0.25, 0.5, 1, 2) if span / (unit * part) <= 5)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def _spread(wanted: Sequence[float], low: float, high: float) -> list[float]:
-    """Positions near the ascending ``wanted`` ones, a label's height apart, within bounds."""
-    placed: list[float] = []
-    for position in wanted:
-        placed.append(max(position, low, placed[-1] + _LABEL if placed else low))
-    ceiling = high
-    for index in range(len(placed) - 1, -1, -1):
-        placed[index] = min(placed[index], ceiling)
-        ceiling = placed[index] - _LABEL
-    return placed
+def _wrapped(title: str, width: int = 48) -> list[str]:
+    """Return a long title as lines."""
+    lines = [""]
+    for word in title.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines

@@ -11,24 +11,35 @@ from served_page import FLAGS, browser
 # Everything a test asks for, once the page is there.
 _MEASURE = """
 <script>
-addEventListener("load", () => {
+const measure = () => {
   const box = (e) => { const r = e.getBoundingClientRect();
     return {left: r.left, top: r.top, right: r.right, bottom: r.bottom}; };
-  const pictures = [...document.querySelectorAll("svg")].map((svg) => ({
-    id: svg.id, box: box(svg), title: svg.querySelector("title").textContent,
-    texts: [...svg.querySelectorAll("text")].map((e) => ({text: e.textContent, ...box(e)})),
-    shapes: [...svg.querySelectorAll("rect, circle")].map((e) =>
-      ({kind: e.getAttribute("class").split(" ")[0], ...box(e)})),
-  }));
+  const marks = (svg, kind) =>
+    [...svg.querySelectorAll(`.role-mark.mark-${kind} > path`)].map((e) => ({kind, ...box(e)}));
+  const pictures = [...document.querySelectorAll(".chart")].map((chart) => {
+    const svg = chart.querySelector("svg");
+    return {id: chart.id, box: box(svg), title: chart.getAttribute("aria-label"),
+      texts: [...svg.querySelectorAll("text")].filter((e) => e.textContent)
+        .map((e) => ({text: e.textContent, ...box(e)})),
+      shapes: [...marks(svg, "rect"), ...marks(svg, "symbol")]};
+  });
   const found = {pictures, scrolls: document.body.scrollWidth,
     background: getComputedStyle(document.body).backgroundColor};
   const result = document.createElement("pre");
   result.id = "measured";
   result.textContent = JSON.stringify(found);
   document.body.append(result);
-});
+};
+const wait = () => document.body.dataset.drawn ? measure() : setTimeout(wait, 50);
+addEventListener("load", wait);
 </script>
 """
+
+
+def at_end(page: str, markup: str) -> str:
+    """Return a page with more at its end; scripts in it may hold closing tags as text."""
+    before, _, after = page.rpartition("</body>")
+    return f"{before}{markup}</body>{after}"
 
 
 def look_at(page: str, folder: Path, width: int = 1000, *flags: str) -> tuple[Any, list[str]]:
@@ -38,14 +49,13 @@ def look_at(page: str, folder: Path, width: int = 1000, *flags: str) -> tuple[An
     where there is no browser.
     """
     program = browser()
+    style = f"<style>html {{ width: {width}px }}</style>"
     file = folder / "page.html"
-    file.write_text(
-        page.replace("</body>", f"<style>html {{ width: {width}px }}</style>{_MEASURE}</body>")
-    )
+    file.write_text(at_end(page, f"<style>html {{ width: {width}px }}</style>{_MEASURE}"))
     command = [
         *(program, *FLAGS, "--disable-gpu", "--enable-logging=stderr"),
         *(f"--user-data-dir={folder / 'profile'}", "--window-size=1200,1200"),
-        *(*flags, "--dump-dom", file.as_uri()),
+        *(*flags, "--virtual-time-budget=20000", "--dump-dom", file.as_uri()),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     _, _, after = done.stdout.partition('<pre id="measured">')

@@ -1,15 +1,16 @@
 """The evaluation's page, as text and in a real browser."""
 
+import json
 import re
-import xml.etree.ElementTree as ET
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import look_at
+from browser import at_end, look_at
 from eval_report import KINDS, MODELS, TASKS, build_report
 
 from epmq_deploy.runtime.evaluation.report import Gates
@@ -22,33 +23,46 @@ MANY_TASKS = {f"a_task_with_a_rather_long_name_{index}": 200 for index in range(
 PAGE = html_page(build_report(MANY_TASKS, BLOCKS))
 
 
-def test_pictures_are_well_formed_and_described() -> None:
-    pictures = re.findall(r"<svg.*?</svg>", PAGE, re.DOTALL)
-    assert len(pictures) == 6
-    for picture in pictures:
-        root = ET.fromstring(picture)
-        ids = {item.get("id") for item in root}
-        assert root.get("role") == "img"
-        assert set((root.get("aria-labelledby") or "").split()) <= ids
-        assert all(len(root[index].text or "") > 10 for index in (0, 1))
+CONTENT = re.sub(r"<script>.*?</script>", "", PAGE, flags=re.DOTALL)
+
+
+def specs_of(page: str) -> Any:
+    """The page's charts by name, as Vega-Lite reads them."""
+    (content,) = re.findall(r'<script id="charts"[^>]*>(.*?)</script>', page, re.DOTALL)
+    return json.loads(content)
+
+
+def test_charts_are_described() -> None:
+    specs = specs_of(PAGE)
+    assert len(specs) == 6
+    for name, spec in specs.items():
+        (label,) = re.findall(rf'id="{name}" role="img" aria-label="(.*?)"', PAGE)
+        title = " ".join(spec["title"]["text"])
+        assert min(len(title), len(spec["description"])) > 10
+        assert unescape(label) == f"{title}. {spec['description']}"
 
 
 def test_the_page_needs_nothing_but_itself() -> None:
-    assert "<script" not in PAGE
-    assert not re.search(r"url\(|@import|https?:|src=", PAGE)
+    assert PAGE.count("<script") == 2
+    assert not re.search(r"url\(|@import|https?:|src=", CONTENT)
 
 
 def test_names_from_data_are_escaped() -> None:
     report = build_report({"<b>&": 10})
-    assert "<b>&amp;" not in html_page(report)
-    assert "&lt;b&gt;&amp;" in html_page(report)
-    HTMLParser().feed(html_page(report))
+    page = html_page(report)
+    assert "<b>&" not in page
+    assert "&lt;b&gt;&amp;" in page
+    assert {row["task"] for row in specs_of(page)["accuracy"]["data"]["values"]} == {
+        "<b>&",
+        "average over tasks",
+    }
+    HTMLParser().feed(page)
 
 
 def test_models_have_the_same_colours_whichever_others_there_are() -> None:
     report = build_report()
     alone = replace(report, rows=report.rows[1:])
-    assert [color(report, row) for row in report.rows] == [f"m{i}" for i in range(len(MODELS))]
+    assert len({color(report, row) for row in report.rows}) == len(MODELS)
     assert color(alone, report.row("fp32")) == color(report, report.row("fp32"))
 
 
@@ -70,13 +84,11 @@ def test_scores_below_zero_stay_in_the_picture() -> None:
             strict=True,
         )
     ]
-    page = html_page(replace(report, rows=tuple(rows)))
-    (picture,) = re.findall(r'<svg id="accuracy".*?</svg>', page, re.DOTALL)
-    root = ET.fromstring(picture)
-    assert "-20.00% [-60.0, -5.0]" in picture
-    for path in (item.get("d") or "" for item in root):
-        assert all(float(x) >= 0 for x in re.findall(r"[MH](\S+?)(?=[ M])", path)), path
-    assert all(float(bar.get("width") or 0) > 0 for bar in root if bar.tag == "rect")
+    spec = specs_of(html_page(replace(report, rows=tuple(rows))))["accuracy"]
+    shown = {row["shown"] for row in spec["data"]["values"]}
+    assert "-20.00% [-60.0, -5.0]" in shown
+    for layer in spec["layer"]:
+        assert layer["encoding"]["x"]["scale"] == {"clamp": True, "domain": [0, 100]}
 
 
 def test_tables_name_what_percentages_and_tests_are() -> None:
@@ -109,12 +121,12 @@ def test_plots_are_there_with_all_their_marks(seen: Any) -> None:
         assert all(s["right"] > s["left"] and s["bottom"] > s["top"] for s in shapes)
         marks[picture["id"]] = [shape["kind"] for shape in shapes]
     assert marks == {
-        "accuracy": ["bar"] * (len(MANY_TASKS) + 1) * len(MODELS),
-        "tradeoff": ["dot"] * (len(MODELS) - 1),
-        "noise-0-0": ["cell"],
-        "noise-0-1": ["cell"] * BLOCKS * len(KINDS),
-        "quantization-0": ["cell"],
-        "quantization-1": ["cell"] * BLOCKS * len(KINDS),
+        "accuracy": ["rect"] * (len(MANY_TASKS) + 1) * len(MODELS),
+        "tradeoff": ["symbol"] * (len(MODELS) - 1),
+        "noise-0-0": ["rect"],
+        "noise-0-1": ["rect"] * BLOCKS * len(KINDS),
+        "quantization-0": ["rect"],
+        "quantization-1": ["rect"] * BLOCKS * len(KINDS),
     }
 
 
@@ -144,7 +156,7 @@ def test_bars_are_as_long_as_accuracies(seen: Any) -> None:
 
 def test_the_browser_does_report_errors(tmp_path: Path) -> None:
     """The checks above could not fail otherwise."""
-    page = PAGE.replace("</body>", '<script>console.error("broken")</script></body>')
+    page = at_end(PAGE, '<script>console.error("broken")</script>')
     _, console = look_at(page, tmp_path)
     assert any("broken" in line for line in console)
 
