@@ -202,7 +202,7 @@ def _model_colors(report: EvalReport) -> alt.Color:
         domain=[row.title for row in report.rows],
         range=[color(report, row) for row in report.rows],
     )
-    legend = alt.Legend(orient="top", title=None, columns=3)
+    legend = alt.Legend(orient="top", title=None, columns=2)
     return alt.Color("model:N", scale=scale, legend=legend)
 
 
@@ -231,7 +231,7 @@ def _chart(name: str, title: str, description: str, chart: Any) -> Chart:
     return Chart(name, title, description, spec)
 
 
-def _wrapped(title: str, width: int = 48) -> list[str]:
+def _wrapped(title: str, width: int = 38) -> list[str]:
     """Return a long title as lines."""
     lines = [""]
     for word in title.split():

@@ -20,4 +20,5 @@ async function draw() {
 }
 
 dark.addEventListener("change", draw);
-draw();
+// Charts take the width of their place, which is known once the page is laid out.
+addEventListener("load", draw);
