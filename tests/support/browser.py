@@ -19,7 +19,9 @@ const measure = () => {
   const pictures = [...document.querySelectorAll(".chart")].map((chart) => {
     const svg = chart.querySelector("svg");
     return {id: chart.id, box: box(svg), title: chart.getAttribute("aria-label"),
-      texts: [...svg.querySelectorAll("text")].filter((e) => e.textContent)
+      // Axis labels without room are in the page, but not to be seen.
+      texts: [...svg.querySelectorAll("text")]
+        .filter((e) => e.textContent && e.getAttribute("opacity") !== "0")
         .map((e) => ({text: e.textContent, ...box(e)})),
       shapes: [...marks(svg, "rect"), ...marks(svg, "symbol")]};
   });
