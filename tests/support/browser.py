@@ -51,7 +51,6 @@ def look_at(page: str, folder: Path, width: int = 1000, *flags: str) -> tuple[An
     where there is no browser.
     """
     program = browser()
-    style = f"<style>html {{ width: {width}px }}</style>"
     file = folder / "page.html"
     file.write_text(at_end(page, f"<style>html {{ width: {width}px }}</style>{_MEASURE}"))
     command = [
