@@ -199,7 +199,7 @@ def measure(
 def train(
     data: list[TaskData], tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> tuple[CLIPModel, dict[str, State], dict[str, torch.Tensor]]:
-    """Base, experts and zero-shot heads, all with the weights as they read back from disk."""
+    """Return base, experts and zero-shot heads, with the weights as they read back from disk."""
     diet = {name: (plan.share, plan.tail) for name, plan in PLANS.items()}
     base = train_base(data, diet, tokenizer, BASE, seed)
     base.load_state_dict(half_precision(base.state_dict()))
@@ -216,7 +216,7 @@ def train(
 
 
 def choose_tokenizer(base: Path, tasks: list[Task]) -> PreTrainedTokenizerFast:
-    """The tokenizer of the zoo being replaced, where there is one, so that its ids stay."""
+    """Return the tokenizer of the zoo being replaced, where there is one, so that its ids stay."""
     if (base / "tokenizer.json").exists():
         return PreTrainedTokenizerFast.from_pretrained(base)
     return build_tokenizer(

@@ -67,7 +67,7 @@ MakeNode = Callable[[ir.Graph, str, QuantizedLinear, ir.Value], ir.Node]
 
 
 def write_recipe(folder: Path) -> Path:
-    """A ViT-B/32 with random weights, one expert, a few random images and a head."""
+    """Return a ViT-B/32 with random weights, one expert, a few random images and a head."""
     write_models(folder, experts=1)
     CLIPImageProcessorPil().save_pretrained(folder / "base")
     save_file({"head": torch.randn(10, 512)}, folder / "head.safetensors")
@@ -129,7 +129,7 @@ def quantize_by_onnxruntime(fp32: Path, output: Path, operators: list[str] | Non
 
 
 def session(file: Path | bytes, level: int = 0) -> onnxruntime.InferenceSession:
-    """A session on two threads that leaves the cores alone while others run."""
+    """Return a session on two threads that leaves the cores alone while others run."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = THREADS
@@ -253,7 +253,7 @@ def _apart(*command: str) -> dict[str, Any]:
 
 
 def _session_cost(file: Path) -> dict[str, float]:
-    """What creating a session takes: seconds, and bytes of memory beyond the imports."""
+    """Return what creating a session takes: seconds, and bytes of memory beyond the imports."""
     before = resident()
     started = time.perf_counter()
     session(file)

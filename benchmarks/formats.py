@@ -147,7 +147,7 @@ def measure(suite: Suite, bits: int, work: Path) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     lines = ["| suite | bits | model | average | against torch | agrees, % |"]
     lines += ["|---|--:|---|--:|--:|--:|"]
     for name, widths in report.items():

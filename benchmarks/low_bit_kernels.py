@@ -74,7 +74,7 @@ def two_bits(threads: int, runs: int) -> list[dict[str, float]]:
 
 
 def embeddings(threads: int, runs: int) -> list[dict[str, float]]:
-    """A table of the size of MiniLM's; GatherBlockQuantized needs a scale for every block."""
+    """Return a table of MiniLM's size; GatherBlockQuantized needs a scale for every block."""
     rng = np.random.default_rng(0)
     rows, width = TABLE
     codes = rng.integers(0, 256, TABLE, dtype=np.uint8)
@@ -121,7 +121,7 @@ def embeddings(threads: int, runs: int) -> list[dict[str, float]]:
 def session(
     nodes: Sequence[NodeProto], arrays: Mapping[str, np.ndarray], dtype: int, threads: int
 ) -> ort.InferenceSession:
-    """A graph of one input ``x`` and one output ``y``."""
+    """Return a graph of one input ``x`` and one output ``y``."""
     graph = helper.make_graph(
         nodes,
         "one",

@@ -41,7 +41,7 @@ Scored = dict[str, tuple[list[tuple[Tensor, ...]], Tensor]]
 
 
 def scored_samples(recipe: Recipe, family: ModelFamily, base: Path, held: int | None) -> Scored:
-    """Inputs and labels by task: test samples, or calibration samples from the ``held``-th on."""
+    """Return inputs and labels by task: of test samples, or calibration samples after ``held``."""
     found = {}
     for task, given in recipe.tasks.items():
         source = given.evaluation if held is None else given.calibration

@@ -104,7 +104,7 @@ class Suite:
         return sum(self.accuracy(model, task) for task in self.scored) / len(self.scored)
 
     def with_calibration(self, recipe: Recipe) -> "Suite":
-        """The suite with the calibration samples another recipe asks for."""
+        """Return the suite with the calibration samples another recipe asks for."""
         chosen = calibration_samples(recipe, self.family, self.folder)
         loaded = {
             task: list(batches(samples, self.family, self.folder, 32))

@@ -50,7 +50,7 @@ DISTINCT = 4
 
 
 def write_models(folder: Path, experts: int = DISTINCT) -> None:
-    """A ViT-B/32 with random weights and experts near it, in the published layout."""
+    """Return a ViT-B/32 with random weights and experts near it, in the published layout."""
     torch.manual_seed(0)
     text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
     config = CLIPConfig(
@@ -69,7 +69,7 @@ def write_models(folder: Path, experts: int = DISTINCT) -> None:
 
 
 def make_recipe(folder: Path, experts: int) -> Recipe:
-    """A recipe over the written models."""
+    """Return a recipe over the written models."""
     tasks = {
         f"task{index}": {"expert": str(folder / f"expert{index % DISTINCT}")}
         for index in range(experts)

@@ -60,7 +60,7 @@ FORMATS = "fp32,fp16,matmulnbits,qdq,int8-expand"
 
 
 def machine() -> dict[str, str]:
-    """What codes depend on beside the code."""
+    """Return what codes depend on beside the code."""
     versions = {name: version(name) for name in PACKAGES}
     return versions | {
         "python": platform.python_version(),
@@ -81,7 +81,7 @@ def record(only: list[str]) -> dict[str, Any]:
 
 
 def _zoo(folder: Path) -> Iterator[tuple[str, str]]:
-    """The demo's own chain at its defaults, in all formats."""
+    """Yield the demo's own chain at its defaults, in all formats."""
     recipe = Path(str(files("epmq_deploy"))) / "zoo" / "recipe.yaml"
     yield from _run(folder, "merged", "merge", str(recipe), "-o")
     yield from _run(folder, "quantized", "quantize", str(folder / "merged"), "-o")

@@ -68,7 +68,7 @@ class Store:
         return key not in self.figures and bool(self._only.search(key))
 
     def shown(self, key: str) -> str:
-        """A figure for the tables; empty where it was not measured."""
+        """Return a figure for the tables; empty where it was not measured."""
         return f"{self.figures[key]:.2f}" if key in self.figures else ""
 
     def add(self, key: str, value: Any) -> None:
@@ -116,13 +116,13 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
 
 
 def recalibrated(suite: Suite, samples: int, seed: int) -> Suite:
-    """The suite with other calibration samples."""
+    """Return the suite with other calibration samples."""
     recipe = override(suite.recipe, "quantize", {"samples": samples, "seed": seed})
     return suite.with_calibration(recipe)
 
 
 def tables(store: Store, merges: list[str]) -> str:
-    """The figures as Markdown."""
+    """Return the figures as Markdown."""
     shown = store.shown
     lines = [
         f"experts {shown('experts')}, base {shown('base')}",

@@ -78,7 +78,7 @@ UNLABELLED = ("E-PMQ, default", "E-PMQ, anchor auto", "RegMean")
 
 
 def prompt_of(task: TextTask) -> dict[str, Any]:
-    """The task in words."""
+    """Return the task in words."""
     return {"template": f"{task.name} : {{text}}", "answers": list(task.classes)}
 
 
@@ -199,7 +199,7 @@ def accuracy(recipe: Recipe, folder: Path, model: Any, task: str, limit: int) ->
 
 
 def without_labels(recipe: Recipe) -> Recipe:
-    """The recipe with the labels of its calibration data left unread."""
+    """Return the recipe with the labels of its calibration data left unread."""
     content = recipe.model_dump()
     for task in content["tasks"].values():
         task["calibration"]["label_column"] = None
@@ -208,7 +208,7 @@ def without_labels(recipe: Recipe) -> Recipe:
 
 
 def variants(recipe: Recipe, ways: dict[str, list[str]]) -> Iterator[tuple[str, Recipe]]:
-    """The recipe in every way, by name."""
+    """Yield the recipe in every way, by name."""
     for name, flags in ways.items():
         chosen = assign(recipe, flags)
         yield name, chosen

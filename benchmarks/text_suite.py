@@ -67,7 +67,7 @@ def write_base(package: Path, folder: Path) -> None:
 
 
 def recipe_of(tasks: list[TextTask]) -> dict[str, Any]:
-    """The recipe as plain data; paths are relative to the cache."""
+    """Return the recipe as plain data; paths are relative to the cache."""
 
     def source(task: TextTask, split: str) -> dict[str, str]:
         return {"path": f"tasks/{task.name}/{split}.jsonl", "input_column": "text"}

@@ -82,7 +82,7 @@ def train_expert(base: Path, task: TextTask, output: Path, schedule: Schedule, s
 
 
 def described(schedule: Schedule, seed: int) -> dict[str, Any]:
-    """What decides an expert's weights besides its data."""
+    """Return what decides an expert's weights besides its data."""
     return {**asdict(schedule), "seed": seed}
 
 

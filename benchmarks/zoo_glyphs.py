@@ -69,7 +69,7 @@ def find_faces(folders: list[Path], per_family: int = 4) -> list[Face]:
 
 
 def _ink(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
-    """The glyph cropped to its ink, or None where the font draws nothing."""
+    """Return the glyph cropped to its ink, or None where the font draws nothing."""
     mask = font.getmask(character, mode="L")
     if 0 in mask.size:
         return None

@@ -191,7 +191,7 @@ SOURCES = [
 
 
 def _fetched(folder: Path, package: str) -> Path | None:
-    """The archive of ``package`` already in ``folder``, if there is one."""
+    """Return the archive of ``package`` already in ``folder``, if there is one."""
     stem = re.escape(package).replace(r"\-", "[-_]")
     pattern = re.compile(rf"{stem}[-_]v?\d.*\.(deb|tgz|whl)$", re.IGNORECASE)
     found = sorted(path for path in folder.iterdir() if pattern.match(path.name))

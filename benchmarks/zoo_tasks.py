@@ -98,7 +98,7 @@ def _goes_to_test(group: str, share: float = 0.3) -> bool:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """An array in MNIST's idx format, gzipped or not."""
+    """Return an array in MNIST's idx format, gzipped or not."""
     data = path.read_bytes()
     data = gzip.decompress(data) if path.suffix == ".gz" else data
     shape = np.frombuffer(data, ">i4", count=data[3], offset=4)
@@ -125,7 +125,7 @@ def _digits(folder: Path) -> tuple[Pool, Pool]:
 
 
 def _picture(path: Path) -> np.ndarray | None:
-    """A picture on white, fitted into the square the model sees."""
+    """Return a picture on white, fitted into the square the model sees."""
     try:
         if path.stat().st_size > 2_000_000:
             return None  # poster sizes take minutes to read for a 32 pixel image
@@ -273,7 +273,7 @@ def _finish(
 
 
 def load_tasks(folders: dict[str, Path]) -> list[Task]:
-    """The eight tasks, from the unpacked packages."""
+    """Return the eight tasks, from the unpacked packages."""
     fonts = [folders[name] for name in FONT_PACKAGES]
     plans: list[tuple[str, list[str], list[str], Callable[[], tuple[Pool, Pool]]]] = [
         (

@@ -44,7 +44,7 @@ class Schedule:
 
 
 def build_tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
-    """A small tokenizer that frames every text as CLIP expects: start, words, end.
+    """Return a small tokenizer that frames every text as CLIP expects: start, words, end.
 
     Words of ``sentences`` are one token each, any other word is spelled out. Nothing is
     trained, since trained merges may differ from one run to the next.
@@ -209,7 +209,7 @@ def separate_texts(
 
 
 def long_tail(labels: torch.Tensor, ratio: float, generator: torch.Generator) -> torch.Tensor:
-    """Sampling weight of each image, so that the commonest class is ``ratio`` times the rarest.
+    """Return sampling weights so that the commonest class is ``ratio`` times the rarest.
 
     Classes fall off geometrically in a random order, as things do in what is found on the web.
     """
@@ -286,7 +286,7 @@ def train_expert(
 
 
 def half_precision(state: State) -> State:
-    """The state as it reads back after being stored in float16."""
+    """Return the state as it reads back after being stored in float16."""
     return {name: tensor.detach().half().float() for name, tensor in state.items()}
 
 

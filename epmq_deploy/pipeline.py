@@ -212,7 +212,7 @@ def preflight(recipe: Recipe) -> Sources:
 
 
 def _brief(task: Task) -> Task:
-    """The task with one class name and one template."""
+    """Return the task with one class name and one template."""
     head = task.head
     if head is None or head.classes is None:
         return task

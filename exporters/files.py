@@ -45,7 +45,7 @@ def write_model(model: ir.Model, path: Path, *, limit: int = PROTOBUF_LIMIT) -> 
 
 
 def outline(model: ir.Model) -> onnx.ModelProto:
-    """A model as protobuf, with all but small tensors as external data of no file."""
+    """Return a model as protobuf, with all but small tensors as external data of no file."""
     held = [
         (value, value.const_value)
         for value in model.graph.initializers.values()
@@ -71,7 +71,7 @@ def outline(model: ir.Model) -> onnx.ModelProto:
 
 
 def weightless(model: ir.Model) -> onnx.ModelProto:
-    """A model as protobuf, in which large tensors are inputs of their type and shape."""
+    """Return a model as protobuf, in which large tensors are inputs of their type and shape."""
     proto = outline(model)
     kept = []
     for tensor in proto.graph.initializer:
@@ -150,7 +150,7 @@ def _write_values(tensor: ir.TensorProtocol, file: BufferedWriter) -> None:
 def _around(
     message: onnx.ModelProto | onnx.GraphProto | onnx.TensorProto, number: int
 ) -> tuple[bytes, bytes]:
-    """The fields of a message before and behind one of them, serialized."""
+    """Return the fields of a message before and behind one of them, serialized."""
     before, behind = type(message)(), type(message)()
     before.CopyFrom(message)
     behind.CopyFrom(message)
@@ -163,11 +163,11 @@ def _around(
 
 
 def _prefix(number: int, size: int) -> bytes:
-    """What comes before the ``size`` bytes of a message's field: its key and its length."""
+    """Return what comes before the ``size`` bytes of a message's field: its key and its length."""
     return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(size)
 
 
 def _varint(value: int) -> bytes:
-    """An integer as protobuf writes it: seven bits a byte, lowest first."""
+    """Return an integer as protobuf writes it: seven bits a byte, lowest first."""
     groups = [value >> shift & 0x7F for shift in range(0, max(value.bit_length(), 1), 7)]
     return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])

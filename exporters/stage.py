@@ -84,7 +84,7 @@ class _Written:
 
 
 def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
-    """What decides the files, after a quantization of that fingerprint; also input hashes."""
+    """Return the fingerprint of an export of that quantization, and hashes of its inputs."""
     inputs = {"quantize": quantized, **heads_sha256(recipe.tasks)}
     # Where libraries are copied from does not decide what is copied.
     export = recipe.export.model_dump(mode="json", exclude={"demo_libraries"})
@@ -240,7 +240,7 @@ def _torch_outputs(
     layers: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
 ) -> list[tuple[Outputs, Outputs]]:
-    """What torch computes for each part: merged and quantized."""
+    """Return what torch computes for each part: merged and quantized."""
 
     def outputs() -> list[Outputs]:
         return [torch_outputs(part.model, part.samples.batches) for part in parts]

@@ -51,7 +51,7 @@ class Evaluation:
 def model_card(
     manifest: AnyManifest, license_name: str | None = None, evaluation: Evaluation | None = None
 ) -> str:
-    """The card of a stage's folder.
+    """Return the card of a stage's folder.
 
     Local folders are called by their last name only; what the hub can link to is in the metadata.
 
@@ -93,7 +93,7 @@ def write_card(folder: Path, manifest: AnyManifest, evaluation: Evaluation | Non
 
 
 def license_of(path_or_id: str) -> str | None:
-    """The license a model's own card or config names; None where they are not here or name none.
+    """Return the license that a model's card or config names; None where they name none.
 
     Args:
         path_or_id: folder or hub id; nothing is fetched.
@@ -208,5 +208,5 @@ def _options(manifest: AnyManifest) -> str:
 
 
 def _shown(path: str) -> str:
-    """A hub id as it is; a local path by its last name, which is all others can make sense of."""
+    """Return a hub id as it is, a local path by its last name: all that others can use."""
     return path if hub_id(path) else Path(path).name

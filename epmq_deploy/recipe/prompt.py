@@ -1,4 +1,4 @@
-"""Tasks in words: the recipe's section for models that write texts."""
+"""Tasks in words: the recipe's section for text generation."""
 
 from string import Formatter
 
@@ -8,15 +8,15 @@ from epmq_deploy.options import Options
 
 
 class Prompt(Options):
-    """How a task is put into words, for models that write texts."""
+    """How a task is put into words, for text generation."""
 
     template: str | None = Field(
         None,
         description="what the model reads, {column} standing for a column of the data; the "
-        "input column alone when absent",
+        "default: the input column alone",
     )
     answers: tuple[str, ...] | None = Field(
-        None, min_length=2, description="what it is to write, in label order; labels when absent"
+        None, min_length=2, description="answers in label order; default: the labels themselves"
     )
     decimals: int | None = Field(
         None,
@@ -53,7 +53,7 @@ class Prompt(Options):
 
 
 def template_columns(template: str) -> tuple[str, ...]:
-    """The columns a prompt's template names.
+    """Return the columns a prompt's template names.
 
     Raises:
         ValueError: it has unbalanced braces, or more than a name between two.

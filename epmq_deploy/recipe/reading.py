@@ -69,8 +69,8 @@ def absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         if named is not None:
             return f"{PREFIX}{named[0]}={local(named[1])}"
         # ``data/cars`` has the form of a hub id too; a folder of that first name decides.
-        beside = (folder / path).exists() or (folder / Path(path).parts[0]).is_dir()
-        return path if hub_id(path) and not beside else local(path)
+        is_local = (folder / path).exists() or (folder / Path(path).parts[0]).is_dir()
+        return path if hub_id(path) and not is_local else local(path)
 
     def source(data: DataSource | None) -> DataSource | None:
         return data and data.model_copy(update={"path": located(data.path)})

@@ -63,14 +63,14 @@ class DataSource(Options):
 
     path: str = Field(description="image folder, Parquet/JSON/CSV file, saved dataset, or hub id")
     subset: str | None = Field(None, description="the dataset's configuration name")
-    split: str | None = Field(None, description="split to take; the only one when absent")
+    split: str | None = Field(None, description="split to take; default: the only one")
     input_column: str | None = Field(
-        None, description="column with the inputs; image or text, as the model takes, when absent"
+        None, description="column with the inputs; default: image or text, as the model takes"
     )
     label_column: str | None = Field(
         LABEL_COLUMN,
-        description="column with integer labels, or with answers where the model writes texts; "
-        "without it the task's expert writes answers to its calibration data",
+        description="column with integer labels, or with answers where the model generates text; "
+        "without it the task's expert writes pseudo-labels for its calibration data",
     )
 
 
@@ -107,7 +107,7 @@ class Task(Options):
     calibration: DataSource | None = Field(None, description="samples for quantization")
     evaluation: DataSource | None = Field(None, description="labelled samples for evaluation")
     head: Head | None = Field(None, description="the task's classifier")
-    prompt: Prompt | None = Field(None, description="the task in words, of models that write texts")
+    prompt: Prompt | None = Field(None, description="the task in words, for text generation")
 
 
 class ExportOptions(Options):
@@ -122,13 +122,14 @@ class ExportOptions(Options):
         None,
         min_length=1,
         json_schema_extra={"flag": "--format"},
-        description="formats to write; when absent the target's, else matmulnbits and qdq",
+        description="formats to write; default: the target's, else those that `epmq export --list` "
+        "marks as default",
     )
     opset: int | None = Field(
         None,
         ge=OPSETS[0],
         le=OPSETS[-1],
-        description="ONNX opset, 21 to 25; when absent 21, the first with 4-bit types, or 23, the "
+        description="ONNX opset, 21 to 25; default: 21, the first with 4-bit types, or 23, the "
         "first with Attention, where int8-expand uses that",
     )
     accuracy_level: int = Field(
@@ -137,7 +138,7 @@ class ExportOptions(Options):
     two_bit_containers: bool | None = Field(
         None,
         description="store 2-bit codes of MatMulNBits in 2 bits instead of 4: half the size, but "
-        "several times as slow at accuracy level 0; when absent only at level 4",
+        "several times as slow at accuracy level 0; default: only at level 4",
     )
     demo: bool = Field(
         False, description="write a page that runs the graph in the browser (webgpu and wasm)"
@@ -145,7 +146,7 @@ class ExportOptions(Options):
     demo_libraries: str | None = Field(
         None,
         description="folder where npm has installed what the page needs; "
-        "~/.cache/epmq-deploy/web when absent",
+        "default: ~/.cache/epmq-deploy/web",
     )
     int8_activations: Literal["dynamic", "static"] = Field(
         "dynamic",
@@ -167,13 +168,11 @@ class EvalOptions(Options):
         description="samples per run; changes accuracy, slightly, with int8-expand alone, whose "
         "dynamic ranges span the batch",
     )
-    max_samples: int | None = Field(None, ge=1, description="samples per task; all when absent")
+    max_samples: int | None = Field(None, ge=1, description="samples per task; default: all")
     max_drop: float | None = Field(
         None, description="gate: largest loss of average accuracy against fp32 merged, in points"
     )
-    max_tokens: int = Field(
-        32, ge=1, description="longest answer of models that write texts, in tokens"
-    )
+    max_tokens: int = Field(32, ge=1, description="longest generated answer, in tokens")
     max_latency_ratio: float | None = Field(
         None,
         gt=0,
@@ -188,7 +187,7 @@ class EvalOptions(Options):
         "auto", description="onnxruntime's execution provider; auto is CUDA when there, else CPU"
     )
     threads: Counts = Field(
-        (), description="onnxruntime intra-op threads, several to compare; its default when absent"
+        (), description="onnxruntime intra-op threads, several to compare; default: its own choice"
     )
     latency_batches: Counts = Field((1, 8), min_length=1, description="batch sizes to time")
     latency_runs: int = Field(50, ge=1, description="timed runs per graph and setting")
@@ -210,7 +209,7 @@ class Recipe(Options):
     @model_validator(mode="before")
     @classmethod
     def _default_methods(cls, content: Any) -> Any:
-        """A section without ``method`` means the default one."""
+        """Return a section without ``method`` means the default one."""
         if isinstance(content, dict):
             # An empty section means its defaults.
             content = {

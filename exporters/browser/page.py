@@ -171,7 +171,7 @@ def image_settings(folder: Path) -> dict[str, Any]:
 
 
 def _text_settings(folder: Path, family: TextClassifierFamily, target: Path) -> dict[str, Any]:
-    """Write the tokenizer in one file beside the page, and say what it is."""
+    """Write the tokenizer in one file next to the page, and return what kind it is."""
     tokenizer = _fast_tokenizer(folder, family)
     tokenizer.save_pretrained(target / "tokenizer")
     return {

@@ -89,7 +89,7 @@ def int8_passes(plans: Mapping[str, Int8Plan]) -> list[ir.passes.InPlacePass]:
 
 
 def _expansion(node: ir.Node) -> tuple[ir.Node, int | None] | None:
-    """The expanding product of a MatMulInteger's weight and, where it is cut, its length."""
+    """Return the expanding product of a MatMulInteger's weight and, where it is cut, its length."""
     made = weight_source(node)
     columns = None
     if made is not None and made.op_type == "Slice":
@@ -119,7 +119,7 @@ def _read_expansion(product: ir.Node, columns: int | None) -> QuantizedLinear:
 
 
 def _stored(value: ir.Value | None) -> ir.TensorProtocol:
-    """A tensor of the file, as it is or before it is cast."""
+    """Return a tensor of the file, as it is or before it is cast."""
     cast = producer(value)
     held = value if cast is None else cast.inputs[0]
     if held is None or held.const_value is None:

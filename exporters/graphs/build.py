@@ -63,12 +63,12 @@ def write_graphs(
         formats: names from `epmq_deploy.exporters.formats.format_names`; ``fp32`` is written
             in any case.
         output: an existing folder.
-        opset: version of the default operator set; each format's usual one when absent.
+        opset: version of the default operator set; default: each format's usual one.
         accuracy_level: of MatMulNBits: 0 computes in float32, 4 in int8.
-        two_bit_containers: whether formats that can store 2-bit codes in 2 bits, not 4; when absent
+        two_bit_containers: whether formats that can store 2-bit codes in 2 bits, not 4; default:
             at accuracy level 4 (see `epmq_deploy.exporters.lowering.two_bits`).
-        file_limit: bytes of tensors beyond which a graph's tensors go beside it into ``_data``.
-        context: what formats may want to know besides; nothing when absent.
+        file_limit: bytes of tensors beyond which a graph's tensors go next to it into ``_data``.
+        context: what formats may want to know in addition; default: nothing.
 
     Returns:
         The float32 graph, other float formats, then the low-bit ones in the order given.

@@ -1,4 +1,4 @@
-"""The graphs a model becomes: one, or several where it writes texts behind an encoder."""
+"""The graphs a model becomes: one, or several where it generates text behind an encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ def parts_of(
     device: torch.device | None,
     progress: Progress,
 ) -> tuple[tuple[Part, ...], dict[str, TaskHead]]:
-    """What a backbone becomes, and the heads in it by task.
+    """Return what a backbone becomes, and the heads in it by task.
 
     Args:
         tasks: the recipe's.

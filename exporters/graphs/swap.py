@@ -83,7 +83,7 @@ class MatMulNBitsLinear(nn.Module):
 
 
 def export_copy(model: D) -> D:
-    """A copy that shares all tensors with ``model`` but no module, set up for export."""
+    """Return a copy that shares all tensors with ``model`` but no module, set up for export."""
     shared: dict[int, object] = {
         id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())
     }
@@ -103,7 +103,7 @@ def swapped_copy(
     replaced: Mapping[str, Tensor],
     accuracy_level: int,
 ) -> D:
-    """A copy of ``model`` with replaced parameters and layers that export in low bits.
+    """Return a copy of ``model`` with replaced parameters and layers that export in low bits.
 
     Args:
         model: left as it is.

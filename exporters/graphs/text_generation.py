@@ -1,4 +1,4 @@
-"""The graphs of models that write texts, named as optimum and transformers.js expect them.
+"""The graphs of text-generation models, named as optimum and transformers.js expect them.
 
 An encoder-decoder becomes three: ``encoder_model`` reads the text, ``decoder_model`` begins the
 answer and computes keys and values of cross attention once, ``decoder_with_past_model`` goes on
@@ -27,7 +27,7 @@ _LONGEST = 32
 
 
 class WriterGraph(Deployable):
-    """One graph of a model that writes texts.
+    """One graph of a text-generation model.
 
     Args:
         backbone: the whole model.
@@ -40,11 +40,11 @@ class WriterGraph(Deployable):
 
     @abstractmethod
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """A batch of 2, as ``input_names``."""
+        """Return a batch of 2, as ``input_names``."""
 
     @abstractmethod
     def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
-        """Inputs, as ``input_names``, that the graph is run on while answers are written.
+        """Return inputs, as ``input_names``, that the graph is run on while answers are written.
 
         Args:
             batch: texts with their answers, as the family's ``collate`` gives them.
@@ -69,12 +69,12 @@ class EncoderGraph(WriterGraph):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """See base."""
+        """Return the graph's inputs."""
         return ("input_ids", "attention_mask")
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """See base."""
+        """Return the graph's outputs."""
         return ("last_hidden_state",)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -84,11 +84,11 @@ class EncoderGraph(WriterGraph):
         return (encoder(input_ids=ids, attention_mask=mask).last_hidden_state,)
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """See base."""
+        """Return a batch of 2."""
         return _ids(), _mask()
 
     def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
-        """See base."""
+        """Return what the graph is run on."""
         return [batch[:2]]
 
     def runs(self, layer: str) -> bool:
@@ -106,12 +106,12 @@ class DecoderGraph(WriterGraph):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """See base."""
+        """Return the graph's inputs."""
         return ("encoder_attention_mask", "input_ids", "encoder_hidden_states")
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """See base."""
+        """Return the graph's outputs."""
         return ("logits", *_names("present", _count(self.backbone), "decoder", "encoder"))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -126,12 +126,12 @@ class DecoderGraph(WriterGraph):
         return (logits, *kept)
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """See base."""
+        """Return a batch of 2."""
         config: Any = self.backbone.config
         return _mask(), _ids()[:, :3], torch.randn(_BATCH, _LENGTH, config.d_model)
 
     def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
-        """See base; whole answers at once."""
+        """Return what the graph is run on: whole answers at once."""
         ids, mask, answers, _ = batch
         (hidden,) = EncoderGraph(self.backbone)(ids, mask)
         return [(mask, answers, hidden)]
@@ -148,13 +148,13 @@ class DecoderWithPastGraph(WriterGraph):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """See base."""
+        """Return the graph's inputs."""
         past = _names("past_key_values", _count(self.backbone), "decoder", "encoder")
         return ("encoder_attention_mask", "input_ids", *past)
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """See base; keys and values of cross attention stay as they are."""
+        """Return the graph's outputs: keys and values of cross attention stay as they are."""
         return ("logits", *_names("present", _count(self.backbone), "decoder"))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -171,7 +171,7 @@ class DecoderWithPastGraph(WriterGraph):
         return (logits, *kept)
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """See base."""
+        """Return a batch of 2."""
         config: Any = self.backbone.config
         shape = (_BATCH, config.num_heads, _LENGTH, config.d_kv)
         past = [torch.randn(shape) for _ in range(4 * _count(self.backbone))]
@@ -180,7 +180,7 @@ class DecoderWithPastGraph(WriterGraph):
         return (_mask(), _ids()[:, :2], *cut)
 
     def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
-        """See base; one more token behind whole answers."""
+        """Return what the graph is run on: one more token behind whole answers."""
         first = DecoderGraph(self.backbone)
         ((mask, answers, hidden),) = first.calls(batch)
         _, *past = first(mask, answers, hidden)
@@ -199,13 +199,13 @@ class CausalGraph(WriterGraph):
 
     @property
     def input_names(self) -> tuple[str, ...]:
-        """See base."""
+        """Return the graph's inputs."""
         past = _names("past_key_values", _count(self.backbone))
         return ("input_ids", "attention_mask", "position_ids", *past)
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """See base."""
+        """Return the graph's outputs."""
         return ("logits", *_names("present", _count(self.backbone)))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -223,7 +223,7 @@ class CausalGraph(WriterGraph):
         return (logits, *(part for layer in cache.layers for part in _both(layer)))
 
     def example_inputs(self) -> tuple[Tensor, ...]:
-        """See base."""
+        """Return a batch of 2."""
         past = [torch.randn(shape) for shape in self._past_shapes(_BATCH, 3)]
         ids = _ids()
         mask = torch.ones(_BATCH, 3 + ids.shape[1], dtype=torch.int64)
@@ -231,7 +231,7 @@ class CausalGraph(WriterGraph):
         return (ids, mask, positions, *past)
 
     def calls(self, batch: tuple[Tensor, ...]) -> Sequence[tuple[Tensor, ...]]:
-        """See base; texts with their answers without a past, then one more token."""
+        """Return what it is run on: texts and answers without a past, then one more token."""
         ids, mask, *_ = batch
         nothing = [torch.zeros(shape) for shape in self._past_shapes(len(ids), 0)]
         begun = (ids, mask, (mask.cumsum(1) - 1).clamp(min=0), *nothing)
@@ -254,14 +254,14 @@ class CausalGraph(WriterGraph):
 
 
 def writer_graphs(family: TextGenerationFamily, backbone: nn.Module) -> tuple[WriterGraph, ...]:
-    """The graphs of a model, in the order they run."""
+    """Return the graphs of a model, in the order they run."""
     if family.has_encoder:
         return EncoderGraph(backbone), DecoderGraph(backbone), DecoderWithPastGraph(backbone)
     return (CausalGraph(backbone),)
 
 
 def written_calls(graph: WriterGraph, found: ParityInputs) -> ParityInputs:
-    """What a graph is compared on, from texts with their answers.
+    """Return what a graph is compared on, from texts with their answers.
 
     Texts are cut, as what graphs give for each of their tokens is kept.
     """
@@ -282,7 +282,7 @@ def _names(what: str, count: int, *streams: str) -> tuple[str, ...]:
 
 
 def _count(backbone: nn.Module) -> int:
-    """Number of the decoder's blocks."""
+    """Return number of the decoder's blocks."""
     config: Any = backbone.config
     if config.is_encoder_decoder:
         return int(config.num_decoder_layers)
@@ -301,7 +301,7 @@ def _decoded(backbone: nn.Module, mask: Tensor, ids: Tensor, hidden: Tensor, cac
 
 
 def _cache(pairs: list[tuple[Tensor, Tensor]]) -> Any:
-    """A cache that holds keys and values of each block."""
+    """Return a cache that holds keys and values of each block."""
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 

@@ -162,7 +162,7 @@ def _heads(value: ir.Value | None, order: tuple[int, ...]) -> _Heads | None:
 
 
 def _flattened(value: ir.Value) -> ir.Node | None:
-    """The Reshape to ``[B, S, H * D]`` that is all that is made of ``[B, H, S, D]``."""
+    """Return the Reshape to ``[B, S, H * D]`` that is all that is made of ``[B, H, S, D]``."""
     transpose = only_reader(value, "Transpose")
     if transpose is None or tuple(transpose.attributes.get_ints("perm", ())) != _HEADS_FIRST:
         return None
@@ -184,7 +184,7 @@ def _split_heads(flat: ir.Shape | None, split: ir.Shape | None) -> int | None:
 
 
 def _known(shape: ir.Shape | None) -> int | None:
-    """The number of axes, if the size of each is a number or has a name: equal is equal then."""
+    """Return the number of axes if each has a size or a name, so that they can be compared."""
     if shape is None or any(getattr(size, "value", size) is None for size in shape):
         return None
     return len(shape)

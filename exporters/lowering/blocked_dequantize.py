@@ -63,7 +63,7 @@ def _lower_node(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _without_relu(graph: ir.Graph, relu: ir.Node) -> None:
-    """The same as a maximum: onnxruntime does not fuse a MatMul right before a Relu."""
+    """Return the same as a maximum: onnxruntime does not fuse a MatMul right before a Relu."""
     if _ZERO not in graph.initializers:
         add_initializer(graph, ir.Tensor(np.zeros((), np.float32), name=_ZERO))
     maximum = ir.node("Max", [relu.inputs[0], graph.initializers[_ZERO]], name=relu.name)

@@ -59,7 +59,7 @@ def refuse_repeated(nodes: Iterable[ir.Node]) -> None:
 
 
 def read_packed(node: ir.Node) -> PackedLinear:
-    """What a MatMulNBits node multiplies by."""
+    """Return what a MatMulNBits node multiplies by."""
     codes, scales = constant(node, 1), constant(node, 2)
     if codes is None or scales is None:
         raise ValueError(f"node {node.name}: codes or scales are missing")
@@ -74,13 +74,13 @@ def read_packed(node: ir.Node) -> PackedLinear:
 
 
 def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
-    """The node that makes a value, if it is of one of these types; of any when none is given."""
+    """Return the node that makes a value, if it is of one of these types (any if none given)."""
     node = None if value is None else value.producer()
     return node if node is None or not op_types or node.op_type in op_types else None
 
 
 def only_reader(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The node of that type that is all that reads a value; None where anything else does."""
+    """Return the only reader of a value if it is of that type; None otherwise."""
     readers = [use.node for use in value.uses()]
     alone = len(readers) == 1 and not value.is_graph_output()
     return readers[0] if alone and readers[0].op_type == op_type else None

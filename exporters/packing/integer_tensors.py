@@ -32,7 +32,7 @@ def read_layer(
     columns: int,
     group_size: int,
 ) -> QuantizedLinear:
-    """The layer that tensors with inputs first stand for.
+    """Return the layer that tensors with inputs first stand for.
 
     Args:
         codes: of ``[K or more, N]``, or more dimensions that flatten to it.

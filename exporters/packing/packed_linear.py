@@ -99,7 +99,7 @@ def pack_linear(name: str, layer: QuantizedLinear) -> PackedLinear:
 
 
 def unpack_linear(packed: PackedLinear) -> QuantizedLinear:
-    """The layer as it is stored: ``bits`` is the container's, ``group_size`` the block size.
+    """Return the layer as it is stored: ``bits`` is the container's, ``group_size`` the block size.
 
     Its codes and its dequantized weight equal the packed layer's bit for bit.
     """

@@ -22,7 +22,7 @@ class Target:
         whole_blocks: whether blocks must divide a layer's inputs.
         symmetric: whether zero points are refused.
         two_bit_containers: whether its kernels take 2-bit codes in 2 bits.
-        unverified: what is not known for sure, for want of the device.
+        unverified: what is not known for sure, because no such device was available.
     """
 
     name: str

@@ -43,7 +43,7 @@ def check_target(
 
 
 def _problems(target: Target, layers: Mapping[str, LayerGrid]) -> list[str]:
-    """What keeps layers from running there, one clause per kind."""
+    """Return what keeps layers from running there, one clause per kind."""
     found = []
     if wide := [name for name, grid in layers.items() if target.refuses_width(grid)]:
         found.append(f"{_named(wide)} stored in 8 bits, it takes {_either(target.widths)}")
@@ -66,7 +66,7 @@ def _problems(target: Target, layers: Mapping[str, LayerGrid]) -> list[str]:
 def fitting(
     target: Target, layers: Mapping[str, LayerGrid], options: QuantizeOptions
 ) -> QuantizeOptions:
-    """The options with as little changed as lets a target run every layer.
+    """Return the options with as little changed as lets a target run every layer.
 
     Layers that no options would make fit are skipped: those outside the blocks where 8 bits are too
     many, and those of too few, or an odd number of, inputs.
@@ -110,7 +110,7 @@ def _unfit(target: Target, layers: Mapping[str, LayerGrid], options: QuantizeOpt
 
 
 def _bits(grid: LayerGrid, options: QuantizeOptions) -> int:
-    """A layer's bits, which may be chosen for a budget: as before, or the only ones it allows."""
+    """Return a layer's bits: those of the options, or those that a budget gave it."""
     if options.target_bits in (4, 8):
         return int(options.target_bits)
     budgeted = options.target_bits is not None or options.target_size is not None

@@ -33,19 +33,19 @@ class LayerGrid:
 
     @classmethod
     def of(cls, layer: QuantizedLinear, *, outer: bool = False) -> "LayerGrid":
-        """That of a quantized layer."""
+        """Return the grid for a quantized layer."""
         return cls.stored(layer.bits, layer.group_size, layer.symmetric, layer.in_features, outer)
 
     @classmethod
     def stored(
         cls, bits: int, group_size: int, symmetric: bool, columns: int, outer: bool
     ) -> "LayerGrid":
-        """That of a layer of ``columns`` inputs with these options; groups of -1 are whole rows."""
+        """Return the grid of a layer of ``columns`` inputs; groups of -1 are whole rows."""
         block = block_size_for(columns if group_size == -1 else group_size, columns)
         return cls(bits, block, columns, symmetric and bits == container_bits(bits), outer)
 
     def made_with(self, bits: int, options: QuantizeOptions) -> "LayerGrid":
-        """That of the same layer with so many bits and other options."""
+        """Return the grid for the same layer with so many bits and other options."""
         return self.stored(
             bits, options.group_size, options.symmetric, self.in_features, self.outer
         )
@@ -54,7 +54,7 @@ class LayerGrid:
 def planned_grids(
     model: nn.Module, blocks: Iterable[Block], options: QuantizeOptions
 ) -> dict[str, LayerGrid]:
-    """What quantization will make of linear layers.
+    """Return what quantization will make of linear layers.
 
     Of those inside the blocks nothing is known where bits are chosen for a budget.
     """

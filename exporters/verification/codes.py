@@ -14,7 +14,7 @@ FORMAT_KEY = "epmq_deploy.format"
 
 
 def read_codes(path: Path) -> dict[str, QuantizedLinear]:
-    """The layers of an exported graph by dotted name, whatever its format.
+    """Return the layers of an exported graph by dotted name, whatever its format.
 
     Codes are the solver's. ``bits`` is the container's width (4 or 8) and ``group_size`` the ONNX
     block size, so scales and zero points may be repeated; ``dequantize()`` equals the solver's

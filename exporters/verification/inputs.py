@@ -100,7 +100,7 @@ def _layer_problems(module: nn.Module | None, layer: QuantizedLinear) -> list[st
 
 
 def _row_problems(module: nn.Conv2d | nn.Embedding, layer: QuantizedLinear) -> list[str]:
-    """What keeps a convolution or embedding from being stored as INT8 with a scale per row."""
+    """Return what keeps a layer from being stored as INT8 with one scale per row."""
     problems = []
     if layer.bits != 8 or bool((layer.zero_points != 128).any()):
         problems.append("convolutions and embeddings are stored with 8 bits and zero point 128")

@@ -171,7 +171,7 @@ def executed_integer_layers(graph: onnx.GraphProto) -> set[str]:
 
 
 def optimized_graph(path: Path, accuracy_level: int) -> onnx.GraphProto:
-    """The graph that onnxruntime makes of a file on CPU, without large tensors' data.
+    """Return the graph that onnxruntime makes of a file on CPU, without large tensors' data.
 
     Raises:
         NumericsError: onnxruntime cannot load it.

@@ -48,7 +48,7 @@ class ParityInputs:
 def parity_inputs(
     tasks: Mapping[str, Task], family: ModelFamily, folder: Path, example: tuple[Tensor, ...]
 ) -> ParityInputs:
-    """A few calibration samples of every task whose data are there.
+    """Return a few calibration samples of every task whose data are there.
 
     Args:
         tasks: the recipe's.
@@ -84,7 +84,7 @@ def parity_inputs(
 
 
 def torch_outputs(model: Deployable, inputs: Batches) -> Outputs:
-    """What the model gives per batch, as ``output_names``."""
+    """Return what the model gives per batch, as ``output_names``."""
     model.eval()
     with torch.inference_mode(), weights_released(model):
         return [model(*batch) for batch in inputs]

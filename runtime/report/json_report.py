@@ -12,8 +12,8 @@ from epmq_deploy.runtime.evaluation.report import EvalReport
 
 
 def report_dict(report: EvalReport) -> dict[str, Any]:
-    """Plain data, with averages, drops, missed gates and the recommendation beside what they follow
-    from.
+    """Return plain data, with averages, drops, missed gates and the recommendation next to what
+    they follow from.
     """
     rows = [asdict(row) | {"average": row.average, "drop": report.drop(row)} for row in report.rows]
     chosen = recommend(report)
@@ -25,7 +25,7 @@ def report_dict(report: EvalReport) -> dict[str, Any]:
 
 
 def read_report(file: Path) -> EvalReport | None:
-    """The report in an ``eval.json``, or None where there is no such file.
+    """Return the report in an ``eval.json``, or None where there is no such file.
 
     Raises:
         RecipeError: it is damaged, or of another version.

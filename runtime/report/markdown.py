@@ -56,7 +56,7 @@ def cost_lines(report: EvalReport) -> list[tuple[str, list[str]]]:
 
 
 def notes(report: EvalReport) -> list[str]:
-    """What the table's marks mean, each format's verdict, missed gates and what to deploy."""
+    """Return notes: marks, each format's verdict, missed gates and what to deploy."""
     threads = sorted({str(t.threads or "default") for row in report.rows for t in row.timings})
     lines = [
         f"- Graphs on {report.provider}, threads: {', '.join(threads)}; experts in torch, each on "

@@ -46,17 +46,17 @@ class Emitter:
     nodes: list[ir.Node] = field(default_factory=list)
 
     def tensor(self, suffix: str, array: NDArray[np.generic]) -> ir.Value:
-        """An initializer."""
+        """Return an initializer."""
         return self.add(ir.Tensor(np.asarray(array, order="C"), name=f"{self.name}.{suffix}"))
 
     def shared(self, name: str, array: NDArray[np.generic]) -> ir.Value:
-        """An initializer that layers have in common."""
+        """Return an initializer that layers have in common."""
         if name not in self.graph.initializers:
             add_initializer(self.graph, ir.Tensor(array, name=name))
         return self.graph.initializers[name]
 
     def add(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """An initializer that is named already."""
+        """Return an initializer that is named already."""
         return add_initializer(self.graph, tensor)
 
     def value(
@@ -68,7 +68,7 @@ class Emitter:
         *,
         name: str | None = None,
     ) -> ir.Value:
-        """The only output, ``<layer>.<suffix>``, of a new node."""
+        """Return the only output, ``<layer>.<suffix>``, of a new node."""
         return self.values(op_type, inputs, [suffix], attributes, name=name)[0]
 
     def values(
@@ -144,7 +144,7 @@ def multiply(emit: Emitter, x: QuantizedInput, weight: ir.Value, scales: ir.Valu
 
 
 def weight_source(node: ir.Node) -> ir.Node | None:
-    """The node that makes the int8 weight of a layer's multiplying node; None for any other."""
+    """Return the node that makes a multiplying node's int8 weight; None for any other."""
     weight = node.inputs[1] if node.op_type in ("MatMul", "MatMulInteger") else None
     made = None if weight is None else weight.producer()
     if made is not None and node.op_type == "MatMul":

@@ -70,7 +70,7 @@ def read_patches(graph: ir.Graph) -> Iterator[tuple[str, QuantizedLinear]]:
 
 
 def _patches(conv: ir.Node) -> _Patches | None:
-    """What to replace; None where windows overlap or do not cover an image of fixed size."""
+    """Return what to replace; None where windows overlap or do not cover an image of fixed size."""
     image, weight, bias = (*conv.inputs, None)[:3]
     dequantize = None if weight is None else weight.producer()
     if image is None or image.shape is None or dequantize is None or not _is_plain(conv):

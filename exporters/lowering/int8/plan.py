@@ -104,7 +104,7 @@ def plan_layers(
 
 
 def int8_error(weight: Tensor, inputs: LayerInputs, factors: Tensor | None = None) -> float:
-    """Expected error of a layer's outputs in int8, root mean square relative to the outputs.
+    """Return expected error of a layer's outputs in int8, root mean square relative to the outputs.
 
     Args:
         weight: float32 ``[N, K]``.

@@ -72,7 +72,7 @@ class LowerRows(ir.passes.InPlacePass):
 
 
 def read_rows(graph: ir.Graph) -> Iterator[tuple[str, QuantizedLinear]]:
-    """The stored convolutions and tables with their dotted names, 8 bits with one group per row.
+    """Yield stored convolutions and tables with dotted names, 8 bits with one group per row.
 
     Only what this module writes is found: INT8 codes and float32 scales that are initializers.
     """
@@ -87,7 +87,7 @@ def read_rows(graph: ir.Graph) -> Iterator[tuple[str, QuantizedLinear]]:
 def row_layer(
     codes: ir.TensorProtocol, scales: ir.TensorProtocol, zero_points: np.ndarray | None
 ) -> QuantizedLinear:
-    """The layer that INT8 codes ``[N, ...]`` with one scale per row stand for."""
+    """Return the layer that INT8 codes ``[N, ...]`` with one scale per row stand for."""
     stored = codes.numpy()
     rows = stored.reshape(stored.shape[0], -1).astype(np.int16) + _OFFSET
     # Never written; read so that a file with any is found to differ.
@@ -175,7 +175,7 @@ def _tables(multiply: ir.Node) -> tuple[ir.TensorProtocol, ir.TensorProtocol] | 
 def _tensors(
     codes: ir.Value | None, scales: ir.Value | None
 ) -> tuple[ir.TensorProtocol, ir.TensorProtocol] | None:
-    """The initializers, where they are INT8 and float32."""
+    """Return the initializers, where they are INT8 and float32."""
     integers = None if codes is None else codes.const_value
     floats = None if scales is None else scales.const_value
     if integers is None or integers.dtype != ir.DataType.INT8:

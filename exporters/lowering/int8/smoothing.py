@@ -40,7 +40,7 @@ def divide_input(graph: ir.Graph, factors: Mapping[ir.Node, Tensor | None]) -> N
 
 
 def _norm_for(value: ir.Value, nodes: Iterable[ir.Node]) -> ir.Node | None:
-    """The norm whose output only these nodes read."""
+    """Return the norm whose output only these nodes read."""
     norm = producer(value, *_GAINS)
     if norm is None or value.is_graph_output() or norm.attributes.get_int("axis", -1) != -1:
         return None
@@ -52,7 +52,7 @@ def _norm_for(value: ir.Value, nodes: Iterable[ir.Node]) -> ir.Node | None:
 
 
 def _gains(norm: ir.Node) -> list[int]:
-    """Inputs that take a division in: all a norm has, and the constant one of a multiplication."""
+    """Return the inputs to divide: all that a norm has, or the constant one of a product."""
     places = [place for place in _GAINS[norm.op_type] if place < len(norm.inputs)]
     if norm.op_type != "Mul":
         return places
