@@ -41,7 +41,7 @@ class SolverSettings:
 
 
 class LayerOptions(Options):
-    """Options that may differ between layers; what is not given is as for all layers."""
+    """Options that may differ between layers; those not given are the same as for all layers."""
 
     bits: Bits | None = Field(None, description="bits per weight")
     group_size: GroupSize | None = Field(None, description="input columns that share a scale")

@@ -37,17 +37,17 @@ def anchored_problem(
         bias_strength: pull of re-fitted biases to ``bias_anchor``.
         joint: solve for weights and bias together.
     """
-    chosen = hessian.plain
-    dtype = chosen.matrix.dtype
+    layer_hessian = hessian.plain
+    dtype = layer_hessian.matrix.dtype
     right = sums.cross[layer.name].to(dtype) + strength * anchor.to(dtype)
     if joint and bias_anchor is not None and sums.tokens:
-        chosen = hessian.centred
+        layer_hessian = hessian.centred
         # The best bias for every Q is b = (total - Q mean) / weight.
         total = sums.output_mean[layer.name] + bias_strength * bias_anchor.to(torch.float64)
         right = right + sums.bias_cross(layer.name).to(dtype)
         shift = torch.outer(total, sums.mean) / (sums.weight + bias_strength)
         right -= shift.to(dtype)
-    target = chosen.solve(right, anchor)
+    target = layer_hessian.solve(right, anchor)
     # W* H is the right-hand side.
     size = float((target * right).sum(dtype=torch.float64))
-    return LayerProblem(target, chosen, size, bias_anchor, bias_strength)
+    return LayerProblem(target, layer_hessian, size, bias_anchor, bias_strength)

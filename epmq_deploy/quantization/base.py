@@ -42,7 +42,7 @@ class LayerWeights:
         merged: ``W_m``, float ``[N, K]``.
         bias: merged bias ``[N]``, where there is one.
         base: ``W_b``, float ``[N, K]``, for methods that use experts.
-        base_bias: the base's bias ``[N]``, likewise.
+        base_bias: the base's bias ``[N]``, for methods that use experts.
     """
 
     name: str
@@ -172,7 +172,11 @@ class QuantizationMethod(ABC, Generic[OptionsT]):
         Raises:
             ValueError: the method needs experts and there are none.
         """
-        return None
+        if not self.uses_experts:
+            return None
+        if experts is None:
+            raise ValueError(f"quantization method {self.name} needs base and experts")
+        return experts
 
     # What may be tuned with it.
 
@@ -235,8 +239,8 @@ class CalibratedMethod(QuantizationMethod[CalibratedT]):
 
     def solver_dtype(self, options: CalibratedT) -> torch.dtype:
         """Return in which dtype Hessians are factored and codes chosen."""
-        chosen = options.solver or self.arithmetic.solver
-        return replace(self.arithmetic, solver=chosen).solver_dtype
+        dtype = options.solver or self.arithmetic.solver
+        return replace(self.arithmetic, solver=dtype).solver_dtype
 
     def calibration(self, options: CalibratedT) -> CalibrationSettings:
         """Return what the options say, with nothing of the experts' own outputs."""

@@ -95,8 +95,8 @@ class CalibrationContext:
             method,
             options,
             batches={
-                task: partial(batches, chosen, self.family, self.folder, size)
-                for task, chosen in self.samples.items()
+                task: partial(batches, samples, self.family, self.folder, size)
+                for task, samples in self.samples.items()
             },
             experts=self.experts() if method.uses_experts else None,
             rounding=rounding,

@@ -17,12 +17,12 @@ Features = Mapping[str, Sequence[Mapping[str, CachedTensor]]]
 
 
 class ExpertRecorder:
-    """Runs each expert's blocks on its task's batches and records what is seen inside.
+    """Runs each expert's blocks on its task's batches and records what their layers give.
 
     Args:
         runner: holds the batches.
         experts: where their blocks come from; None where no expert runs along.
-        cache: keeps what is recorded.
+        cache: keeps the records.
         settings: of the method.
     """
 

@@ -132,7 +132,7 @@ def weight_statistics(experts: Mapping[str, Tensor], bases: Mapping[str, Tensor]
 
     Args:
         experts: weights ``[N, K]`` by layer.
-        bases: the base's, likewise.
+        bases: the base's weights ``[N, K]`` by layer.
 
     Returns:
         Statistics with the layers' summed ``tau^T tau`` as Gram matrix, the experts' weights as

@@ -92,7 +92,7 @@ class Choice:
 def allocate(layers: Mapping[str, Choice], budget: float) -> dict[str, int]:
     """Choose bits per layer with the least summed error whose summed size is within ``budget``.
 
-    Starts from the smallest widths and spends what is left where it lowers the error most per bit
+    Starts from the smallest widths and spends the rest where it lowers the error most per bit
     stored, along each layer's lower convex hull: what a Lagrangian multiplier would choose
     (Shoham and Gersho, 1988), filled up to the budget.
 

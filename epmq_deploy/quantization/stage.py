@@ -123,15 +123,15 @@ def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> di
     Raises:
         MismatchError: names every task whose data is missing or cannot be used.
     """
-    chosen = QUANTIZATION_METHODS[recipe.quantize.method].samples(recipe.quantize)
-    if chosen is None:
+    choice = QUANTIZATION_METHODS[recipe.quantize.method].samples(recipe.quantize)
+    if choice is None:
         return {}
     samples, problems = load_calibration(
         recipe.tasks,
         family,
         folder,
-        limit=chosen.limit,
-        seed=chosen.seed,
+        limit=choice.limit,
+        seed=choice.seed,
         option="quantize.samples",
         without=": add tasks.{task}.calibration to the recipe, or use "
         "quantize.preset: weights, which needs none",

@@ -294,3 +294,9 @@ def test_a_task_without_any_activation_is_left_out() -> None:
     alone = epmq_sums(inputs[:1], [weight_of(2)], options)
     assert torch.equal(both.gram, alone.gram)
     assert both.weight == alone.weight
+
+
+def test_a_method_that_needs_experts_says_so_where_there_are_none() -> None:
+    with pytest.raises(ValueError, match=r"^quantization method epmq needs base and experts$"):
+        EPMQ.expert_source(torch.nn.Linear(1, 1), None)
+    assert GPTQ.expert_source(torch.nn.Linear(1, 1), None) is None

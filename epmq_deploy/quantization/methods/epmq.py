@@ -27,10 +27,7 @@ from epmq_deploy.quantization.base import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from epmq_deploy.calibration.statistics import GroupSums, TaskStatistics
-    from epmq_deploy.quantization.expert_source import ExpertSource
     from epmq_deploy.quantization.solver.hessian import GroupHessian
 
 
@@ -189,12 +186,6 @@ class Epmq(CalibratedMethod[EpmqOptions]):
         """Return what compares predictions with the experts'."""
         asked = {"anchor: auto": options.anchor == "auto", "distill": options.distill > 0}
         return [option for option, given in asked.items() if given]
-
-    def expert_source(self, model: nn.Module, experts: ExpertSource | None) -> ExpertSource:
-        """Return the experts."""
-        if experts is None:
-            raise ValueError("quantization method epmq needs base and experts")
-        return experts
 
     def anchor_search(self, options: EpmqOptions) -> AnchorSearch[EpmqOptions] | None:
         """Return a search from the preset's strength for ``anchor: auto``."""

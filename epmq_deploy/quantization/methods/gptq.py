@@ -39,9 +39,9 @@ class Gptq(CalibratedMethod[GptqOptions]):
         self, layer: LayerWeights, sums: GroupSums, hessian: GroupHessian, options: GptqOptions
     ) -> LayerProblem:
         """Return the merged weights as the target, whether or not the bias is free."""
-        chosen = hessian.centred if self.fits_jointly(layer, options) else hessian.plain
+        layer_hessian = hessian.centred if self.fits_jointly(layer, options) else hessian.plain
         weight = layer.merged.to(torch.float64)
-        return LayerProblem(weight, chosen, chosen.quadratic(weight))
+        return LayerProblem(weight, layer_hessian, layer_hessian.quadratic(weight))
 
 
 METHOD = Gptq()

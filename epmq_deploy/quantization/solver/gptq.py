@@ -136,7 +136,7 @@ class _Columns:
 
     Attributes:
         steps: codes minus zero points, ``[K, N]``, in the factor's dtype.
-        errors: quantized minus target values, likewise.
+        errors: quantized minus target values, ``[K, N]``, in the factor's dtype.
     """
 
     def __init__(self, targets: Tensor, lower: Tensor, order: Tensor, grid: Grid) -> None:
