@@ -1,4 +1,4 @@
-"""What a merge writes: the base's settings and all tensors, in the dtypes asked for."""
+"""Writing a merged model: the base's settings and all tensors, in the chosen dtypes."""
 
 import json
 from collections.abc import Iterator
@@ -30,49 +30,49 @@ def write_merged(
 
     Args:
         folder: existing folder.
-        base: whose settings are taken, and which names all tensors.
+        base: its settings are copied, and it has all tensors.
         tensors: name, value and whether it was merged, in the base's order.
-        options: say the dtype.
+        options: set the dtype.
         progress: shows one step per tensor.
 
     Raises:
-        NumericsError: values are not finite, or not in the dtype asked for.
+        NumericsError: values are not finite, or not in the chosen dtype.
     """
     base.source.copy_settings(folder)
     if options.dtype != "base":
-        _name_dtype(folder / "config.json", options.dtype)
+        _set_dtype(folder / "config.json", options.dtype)
     layout = {
         name: (_output_dtype(options, info.dtype), info.shape)
         for name, info in base.tensors.items()
     }
-    stored = (
-        (name, _stored(name, value, layout[name][0], merged=merged))
+    converted = (
+        (name, _converted(name, value, layout[name][0], merged=merged))
         for name, value, merged in tensors
     )
-    save_sharded(folder, layout, progress.track(stored, "merging", total=len(layout)))
+    save_sharded(folder, layout, progress.track(converted, "merging", total=len(layout)))
 
 
-def _name_dtype(file: Path, dtype: str) -> None:
-    """Let a config that names a dtype, or whose parts do, name this one: models load in it."""
+def _set_dtype(file: Path, dtype: str) -> None:
+    """Set the dtype that models are loaded in wherever the config or a sub-config declares one."""
     if not file.is_file():
         return
     config = read_json(file)
-    if _renamed_dtype(config, dtype):
+    if _replace_dtypes(config, dtype):
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _renamed_dtype(config: dict[str, Any], dtype: str) -> bool:
-    """Overwrite the dtypes a config names; whether there was another."""
+def _replace_dtypes(config: dict[str, Any], dtype: str) -> bool:
+    """Replace the dtypes that a config declares; tell whether that changed any."""
     changed = False
     for key, value in config.items():
         if isinstance(value, dict):
-            changed |= _renamed_dtype(value, dtype)
+            changed |= _replace_dtypes(value, dtype)
         elif key in _DTYPE_KEYS and isinstance(value, str) and value != dtype:
             config[key], changed = dtype, True
     return changed
 
 
-def _stored(name: str, value: Tensor, dtype: torch.dtype, *, merged: bool) -> Tensor:
+def _converted(name: str, value: Tensor, dtype: torch.dtype, *, merged: bool) -> Tensor:
     value = value.to(dtype)
     if not dtype.is_floating_point or all_finite(value):
         return value

@@ -1,4 +1,4 @@
-"""Checks every expert against the base, and names all problems at once."""
+"""Checking every expert against the base; one error names all problems."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -33,25 +33,33 @@ def check_experts(
         MismatchError: with every problem of every expert.
     """
     with ExpertCheck(sources, mixed_dtypes=mixed_dtypes, missing_experts=missing_experts) as check:
-        check.finish()
-    warn_about_what_is_not_merged(sources)
+        check.check_remaining()
+    warn_about_unmerged_changes(sources)
     return check.names
 
 
 class ExpertCheck:
-    """The check of base and experts: of their layout at once, of their values as they are used.
+    """Checks base and experts: their layout at once, their values while they are used.
 
-    Reading the values takes as long as reading the files. Who works on a tensor as soon as it is
-    checked finds it in the page cache.
+    Checking values means reading all weights, which merging does anyway; a tensor that is merged
+    right after it was checked comes from the page cache, and every file is read from disk once. A
+    merge therefore calls, within ``with``:
+
+    1. ``check_layout``, before any weight is read;
+    2. ``check_tensor`` before reading a tensor (``CheckpointTaskVectors`` does that);
+    3. ``check_remaining``, before a result that rests on unchecked values is used or kept.
+
+    Whatever is wrong first, the error names all problems of all experts.
 
     Args:
         sources: base and experts.
         mixed_dtypes: accept floating-point tensors of another dtype than the base's.
-        missing_experts: some could not be opened, so that nothing is said of all together.
+        missing_experts: some could not be opened, so that problems of all experts together are not
+            reported.
 
     Attributes:
         names: the tensors to merge: those of the merged part, floating-point and held by an
-            expert, in the base's order. Integer tensors (position ids and the like) are no weights.
+            expert, in the base's order. Integer tensors (such as position ids) are not weights.
     """
 
     def __init__(
@@ -61,52 +69,51 @@ class ExpertCheck:
         self.names, self._layout = _layout_problems(sources, mixed_dtypes=mixed_dtypes)
         if missing_experts:
             self._layout[BASE] = []
-        self._others: tuple[EpmqError, ...] = ()
+        self._other_errors: tuple[EpmqError, ...] = ()
         self._finite: dict[TensorInfo, bool] = {}
-        self._ahead = ThreadPoolExecutor(1)
+        self._background = ThreadPoolExecutor(1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._ahead.shutdown(cancel_futures=True)
+        self._background.shutdown(cancel_futures=True)
 
-    def begin(self, others: Sequence[EpmqError] = ()) -> None:
-        """Make sure that nothing is wrong that can be known without reading values.
+    def check_layout(self, other_errors: Sequence[EpmqError] = ()) -> None:
+        """Make sure that everything is right that can be known without reading values.
 
-        Where something is, all values are read, so that one error names what is wrong with them
-        too.
+        Otherwise all values are read, so that the one error names their problems too.
 
         Args:
-            others: what else is wrong with the recipe's inputs.
+            other_errors: what else is wrong with the recipe's inputs.
 
         Raises:
-            MismatchError: with every problem of every expert, and ``others``.
-            EpmqError: the only one of ``others``, where nothing else is wrong.
+            MismatchError: with every problem of every expert, and ``other_errors``.
+            EpmqError: the only one of ``other_errors``, where nothing else is wrong.
         """
-        self._others = tuple(others)
-        if others or any(self._layout.values()):
-            self.finish()
+        self._other_errors = tuple(other_errors)
+        if other_errors or any(self._layout.values()):
+            self.check_remaining()
 
-    def tensor(self, checkpoint: Checkpoint, name: str) -> None:
+    def check_tensor(self, checkpoint: Checkpoint, name: str) -> None:
         """Check the values of one tensor.
 
         Raises:
             MismatchError: with every problem of every expert, where it has one.
         """
         if not self._is_finite(checkpoint.tensors[name]):
-            self.finish()
+            self.check_remaining()
 
-    def ahead(self, checkpoint: Checkpoint) -> None:
-        """Begin with a checkpoint that will be used next, as a whole."""
-        self._ahead.submit(self._value_problems, checkpoint)
+    def check_soon(self, checkpoint: Checkpoint) -> None:
+        """Begin in the background to check all values of a checkpoint."""
+        self._background.submit(self._value_problems, checkpoint)
 
-    def finish(self) -> None:
-        """Check what is left.
+    def check_remaining(self) -> None:
+        """Check all values that have not been checked yet.
 
         Raises:
             MismatchError: with every problem of every expert.
-            EpmqError: see ``begin``.
+            EpmqError: see ``check_layout``.
         """
         sources, problems = self._sources, list(self._layout[BASE])
         with ThreadPoolExecutor(READERS) as threads:
@@ -116,7 +123,7 @@ class ExpertCheck:
         for task, of_values in zip(sources.experts, of_experts, strict=True):
             problems += [f"expert {task!r}: {text}" for text in self._layout[task] + of_values]
         problems += [f"base: {text}" for text in of_base]
-        errors = list(self._others)
+        errors = list(self._other_errors)
         if problems:
             subject = f"the experts do not fit the base {sources.base.folder}"
             errors.append(MismatchError(subject, problems))
@@ -124,7 +131,7 @@ class ExpertCheck:
             raise joined("the recipe's inputs", errors)
 
     def _value_problems(self, checkpoint: Checkpoint) -> list[str]:
-        # What is not merged is copied from the base.
+        # Tensors that are not merged are copied from the base, so experts' are not read.
         names = checkpoint.tensors if checkpoint is self._sources.base else self.names
         held = [name for name in names if name in checkpoint.tensors]
         bad = [name for name in held if not self._is_finite(checkpoint.tensors[name])]
@@ -148,7 +155,7 @@ class ExpertCheck:
 def _layout_problems(
     sources: Sources, *, mixed_dtypes: bool
 ) -> tuple[tuple[str, ...], dict[str, list[str]]]:
-    """The tensors to merge, and what is wrong with all experts together and each, unread."""
+    """Return the tensors to merge; also problems of all experts (key ``BASE``) and of each."""
     base, experts, family = sources.base, sources.experts, sources.family
     held = set().union(*(expert.tensors for expert in experts.values()))
     names = tuple(
@@ -168,7 +175,7 @@ def _layout_problems(
 
 
 def _common_problems(sources: Sources, names: Sequence[str], held: Collection[str]) -> list[str]:
-    """What no expert has, given the tensors to merge and those that experts hold."""
+    """Return what all experts lack, given the tensors to merge and those that experts hold."""
     family = sources.family
     if problems := family.part_problems(held):
         return problems
@@ -203,35 +210,35 @@ def _tensor_problems(sources: Sources, expert: Checkpoint, names: Sequence[str])
     for name in names:
         if name not in expert.tensors:
             continue
-        ours, theirs = base.tensors[name], expert.tensors[name]
-        if ours.shape != theirs.shape:
+        original, tuned = base.tensors[name], expert.tensors[name]
+        if original.shape != tuned.shape:
             problems.append(
-                f"{name} has shape {list(theirs.shape)}, the base has {list(ours.shape)}"
+                f"{name} has shape {list(tuned.shape)}, the base has {list(original.shape)}"
             )
-        if not theirs.dtype.is_floating_point:
-            problems.append(f"{name} is stored as {theirs.dtype}, the base has {ours.dtype}")
+        if not tuned.dtype.is_floating_point:
+            problems.append(f"{name} is stored as {tuned.dtype}, the base has {original.dtype}")
     return problems
 
 
 def _dtype_problems(base: Checkpoint, expert: Checkpoint, names: Sequence[str]) -> list[str]:
-    unlike = [
+    different = [
         name
         for name in names
         if name in expert.tensors
         and expert.tensors[name].dtype.is_floating_point
         and expert.tensors[name].dtype != base.tensors[name].dtype
     ]
-    if not unlike:
+    if not different:
         return []
-    theirs, ours = expert.tensors[unlike[0]].dtype, base.tensors[unlike[0]].dtype
+    expert_dtype, base_dtype = (held.tensors[different[0]].dtype for held in (expert, base))
     return [
-        f"{_listed(unlike)} stored as {theirs}, the base as {ours}; convert one of them or set "
-        "merge.mixed_dtypes: true"
+        f"{_listed(different)} stored as {expert_dtype}, the base as {base_dtype}; convert one of "
+        "them or set merge.mixed_dtypes: true"
     ]
 
 
-def warn_about_what_is_not_merged(sources: Sources) -> None:
-    """Say so when an expert was also trained where merging leaves the base as it is."""
+def warn_about_unmerged_changes(sources: Sources) -> None:
+    """Warn about expert weights that differ from the base but are not merged."""
     for task, expert in sources.experts.items():
         changed = [
             name

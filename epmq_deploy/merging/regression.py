@@ -17,8 +17,7 @@ from epmq_deploy.calibration.block_runner import BlockRunner, SameForAllTasks
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.merging.base import Context, TaskVectors
-from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
+from epmq_deploy.merging.base import Calibrated, CalibrationData, Context, TaskVectors
 from epmq_deploy.models import Block
 from epmq_deploy.models.modules import first_input
 from epmq_deploy.models.tokens import TokenWeights
@@ -218,7 +217,7 @@ def _add_to(
 
 def merge_linear_layers(
     data: CalibrationData, vectors: TaskVectors, options: RegressionOptions, *, sequential: bool
-) -> Calibrated:
+) -> Calibrated[dict[str, Tensor]]:
     """Return merged task vectors of all linear layers in blocks, by tensor name.
 
     One block of one expert and one group's Gram matrices are in memory at a time, in addition to
@@ -253,7 +252,9 @@ def merge_linear_layers(
     return Calibrated(solved)
 
 
-def regressed_or_mean(base: Tensor, task_vectors: Tensor, context: Context) -> Tensor:
+def regressed_or_mean(
+    base: Tensor, task_vectors: Tensor, context: Context[dict[str, Tensor]]
+) -> Tensor:
     """Return ``base [*]`` plus the tensor's merged task vector: solved for, or the mean."""
     solved = context.statistics.get(context.name)
     return base + (task_vectors.mean(dim=0) if solved is None else solved)

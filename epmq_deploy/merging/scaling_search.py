@@ -1,21 +1,28 @@
-"""Tuning a merge method's scaling on calibration samples.
+"""Searching a merge method's scaling on calibration samples.
 
-How far to go along the merged task vector depends on the experts, and nothing in the weights says
-so. What counts here is how the merged model predicts, on each task's samples and through its head
-(`epmq_deploy.merging.objectives`). Merging uses no samples, so none of them is fitted.
+How far to go along the merged task vector depends on the experts, and the weights do not tell. What
+counts is how well the merged model predicts, by one of three objectives:
+
+- ``experts``: the Kullback-Leibler divergence from the predictions of each task's expert;
+- ``labels``: the cross-entropy of the data's labels;
+- ``entropy``: the entropy of the predictions, as AdaMerging minimises it (Yang et al., arXiv
+  2310.02575).
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from epmq_deploy.data.agreement import Scores, Tuned, mean_divergence, tune
-from epmq_deploy.merging.base import Context, MergeMethod
+from epmq_deploy.data.agreement import Judge, Scores, Tuned, mean_divergence, scored, tune
+from epmq_deploy.errors import EpmqError, MismatchError
+from epmq_deploy.merging.base import Merger
 from epmq_deploy.merging.data import RecipeData
-from epmq_deploy.merging.objectives import losses
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
+from epmq_deploy.models.predictions import Predictions, entropy
 from epmq_deploy.options.merging import ScaledOptions
 
 log = logging.getLogger(__name__)
@@ -23,67 +30,106 @@ log = logging.getLogger(__name__)
 _FACTOR, _STEPS = 1.5, 4
 
 
+def check_objective(data: RecipeData, options: ScaledOptions) -> None:
+    """Make sure that the data have what the objective needs.
+
+    Raises:
+        MismatchError: names every task without labels, or a model that does not predict classes.
+    """
+    if options.search_objective != "labels":
+        return
+    subject = "merge.search_objective: labels"
+    if data.family.generates_text:
+        raise MismatchError(
+            subject, ["text-generation models support only the objectives experts and entropy"]
+        )
+    problems = []
+    for samples in data.samples.values():
+        try:
+            samples.labels(data.heads[samples.task].classes)
+        except EpmqError as error:
+            problems.append(str(error))
+    if problems:
+        raise MismatchError(subject, problems)
+
+
 def search_scaling(
     data: RecipeData,
-    method: MergeMethod[Any],
+    merger: Merger[Any, Any],
     options: ScaledOptions,
     vectors: CheckpointTaskVectors,
-    statistics: Any,
 ) -> Tuned:
     """Find the scaling whose merge predicts best, by the objective of the options.
 
-    The method's result is linear in its scaling, so it is merged once; two models and the merged
-    task vector are in memory.
+    The result of the method is linear in its scaling, so it is merged once; two models and the
+    merged task vector are in memory. Merging itself uses no samples, so all are new to it.
 
     Args:
         data: samples and experts.
-        method: to merge by.
-        options: of the method, with the scaling to begin with.
+        merger: the method with its statistics.
+        options: of the method, with the scaling to start from.
         vectors: the experts' task vectors.
-        statistics: what the method's global pass found.
     """
-    sources = data.sources
-    judge = losses(data, options)
+    base = data.sources.base
+    loss = _loss(data, options)
     names = data.progress.track(list(vectors.names), "merging to search")
-    fixed, direction = _line(method, vectors, options, statistics, names)
+    fixed, direction = _fixed_and_direction(merger, options, vectors, names)
     model = data.backbone()
-    # Merged tensors that the model does not hold have no part in what it predicts.
+    # Merged tensors that are not parameters of the model do not change its predictions.
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     for name in fixed.keys() & parameters.keys():
         parameters[name].copy_(fixed[name])
 
     def score(scaling: float) -> Scores:
         for name in direction.keys() & parameters.keys():
-            sources.base.load_into(name, parameters[name])
+            base.load_into(name, parameters[name])
             parameters[name].add_(direction[name], alpha=scaling)
-        found = judge(model)
+        scores = loss(model)
         log.info(
             "scaling %.4g: loss by %s %.4f",
             scaling,
             options.search_objective,
-            mean_divergence(found),
+            mean_divergence(scores),
         )
-        return found
+        return scores
 
-    return tune(score, options.scaling_value(), factor=_FACTOR, steps=_STEPS, finer=True)
+    return tune(score, options.scaling, factor=_FACTOR, steps=_STEPS, finer=True)
 
 
-def _line(
-    method: MergeMethod[Any],
-    vectors: CheckpointTaskVectors,
+def _fixed_and_direction(
+    merger: Merger[Any, Any],
     options: ScaledOptions,
-    statistics: Any,
+    vectors: CheckpointTaskVectors,
     names: Iterable[str],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Merged tensors whose scaling is their own, and what scaling 1 adds to all others."""
+    """Merge tensors whose scaling is set by name; return what scaling 1 adds to all others."""
     fixed, direction = {}, {}
     unit, none = options.at(1.0), options.at(0.0)
+    merger_at_one = replace(merger, options=unit)
     for name in names:
-        start, stack = vectors.with_base(name)
-        context = Context(name, vectors.tasks, statistics)
-        merged = method.merge_tensor(start, stack, unit, context)
-        if unit.for_tensor(name).scaling_value() != none.for_tensor(name).scaling_value():
-            direction[name] = merged - start
+        base, task_vectors = vectors.with_base(name)
+        merged = merger_at_one.merge(name, base, task_vectors)
+        if unit.for_tensor(name).scaling != none.for_tensor(name).scaling:
+            direction[name] = merged - base
         else:
             fixed[name] = merged
     return fixed, direction
+
+
+def _loss(data: RecipeData, options: ScaledOptions) -> Callable[[nn.Module], Scores]:
+    """Return a function from a merged model to its loss on every sample."""
+    folder, heads = data.sources.base.folder, data.heads
+    if options.search_objective == "experts":
+        return Judge.of_experts(
+            data.family, folder, data.samples, heads, data.experts.become, heads
+        ).scores
+    labels = {}
+    if options.search_objective == "labels":
+        labels = {task: samples.labels() for task, samples in data.samples.items()}
+
+    def loss(task: str, predicted: Predictions) -> Tensor:
+        if task in labels:
+            return cross_entropy(predicted.logits, labels[task], reduction="none")
+        return entropy(predicted.logits)
+
+    return lambda model: scored(model, data.family, folder, data.samples, heads, loss)

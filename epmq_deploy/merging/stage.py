@@ -1,10 +1,10 @@
 """The merge stage: experts in, one Hugging Face folder out, tensor by tensor."""
 
-import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,43 +12,79 @@ from torch import Tensor
 from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
 from epmq_deploy.artifacts.manifest import MergeDetails, MergeManifest, fingerprint
 from epmq_deploy.artifacts.outputs import finish_output
-from epmq_deploy.data.agreement import Tuned
 from epmq_deploy.data.heads import heads_sha256
 from epmq_deploy.data.samples import data_sha256, missing_data
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, joined, noted
-from epmq_deploy.merging.base import Context, MergeMethod
+from epmq_deploy.merging.base import FromData, FromTaskVectors, MergeMethod, Merger
 from epmq_deploy.merging.data import RecipeData, load_data
 from epmq_deploy.merging.methods import MERGE_METHODS
-from epmq_deploy.merging.objectives import check_objective
 from epmq_deploy.merging.output import write_merged
-from epmq_deploy.merging.preflight import ExpertCheck, warn_about_what_is_not_merged
-from epmq_deploy.merging.scaling_search import search_scaling
+from epmq_deploy.merging.preflight import ExpertCheck, warn_about_unmerged_changes
+from epmq_deploy.merging.scaling_search import check_objective, search_scaling
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
 from epmq_deploy.models.experts import Sources, open_available
 from epmq_deploy.options import without_effect
-from epmq_deploy.options.merging import DataOptions, MergeOptions, ScaledOptions
+from epmq_deploy.options.merging import MergeOptions
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
 
-log = logging.getLogger(__name__)
+
+def merge(
+    recipe: Recipe,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> MergeManifest:
+    """Merge the recipe's experts into ``output``, a loadable Hugging Face folder.
+
+    Tensors that are not merged are copied from the base: a CLIP base's text tower unless it was
+    asked for, optional tensors that no expert holds, and integer tensors.
+
+    Models, their layout, data and heads are checked before any weights are read; values are checked
+    while they are merged (see ``ExpertCheck``). One error names everything that is wrong.
+
+    Raises:
+        MismatchError: models, data or heads do not fit; all problems at once.
+        RecipeError: the output exists, or an option does not fit.
+        NumericsError: a merged value is NaN or infinite.
+    """
+    progress = progress or NoProgress()
+    device = device or torch.device("cpu")
+    refuse_existing(output, "merge", overwrite=overwrite)
+    check_options(recipe)
+    sources, errors = _open_sources(recipe)
+    with ExpertCheck(
+        sources, mixed_dtypes=recipe.merge.mixed_dtypes, missing_experts=bool(errors)
+    ) as check:
+        if check.names and not errors:
+            with noted(errors):
+                _check_patterns(recipe.merge, check.names)
+        data = _load_data(recipe, sources, errors, device, progress)
+        check.check_layout(errors)
+        vectors = CheckpointTaskVectors(sources.base, sources.experts, check.names, device, check)
+        merger, details = _prepare(recipe.merge, vectors, data, check)
+        with atomic_folder(output) as folder:
+            tensors = _merged_and_copied(merger, vectors)
+            write_merged(folder, sources.base, tensors, recipe.merge, progress)
+            check.check_remaining()
+            warn_about_unmerged_changes(sources)
+            return finish_output(folder, _manifest(recipe, sources, vectors, details))
 
 
 def uses_data(options: MergeOptions) -> bool:
-    """Whether merging takes calibration samples."""
-    return _is_searched(options) or isinstance(options, DataOptions)
+    """Tell whether merging needs calibration samples."""
+    return options.sample_need is not None
 
 
 def uses_heads(options: MergeOptions) -> bool:
-    """Whether merging takes the tasks' heads."""
-    return _is_searched(options) or MERGE_METHODS[options.method].needs_heads
-
-
-def _is_searched(options: MergeOptions) -> TypeGuard[ScaledOptions]:
-    return isinstance(options, ScaledOptions) and options.search
+    """Tell whether merging needs the tasks' heads."""
+    return options.to_search is not None or MERGE_METHODS[options.method].needs_heads
 
 
 def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
-    """What decides the merge; ``inputs`` are the hashes of base and experts by role."""
+    """Identify what decides the merge; ``inputs`` are the hashes of base and experts by role."""
     options: MergeOptions = recipe.merge
     decisive = dict(inputs)
     if recipe.base.part is not None:
@@ -81,83 +117,12 @@ def check_options(recipe: Recipe) -> None:
         raise RecipeError("; ".join(problems))
 
 
-def merge(
-    recipe: Recipe,
-    output: Path,
-    *,
-    overwrite: bool = False,
-    device: torch.device | None = None,
-    progress: Progress | None = None,
-) -> MergeManifest:
-    """Merge the recipe's experts into ``output``, a loadable Hugging Face folder.
-
-    What is not merged (a CLIP base's text tower, unless asked for), optional tensors that no expert
-    holds and integer tensors are copied from the base.
-
-    What can be known without reading weights is looked at first: models, their layout, data and
-    heads. Values are checked while they are merged, or in the method's pass over them before; NaN
-    in them is therefore found when all else is in order. Where something is not, all are read at
-    once, and one error names everything.
+def _open_sources(recipe: Recipe) -> tuple[Sources, list[EpmqError]]:
+    """Open base and experts; also return an error that names those that cannot be opened.
 
     Raises:
-        MismatchError: models, data or heads do not fit; all problems at once.
-        RecipeError: the output exists, or an option does not fit.
-        NumericsError: a merged value is NaN or infinite.
-    """
-    progress = progress or NoProgress()
-    refuse_existing(output, "merge", overwrite=overwrite)
-    check_options(recipe)
-    options: MergeOptions = recipe.merge
-    method = MERGE_METHODS[options.method]
-    device = device or torch.device("cpu")
-    sources, errors = _opened(recipe)
-    with ExpertCheck(
-        sources, mixed_dtypes=options.mixed_dtypes, missing_experts=bool(errors)
-    ) as check:
-        if check.names and not errors:
-            with noted(errors):
-                _check_patterns(options, check.names)
-        data = None
-        if uses_data(options):
-            with noted(errors):
-                data = _data(recipe, sources, device, progress)
-        check.begin(errors)
-        vectors = CheckpointTaskVectors(sources.base, sources.experts, check.names, device, check)
-        details: dict[str, Any] = {
-            "method": method.name,
-            "experts": len(sources.experts),
-            "merged_tensors": len(vectors.names),
-            "copied_tensors": len(sources.base.tensors) - len(vectors.names),
-        }
-        statistics = method.statistics(vectors, options) if method.statistics else None
-        if data is not None:
-            # Experts run on data before anything is merged.
-            check.finish()
-            options, statistics, learned = _learned(
-                data.answered(), method, options, vectors, statistics
-            )
-            details |= learned
-        with atomic_folder(output) as folder:
-            # Values are checked as they are merged; one that is wrong leaves nothing behind.
-            tensors = _tensors(vectors, method, options, statistics)
-            write_merged(folder, sources.base, tensors, options, progress)
-            check.finish()
-            warn_about_what_is_not_merged(sources)
-            inputs = sources.sha256()
-            manifest = MergeManifest(
-                fingerprint=merge_fingerprint(recipe, inputs),
-                recipe=recipe,
-                inputs=inputs,
-                details=MergeDetails.model_validate(details),
-            )
-            return finish_output(folder, manifest)
-
-
-def _opened(recipe: Recipe) -> tuple[Sources, list[EpmqError]]:
-    """Base and experts as far as they can be opened, and what is wrong with the others.
-
-    Raises:
-        EpmqError: there is nothing to compare; names missing data too, where merging takes some.
+        EpmqError: the base or all experts cannot be opened; names missing data too, where merging
+            needs data.
     """
     sources, problems = open_available(recipe)
     if sources is not None and not problems:
@@ -165,97 +130,116 @@ def _opened(recipe: Recipe) -> tuple[Sources, list[EpmqError]]:
     errors: list[EpmqError] = [MismatchError("models cannot be opened", problems)]
     if sources is None:
         # Without models data cannot be checked further, but paths can.
-        taken = {
+        tasks = {
             name: task.model_copy(update={"evaluation": None})
             for name, task in recipe.tasks.items()
             if uses_data(recipe.merge)
         }
-        if missing := missing_data(taken):
+        if missing := missing_data(tasks):
             errors.append(MismatchError("data", missing))
         raise joined("the recipe's inputs", errors)
     return sources, errors
 
 
-def _data(recipe: Recipe, sources: Sources, device: torch.device, progress: Progress) -> RecipeData:
-    """What the method's pass over calibration data, or the search for its scaling, takes."""
-    options: MergeOptions = recipe.merge
-    if isinstance(options, DataOptions):
-        count, option, seed = options.samples, "merge.samples", options.seed
-        purpose = f"merge.method {options.method}"
-    else:
-        assert isinstance(options, ScaledOptions), "no others ask for data"
-        count, option, seed = options.search_samples, "merge.search_samples", 0
-        purpose = "merge.search"
-    data = load_data(
-        recipe,
-        sources,
-        samples=count,
-        option=option,
-        seed=seed,
-        heads=uses_heads(options),
-        purpose=purpose,
-        device=device,
-        progress=progress,
-    )
-    if _is_searched(options):
-        check_objective(data, options)
-    return data
-
-
-def _learned(
-    data: RecipeData,
-    method: MergeMethod[Any],
-    options: MergeOptions,
-    vectors: CheckpointTaskVectors,
-    statistics: Any,
-) -> tuple[MergeOptions, Any, dict[str, Any]]:
-    """Options, statistics and what the manifest says, as calibration data have them."""
-    details = dict(data.details)
-    if method.calibrate is not None:
-        calibrated = method.calibrate(data, vectors, options)
-        statistics = calibrated.statistics
-        details |= calibrated.details
-    if _is_searched(options):
-        found = search_scaling(data, method, options, vectors, statistics)
-        options = options.at(found.value)
-        details |= _search_details(found)
-    return options, statistics, details
-
-
 def _check_patterns(options: MergeOptions, names: tuple[str, ...]) -> None:
-    """Make sure every pattern of ``layers`` names a tensor that is merged."""
-    idle = [
+    """Make sure that every pattern of ``layers`` names a tensor that is merged."""
+    unmatched = [
         f"merge.layers: {pattern}"
         for pattern in options.layers
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
-    if idle:
-        raise RecipeError(f"{', '.join(idle)} matches no tensor; tensors are named like {names[0]}")
+    if unmatched:
+        raise RecipeError(
+            f"{', '.join(unmatched)} matches no tensor; tensors are named like {names[0]}"
+        )
 
 
-def _search_details(found: Tuned) -> dict[str, Any]:
-    """What a search reports, as plain data."""
-    return {
-        "scaling": found.value,
-        "search": [{"scaling": scaling, "loss": value} for scaling, value in found.curve.items()],
-        "search_standard_error": found.standard_error,
-    }
+def _load_data(
+    recipe: Recipe,
+    sources: Sources,
+    errors: list[EpmqError],
+    device: torch.device,
+    progress: Progress,
+) -> RecipeData | None:
+    """Load calibration data and heads if merging needs them; add what is wrong to ``errors``."""
+    options: MergeOptions = recipe.merge
+    if options.sample_need is None:
+        return None
+    with noted(errors):
+        data = load_data(
+            recipe,
+            sources,
+            options.sample_need,
+            heads=uses_heads(options),
+            device=device,
+            progress=progress,
+        )
+        if options.to_search is not None:
+            check_objective(data, options.to_search)
+        return data
+    return None
 
 
-def _tensors(
-    vectors: CheckpointTaskVectors,
-    method: MergeMethod[Any],
+def _prepare(
     options: MergeOptions,
-    statistics: Any,
+    vectors: CheckpointTaskVectors,
+    data: RecipeData | None,
+    check: ExpertCheck,
+) -> tuple[Merger[Any, Any], dict[str, Any]]:
+    """Compute statistics and search the scaling; also return details for the manifest."""
+    method: MergeMethod[Any, Any] = MERGE_METHODS[options.method]
+    statistics: Any = None
+    details: dict[str, Any] = {}
+    if isinstance(method.statistics, FromTaskVectors):
+        statistics = method.statistics.compute(vectors, options)
+    if data is not None:
+        # Experts run on data before all of their weights have been merged, and so checked.
+        check.check_remaining()
+        data = data.answered()
+        details |= data.details
+        if isinstance(method.statistics, FromData):
+            calibrated = method.statistics.compute(data, vectors, options)
+            statistics = calibrated.statistics
+            details |= calibrated.details
+    merger = Merger(method, options, vectors.tasks, statistics)
+    if data is not None and options.to_search is not None:
+        tuned = search_scaling(data, merger, options.to_search, vectors)
+        merger = replace(merger, options=options.to_search.at(tuned.value))
+        details["scaling"] = tuned.value
+        details["search"] = [
+            {"scaling": scaling, "loss": loss} for scaling, loss in tuned.curve.items()
+        ]
+        details["search_standard_error"] = tuned.standard_error
+    return merger, details
+
+
+def _merged_and_copied(
+    merger: Merger[Any, Any], vectors: CheckpointTaskVectors
 ) -> Iterator[tuple[str, Tensor, bool]]:
-    """All of the base's tensors, checked: name, value, and whether it was merged."""
-    base, merged = vectors.base, set(vectors.names)
+    """Yield all of the base's tensors: name, value, and whether it was merged."""
+    merged_names = set(vectors.names)
     stacks = vectors.with_bases(vectors.names)
-    for name in base.tensors:
-        if name in merged:
-            start, stack = next(stacks)
-            context = Context(name, vectors.tasks, statistics)
-            yield name, method.merge_tensor(start, stack, options, context).cpu(), True
+    for name in vectors.base.tensors:
+        if name in merged_names:
+            base, task_vectors = next(stacks)
+            yield name, merger.merge(name, base, task_vectors).cpu(), True
         else:
-            vectors.check.tensor(base, name)
-            yield name, base.load(name), False
+            yield name, vectors.from_base(name), False
+
+
+def _manifest(
+    recipe: Recipe, sources: Sources, vectors: CheckpointTaskVectors, details: Mapping[str, Any]
+) -> MergeManifest:
+    inputs = sources.sha256()
+    counts = {
+        "method": recipe.merge.method,
+        "experts": len(sources.experts),
+        "merged_tensors": len(vectors.names),
+        "copied_tensors": len(sources.base.tensors) - len(vectors.names),
+    }
+    return MergeManifest(
+        fingerprint=merge_fingerprint(recipe, inputs),
+        recipe=recipe,
+        inputs=inputs,
+        details=MergeDetails.model_validate(counts | dict(details)),
+    )

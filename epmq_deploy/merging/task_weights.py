@@ -1,4 +1,4 @@
-"""Weights per task, for methods that take them."""
+"""Weights of the tasks, for methods that take them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class WeightedOptions(MergeOptions):
-    """Options of methods that weigh the experts."""
+    """Options of methods with a weight for each expert."""
 
     weights: Annotated[dict[str, float], texts_read_by(numbers_from_text)] = Field(
         {}, description="factor on each expert's task vector, for all tasks (cars=1,sun=0.5)"
@@ -23,7 +23,7 @@ class WeightedOptions(MergeOptions):
 
 
 def weight_problems(options: WeightedOptions, tasks: Sequence[str]) -> list[str]:
-    """A sentence when weights are given, but not one for every task."""
+    """Return one sentence for each mismatch between the given weights and the tasks."""
     if not options.weights:
         return []
     unknown = [task for task in options.weights if task not in tasks]
@@ -37,6 +37,6 @@ def weight_problems(options: WeightedOptions, tasks: Sequence[str]) -> list[str]
 
 
 def weight_column(options: WeightedOptions, tasks: Sequence[str], like: Tensor) -> Tensor:
-    """Weights ``[T, 1, ...]`` that broadcast over ``like [T, *]``; 1 when not given."""
+    """Return weights ``[T, 1, ...]`` that broadcast over ``like [T, *]``; default: 1."""
     values = [options.weights.get(task, 1.0) for task in tasks]
     return like.new_tensor(values).reshape(-1, *([1] * (like.dim() - 1)))

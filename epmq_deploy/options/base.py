@@ -32,9 +32,18 @@ def without_effect(section: str, idle: Mapping[str, str]) -> list[str]:
 
 
 def shared_fields(first: type[Options], second: type[Options]) -> set[str]:
-    """Return the options that both classes inherit from a common base: they mean the same."""
+    """Return the options that both classes inherit from a common base: they mean the same.
+
+    A field without a default in the base does not count: each class has its own default for it.
+    """
     common = set(first.__mro__) & set(second.__mro__)
-    return {name for base in common if issubclass(base, Options) for name in base.model_fields}
+    return {
+        name
+        for base in common
+        if issubclass(base, Options)
+        for name, field in base.model_fields.items()
+        if not field.is_required()
+    }
 
 
 def union_by_method(members: Iterable[type[Options]]) -> Any:

@@ -1,10 +1,28 @@
 """Options of merging: of every method, of scaled ones, and of those that need data."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
 from epmq_deploy.options import Options, given_for, in_bytes, layers_from_text, texts_read_by
+
+
+@dataclass(frozen=True)
+class SampleNeed:
+    """What options ask of calibration data.
+
+    Attributes:
+        limit: at most so many samples per task.
+        option: the option that sets the limit, for messages.
+        seed: of the choice of samples.
+        purpose: what needs the samples, for messages.
+    """
+
+    limit: int
+    option: str
+    seed: int
+    purpose: str
 
 
 class MergeOptions(Options):
@@ -24,7 +42,7 @@ class MergeOptions(Options):
     )
 
     whole_model: ClassVar[frozenset[str]] = frozenset()
-    """Own options of the method that cannot differ between tensors."""
+    """Options of the method that cannot differ between tensors."""
 
     @model_validator(mode="after")
     def _layers_hold_options(self) -> Self:
@@ -49,16 +67,26 @@ class MergeOptions(Options):
         """The options that decide the merged weights, as plain data."""
         return self.model_dump(mode="json")
 
+    @property
+    def sample_need(self) -> SampleNeed | None:
+        """The calibration samples that merging needs; None where it needs none."""
+        return None
+
+    @property
+    def to_search(self) -> "ScaledOptions | None":
+        """These options, where their scaling is to be searched."""
+        return None
+
     @classmethod
     def by_layer(cls) -> tuple[str, ...]:
-        """Return the options that ``layers`` may hold: the method's own, less ``whole_model``."""
+        """Return the options that ``layers`` may hold: the method's, without ``whole_model``."""
         shared = MergeOptions.model_fields.keys() | cls.whole_model
         return tuple(name for name in cls.model_fields if name not in shared)
 
     def for_tensor(self, name: str) -> Self:
         """Return these options as they apply to one tensor."""
-        own = given_for(self.layers, name)
-        return self._with(own) if own else self
+        changes = given_for(self.layers, name)
+        return self._with(changes) if changes else self
 
     def idle(self) -> dict[str, str]:
         """Return options that were given but have no effect next to the others, with the reason."""
@@ -68,16 +96,17 @@ class MergeOptions(Options):
         """Return these options and those of every pattern in ``layers``."""
         return (self, *(self._with(given) for given in self.layers.values()))
 
-    def _with(self, own: dict[str, Any]) -> Self:
-        return type(self).model_validate(self.model_dump() | own | {"layers": {}})
+    def _with(self, changes: dict[str, Any]) -> Self:
+        return type(self).model_validate(self.model_dump() | changes | {"layers": {}})
 
 
 SearchObjective = Literal["experts", "labels", "entropy"]
 
 
 class ScaledOptions(MergeOptions):
-    """Options of methods whose result is linear in their ``scaling``."""
+    """Options of methods whose result is linear in their ``scaling``; each sets its default."""
 
+    scaling: float = Field(description="factor on the merged task vector")
     search: bool = Field(
         False,
         description="tune scaling on calibration samples, by search_objective",
@@ -95,9 +124,21 @@ class ScaledOptions(MergeOptions):
 
     @model_validator(mode="after")
     def _search_starts_above_zero(self) -> Self:
-        if self.search and self.scaling_value() <= 0:
+        if self.search and self.scaling <= 0:
             raise ValueError("scaling must be positive to be searched from")
         return self
+
+    @property
+    def sample_need(self) -> SampleNeed | None:
+        """The samples that scaling is searched on; None without search."""
+        if not self.search:
+            return None
+        return SampleNeed(self.search_samples, "merge.search_samples", 0, "merge.search")
+
+    @property
+    def to_search(self) -> "ScaledOptions | None":
+        """These options, with ``search``."""
+        return self if self.search else None
 
     def idle(self) -> dict[str, str]:
         """Return the options of the search if there is none."""
@@ -105,14 +146,9 @@ class ScaledOptions(MergeOptions):
         reason = "without merge.search"
         return {} if self.search else dict.fromkeys(sorted(given), reason)
 
-    def _with(self, own: dict[str, Any]) -> Self:
-        # Searching is for the whole model; a tensor's own scaling stays as it is.
-        return super()._with({**own, "search": False})
-
-    def scaling_value(self) -> float:
-        """Return the method's ``scaling``, for which each method has its own default."""
-        value: float = getattr(self, "scaling")  # noqa: B009 - declared by the methods
-        return value
+    def _with(self, changes: dict[str, Any]) -> Self:
+        # The scaling of the whole model is searched; one set for a tensor by name stays.
+        return super()._with({**changes, "search": False})
 
     def at(self, scaling: float) -> Self:
         """Return these options with another scaling."""
@@ -126,6 +162,12 @@ class DataOptions(MergeOptions):
     seed: int = Field(0, description="seed of the choice of samples, and of other random draws")
 
     whole_model: ClassVar[frozenset[str]] = frozenset({"samples", "seed"})
+
+    @property
+    def sample_need(self) -> SampleNeed:
+        """The samples that experts run on."""
+        purpose = f"merge.method {self.method}"
+        return SampleNeed(self.samples, "merge.samples", self.seed, purpose)
 
 
 class RandomDropOptions(ScaledOptions):

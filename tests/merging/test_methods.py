@@ -20,7 +20,7 @@ SCALED = sorted(
     name for name, method in MERGE_METHODS.items() if issubclass(method.options, ScaledOptions)
 )
 # Those that need calibration data are in test_merge_data.py.
-DATA_FREE = sorted(name for name, method in MERGE_METHODS.items() if method.calibrate is None)
+DATA_FREE = sorted(name for name, method in MERGE_METHODS.items() if not method.needs_data)
 ELEMENTWISE = sorted(name for name, method in MERGE_METHODS.items() if method.elementwise)
 GIVE_THEMSELVES = {
     "average": {},

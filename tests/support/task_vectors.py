@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from epmq_deploy.merging.base import Context
+from epmq_deploy.merging.base import FromTaskVectors, Merger
 from epmq_deploy.merging.methods import MERGE_METHODS
 
 SHAPES = {"fc.weight": (4, 6), "fc.bias": (5,), "conv.weight": (3, 2, 2), "scale": ()}
@@ -84,11 +84,12 @@ def merged(
     """The merge onto a constant base, by tensor name."""
     entry = MERGE_METHODS[method]
     chosen = entry.options(**options)
-    known = entry.statistics(vectors, chosen) if entry.statistics else None
+    statistics = None
+    if isinstance(entry.statistics, FromTaskVectors):
+        statistics = entry.statistics.compute(vectors, chosen)
+    merger = Merger(entry, chosen, vectors.tasks, statistics)
     return {
-        name: entry.merge_tensor(
-            torch.full(value.shape[1:], base), value, chosen, Context(name, vectors.tasks, known)
-        )
+        name: merger.merge(name, torch.full(value.shape[1:], base), value)
         for name, value in vectors.tensors.items()
     }
 

@@ -14,8 +14,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from epmq_deploy.lazy import torch
-from epmq_deploy.merging.base import Context, MergeMethod, TaskVectors
-from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
+from epmq_deploy.merging.base import (
+    Calibrated,
+    CalibrationData,
+    Context,
+    FromData,
+    MergeMethod,
+    TaskVectors,
+)
 from epmq_deploy.options.merging import DataOptions
 
 if TYPE_CHECKING:
@@ -125,8 +131,10 @@ class _Tuning:
         return rows
 
 
-def collect(data: CalibrationData, vectors: TaskVectors, options: AdaMergingOptions) -> Calibrated:
-    """Coefficients that lower the entropy of the merged model's predictions."""
+def collect(
+    data: CalibrationData, vectors: TaskVectors, options: AdaMergingOptions
+) -> Calibrated[dict[str, Tensor]]:
+    """Find coefficients that lower the entropy of the merged model's predictions."""
     tuning = _Tuning(data, vectors, options)
     before = tuning.mean_entropy()
     tuning.tune()
@@ -141,13 +149,16 @@ def collect(data: CalibrationData, vectors: TaskVectors, options: AdaMergingOpti
 
 
 def merge(
-    base: Tensor, task_vectors: Tensor, options: AdaMergingOptions, context: Context
+    base: Tensor,
+    task_vectors: Tensor,
+    options: AdaMergingOptions,
+    context: Context[dict[str, Tensor]],
 ) -> Tensor:
-    """``combine`` with the coefficients found; the initial ones where the model has no tensor."""
-    found: Tensor | None = context.statistics.get(context.name)
-    if found is None:
-        found = task_vectors.new_full((len(task_vectors),), options.initial)
-    return combine(base, task_vectors, found.to(task_vectors.device))
+    """Apply the tuned coefficients; the initial ones to tensors that the model does not run."""
+    coefficients = context.statistics.get(context.name)
+    if coefficients is None:
+        coefficients = task_vectors.new_full((len(task_vectors),), options.initial)
+    return combine(base, task_vectors, coefficients.to(task_vectors.device))
 
 
 METHOD = MergeMethod(
@@ -155,6 +166,5 @@ METHOD = MergeMethod(
     summary="Task Arithmetic with coefficients by tensor, tuned for certainty (needs data)",
     source="AdaMerging, arXiv 2310.02575",
     merge=merge,
-    calibrate=collect,
-    needs_heads=True,
+    statistics=FromData(collect, needs_heads=True),
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from epmq_deploy.merging import ops
-from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.base import Context, MergeMethod
 from epmq_deploy.options.merging import ExtremesOptions
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ class BreadcrumbsOptions(ExtremesOptions):
     scaling: float = Field(0.3, description="factor on the merged task vector")
 
 
-def breadcrumbs(base: Tensor, task_vectors: Tensor, options: BreadcrumbsOptions) -> Tensor:
-    """``base [*] + scaling * sum_t`` of ``task_vectors [T, *]`` less their extremes.
+def breadcrumbs(
+    base: Tensor, task_vectors: Tensor, options: BreadcrumbsOptions, context: Context[None]
+) -> Tensor:
+    """Compute ``base [*] + scaling * sum_t`` of ``task_vectors [T, *]`` less their extremes.
 
     Of each tensor of each task vector the smallest ``beta`` and the largest ``1 - gamma`` of the
     entries, by magnitude, are dropped.
@@ -41,5 +43,5 @@ METHOD = MergeMethod(
     options=BreadcrumbsOptions,
     summary="drop each tensor's smallest and largest entries, sum the rest",
     source="Model Breadcrumbs, arXiv 2312.06795",
-    merge=lambda base, task_vectors, options, context: breadcrumbs(base, task_vectors, options),
+    merge=breadcrumbs,
 )

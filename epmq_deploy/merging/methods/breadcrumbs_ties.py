@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from epmq_deploy.merging import ops
-from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.base import Context, MergeMethod
 from epmq_deploy.options.merging import CombineOptions, ExtremesOptions
 
 if TYPE_CHECKING:
@@ -25,8 +25,10 @@ class BreadcrumbsTiesOptions(ExtremesOptions, CombineOptions):
     scaling: float = Field(0.3, description="factor on the merged task vector")
 
 
-def breadcrumbs_ties(base: Tensor, task_vectors: Tensor, options: BreadcrumbsTiesOptions) -> Tensor:
-    """``base [*] + scaling *`` disjoint merge of ``task_vectors [T, *]`` less their extremes.
+def breadcrumbs_ties(
+    base: Tensor, task_vectors: Tensor, options: BreadcrumbsTiesOptions, context: Context[None]
+) -> Tensor:
+    """Drop the extremes of ``task_vectors [T, *]``, and add their disjoint merge to ``base [*]``.
 
     The positive sign is elected where the kept values cancel.
     """
@@ -38,7 +40,5 @@ METHOD = MergeMethod(
     options=BreadcrumbsTiesOptions,
     summary="drop extremes as Breadcrumbs does, then elect signs and merge as TIES does",
     source="Model Breadcrumbs, arXiv 2312.06795, with TIES, arXiv 2306.01708",
-    merge=lambda base, task_vectors, options, context: breadcrumbs_ties(
-        base, task_vectors, options
-    ),
+    merge=breadcrumbs_ties,
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from epmq_deploy.lazy import torch
-from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.base import Context, MergeMethod
 from epmq_deploy.options.merging import ScaledOptions
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class ConsensusOptions(ScaledOptions):
 
 
 def tall_masks(task_vectors: Tensor, mask_lambda: float) -> Tensor:
-    """Where each task is active, bool ``[T, *]``, from task vectors ``[T, *]``.
+    """Tell where each task is active, bool ``[T, *]``, from task vectors ``[T, *]``.
 
     A parameter is active in a task when it moved from the base at least ``mask_lambda`` times as
     far as the summed task vector misses the expert by: ``|tau_t| > lambda |sum tau - tau_t|``.
@@ -42,13 +42,12 @@ def tall_masks(task_vectors: Tensor, mask_lambda: float) -> Tensor:
     return task_vectors.abs() > mask_lambda * missed
 
 
-def consensus(base: Tensor, task_vectors: Tensor, options: ConsensusOptions) -> Tensor:
-    """``base [*] + scaling * sum_t task_vectors_t`` where enough tasks are active, else the base.
+def consensus(
+    base: Tensor, task_vectors: Tensor, options: ConsensusOptions, context: Context[None]
+) -> Tensor:
+    """Add ``scaling * sum_t task_vectors_t`` to the base where enough tasks are active.
 
-    Args:
-        base: ``[*]``.
-        task_vectors: ``[T, *]``.
-        options: as they hold for the tensor.
+    ``base [n]``, ``task_vectors [T, n]``.
     """
     active = tall_masks(task_vectors, options.mask_lambda).sum(dim=0)
     agreed = torch.where(active >= options.active_tasks, task_vectors.sum(dim=0), 0.0)
@@ -56,7 +55,7 @@ def consensus(base: Tensor, task_vectors: Tensor, options: ConsensusOptions) -> 
 
 
 def check(options: ConsensusOptions, tasks: Sequence[str]) -> list[str]:
-    """No parameter can be active in more tasks than there are."""
+    """Check that parameters can be active in as many tasks as asked for."""
     if options.active_tasks <= len(tasks):
         return []
     return [
@@ -69,7 +68,7 @@ METHOD = MergeMethod(
     options=ConsensusOptions,
     summary="sum of task vectors where at least two tasks use the parameter",
     source="Consensus merging with TALL masks, arXiv 2405.07813",
-    merge=lambda base, task_vectors, options, context: consensus(base, task_vectors, options),
+    merge=consensus,
     elementwise=True,
     check=check,
 )

@@ -24,7 +24,9 @@ class DareOptions(RandomDropOptions):
     scaling: float = Field(0.3, description="factor on the merged task vector")
 
 
-def dare(base: Tensor, task_vectors: Tensor, options: DareOptions, context: Context) -> Tensor:
+def dare(
+    base: Tensor, task_vectors: Tensor, options: DareOptions, context: Context[None]
+) -> Tensor:
     """Merge one tensor.
 
     Args:

@@ -26,7 +26,7 @@ class DareTiesOptions(RandomDropOptions, CombineOptions):
 
 
 def dare_ties(
-    base: Tensor, task_vectors: Tensor, options: DareTiesOptions, context: Context
+    base: Tensor, task_vectors: Tensor, options: DareTiesOptions, context: Context[None]
 ) -> Tensor:
     """Merge one tensor.
 

@@ -46,7 +46,9 @@ class DellaOptions(RandomDropOptions):
         return self
 
 
-def della(base: Tensor, task_vectors: Tensor, options: DellaOptions, context: Context) -> Tensor:
+def della(
+    base: Tensor, task_vectors: Tensor, options: DellaOptions, context: Context[None]
+) -> Tensor:
     """Merge one tensor.
 
     Args:

@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from epmq_deploy.lazy import torch
-from epmq_deploy.merging.base import Context, MergeMethod, TaskVectors
-from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
+from epmq_deploy.merging.base import (
+    Calibrated,
+    CalibrationData,
+    Context,
+    FromData,
+    MergeMethod,
+    TaskVectors,
+)
 from epmq_deploy.merging.task_weights import WeightedOptions, weight_column, weight_problems
 from epmq_deploy.options.merging import DataOptions
 
@@ -145,7 +151,9 @@ def _logits(
     return data.predictions(task, model, inputs).logits
 
 
-def collect(data: CalibrationData, vectors: TaskVectors, options: FisherOptions) -> Calibrated:
+def collect(
+    data: CalibrationData, vectors: TaskVectors, options: FisherOptions
+) -> Calibrated[Fishers]:
     """Every expert's diagonal Fisher; one expert is in memory at a time."""
     from safetensors.torch import save_file
 
@@ -173,13 +181,14 @@ def collect(data: CalibrationData, vectors: TaskVectors, options: FisherOptions)
     )
 
 
-def merge(base: Tensor, task_vectors: Tensor, options: FisherOptions, context: Context) -> Tensor:
-    """``base [*]`` plus the Fisher-weighted mean of ``task_vectors [T, *]``."""
-    known: Fishers = context.statistics
-    norms = base.new_tensor([max(norm, options.floor) for norm in known.norms])
+def merge(
+    base: Tensor, task_vectors: Tensor, options: FisherOptions, context: Context[Fishers]
+) -> Tensor:
+    """Add the Fisher-weighted mean of ``task_vectors [T, *]`` to ``base [*]``."""
+    norms = base.new_tensor([max(norm, options.floor) for norm in context.statistics.norms])
     scales = weight_column(options, context.tasks, task_vectors)
     scales = scales / norms.reshape_as(scales)
-    fishers = known.of_tensor(context.name, base)
+    fishers = context.statistics.of_tensor(context.name, base)
     return base + fisher_mean(task_vectors, fishers, scales / scales.sum(), options.floor)
 
 
@@ -188,7 +197,6 @@ METHOD = MergeMethod(
     summary="mean weighted by squared gradients of the experts' predictions (needs data)",
     source="Fisher merging, arXiv 2111.09832",
     merge=merge,
-    calibrate=collect,
-    needs_heads=True,
+    statistics=FromData(collect, needs_heads=True),
     check=weight_problems,
 )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from epmq_deploy.merging import ops
-from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.base import Context, MergeMethod
 from epmq_deploy.options.merging import ScaledOptions
 
 if TYPE_CHECKING:
@@ -29,13 +29,16 @@ class IsoCOptions(ScaledOptions):
     )
 
 
-def iso_c(base: Tensor, task_vectors: Tensor, scaling: float) -> Tensor:
+def iso_c(
+    base: Tensor, task_vectors: Tensor, options: IsoCOptions, context: Context[None]
+) -> Tensor:
     """Merge one tensor.
 
     Args:
         base: ``[*]``.
         task_vectors: ``[T, *]``.
-        scaling: factor on the merged task vector.
+        options: as they hold for the tensor.
+        context: not used.
 
     Returns:
         For a matrix: the base plus the summed task vectors with every singular value replaced by
@@ -43,14 +46,14 @@ def iso_c(base: Tensor, task_vectors: Tensor, scaling: float) -> Tensor:
         of the task vectors.
     """
     if base.dim() != 2:
-        return base + scaling * task_vectors.mean(dim=0)
+        return base + options.scaling * task_vectors.mean(dim=0)
     flat, values = ops.spectral.polar(task_vectors.sum(dim=0))
-    return base + scaling * values.sum() / max(len(values), 1) * flat
+    return base + options.scaling * values.sum() / max(len(values), 1) * flat
 
 
 METHOD = MergeMethod(
     options=IsoCOptions,
     summary="summed task vectors with a flat spectrum (matrices; the rest is averaged)",
     source="Isotropic merging, arXiv 2502.04959",
-    merge=lambda base, task_vectors, options, context: iso_c(base, task_vectors, options.scaling),
+    merge=iso_c,
 )

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from epmq_deploy.lazy import torch
 from epmq_deploy.merging import ops
-from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.base import Context, MergeMethod
 from epmq_deploy.options.merging import ScaledOptions
 
 if TYPE_CHECKING:
@@ -38,14 +38,16 @@ def subspaces(rank: int, tasks: int, common: float) -> tuple[int, int]:
     return rank - each * tasks, each
 
 
-def iso_cts(base: Tensor, task_vectors: Tensor, scaling: float, common: float) -> Tensor:
+def iso_cts(
+    base: Tensor, task_vectors: Tensor, options: IsoCtsOptions, context: Context[None]
+) -> Tensor:
     """Merge one tensor.
 
     Args:
         base: ``[*]``.
         task_vectors: ``[T, *]``.
-        scaling: factor on the merged task vector.
-        common: share of the directions taken from the sum.
+        options: as they hold for the tensor.
+        context: not used.
 
     Returns:
         For a matrix: the leading singular directions of the summed task vectors, then of each task
@@ -53,8 +55,8 @@ def iso_cts(base: Tensor, task_vectors: Tensor, scaling: float, common: float) -
         the singular values. Any other tensor gets the mean of the task vectors.
     """
     if base.dim() != 2:
-        return base + scaling * task_vectors.mean(dim=0)
-    shared, each = subspaces(min(base.shape), len(task_vectors), common)
+        return base + options.scaling * task_vectors.mean(dim=0)
+    shared, each = subspaces(min(base.shape), len(task_vectors), options.common)
     found = [_leading(task_vectors.sum(dim=0), shared)]
     known = found[0][0]
     if each:
@@ -65,7 +67,7 @@ def iso_cts(base: Tensor, task_vectors: Tensor, scaling: float, common: float) -
     left, _ = ops.spectral.polar(torch.cat([item[0] for item in found], dim=1))
     right, _ = ops.spectral.polar(torch.cat([item[2] for item in found], dim=0))
     values = torch.cat([item[1] for item in found])
-    return base + scaling * values.mean() * left @ right
+    return base + options.scaling * values.mean() * left @ right
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +81,5 @@ METHOD = MergeMethod(
     options=IsoCtsOptions,
     summary="Iso-C with room for directions of single tasks (matrices; the rest is averaged)",
     source="Isotropic merging, arXiv 2502.04959",
-    merge=lambda base, task_vectors, options, context: iso_cts(
-        base, task_vectors, options.scaling, options.common
-    ),
+    merge=iso_cts,
 )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from epmq_deploy.lazy import torch
-from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.base import Context, MergeMethod
 from epmq_deploy.options.merging import MergeOptions
 
 if TYPE_CHECKING:
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class ModelStockOptions(MergeOptions):
-    """Model Stock; nothing to choose."""
+    """Model Stock, which has no options."""
 
     method: Literal["model_stock"] = "model_stock"
 
 
 def interpolation_ratio(task_vectors: Tensor) -> float:
-    """``N cos / (1 + (N - 1) cos)`` of task vectors ``[N, *]``, N at least 2.
+    """Compute ``N cos / (1 + (N - 1) cos)`` of task vectors ``[N, *]``, N at least 2.
 
     ``cos`` is the mean cosine over all pairs; one with a zero vector counts as 0. A negative one,
     for which the source has no reading, counts as 0 as well: the experts have nothing in common.
@@ -39,13 +39,15 @@ def interpolation_ratio(task_vectors: Tensor) -> float:
     return count * cosine / (1 + (count - 1) * cosine)
 
 
-def model_stock(base: Tensor, task_vectors: Tensor) -> Tensor:
-    """``base [*]`` plus the mean of ``task_vectors [N, *]`` times the tensor's own ratio."""
+def model_stock(
+    base: Tensor, task_vectors: Tensor, options: ModelStockOptions, context: Context[None]
+) -> Tensor:
+    """Add the mean of ``task_vectors [N, *]`` to ``base [*]``, times the tensor's ratio."""
     return base + interpolation_ratio(task_vectors) * task_vectors.mean(dim=0)
 
 
 def check(options: ModelStockOptions, tasks: Sequence[str]) -> list[str]:
-    """Angles need two experts."""
+    """Check that there are two experts, as angles need."""
     if len(tasks) >= 2:
         return []
     return ["model_stock compares experts with each other; it needs at least two"]
@@ -55,6 +57,6 @@ METHOD = MergeMethod(
     options=ModelStockOptions,
     summary="towards the average, tensor by tensor, as far as the experts agree in direction",
     source="Model Stock, arXiv 2403.19522",
-    merge=lambda base, task_vectors, options, context: model_stock(base, task_vectors),
+    merge=model_stock,
     check=check,
 )

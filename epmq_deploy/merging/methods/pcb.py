@@ -15,7 +15,7 @@ from pydantic import Field
 from epmq_deploy.checkpoints.prefetch import ahead
 from epmq_deploy.lazy import torch
 from epmq_deploy.merging import ops
-from epmq_deploy.merging.base import MergeMethod, TaskVectors, pieces
+from epmq_deploy.merging.base import Context, FromTaskVectors, MergeMethod, TaskVectors, pieces
 from epmq_deploy.options.merging import ScaledOptions
 
 if TYPE_CHECKING:
@@ -74,27 +74,31 @@ def scores(task_vectors: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Ten
     return task_vectors.sign() * sizes, within * across
 
 
-def pcb(base: Tensor, task_vectors: Tensor, scaling: float, known: PcbStatistics) -> Tensor:
+def pcb(
+    base: Tensor, task_vectors: Tensor, options: PcbOptions, context: Context[PcbStatistics]
+) -> Tensor:
     """Merge one tensor.
 
     Args:
-        base: ``[*]``.
-        task_vectors: ``[T, *]``.
-        scaling: factor on the merged task vector.
-        known: the global statistics.
+        base: ``[n]``.
+        task_vectors: ``[T, n]``.
+        options: as they hold for the tensor.
+        context: with the global statistics.
 
     Returns:
         ``base + scaling *`` the mean of the task vectors, weighted entry by entry with scores that
         are zero up to the threshold and one at the best.
     """
+    statistics = context.statistics
     low, high, threshold, best = (
-        value.to(base.device) for value in (known.low, known.high, known.threshold, known.best)
+        value.to(base.device)
+        for value in (statistics.low, statistics.high, statistics.threshold, statistics.best)
     )
     drawn_in, found = scores(task_vectors, low, high)
     bottom, top = _column(threshold, found), _column(best, found)
     weights = _normalised(found.clamp(bottom, top), bottom, top)
     merged = (weights * drawn_in).sum(dim=0) / weights.sum(dim=0).clamp(min=1e-12)
-    return base + scaling * merged
+    return base + options.scaling * merged
 
 
 def global_statistics(vectors: TaskVectors, options: PcbOptions) -> PcbStatistics:
@@ -136,9 +140,7 @@ METHOD = MergeMethod(
     options=PcbOptions,
     summary="mean weighted by how entries compete within and across tasks, weak ones dropped",
     source="PCB-Merging, arXiv 2410.02396",
-    merge=lambda base, task_vectors, options, context: pcb(
-        base, task_vectors, options.scaling, context.statistics
-    ),
-    statistics=global_statistics,
+    merge=pcb,
+    statistics=FromTaskVectors(global_statistics),
     elementwise=True,
 )

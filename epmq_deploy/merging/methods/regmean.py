@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from epmq_deploy.merging.base import Context, MergeMethod, TaskVectors
+from epmq_deploy.merging.base import Context, FromData, MergeMethod, TaskVectors
 from epmq_deploy.options.merging import RegressionOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from epmq_deploy.merging.calibrated import Calibrated, CalibrationData
+    from epmq_deploy.merging.base import Calibrated, CalibrationData
 
 
 class RegMeanOptions(RegressionOptions):
@@ -34,7 +34,7 @@ def collect(
     options: RegressionOptions,
     *,
     sequential: bool = False,
-) -> Calibrated:
+) -> Calibrated[dict[str, Tensor]]:
     """Merge linear layers on the inputs they have behind each expert's own preceding blocks.
 
     Args:
@@ -49,7 +49,10 @@ def collect(
 
 
 def merge(
-    base: Tensor, task_vectors: Tensor, options: RegressionOptions, context: Context
+    base: Tensor,
+    task_vectors: Tensor,
+    options: RegressionOptions,
+    context: Context[dict[str, Tensor]],
 ) -> Tensor:
     """Add to ``base [*]`` what was solved for, else the mean of ``task_vectors [T, *]``."""
     from epmq_deploy.merging.regression import regressed_or_mean
@@ -62,5 +65,5 @@ METHOD = MergeMethod(
     summary="linear layers closest to all experts' outputs on their own inputs (needs data)",
     source="RegMean, arXiv 2212.09849",
     merge=merge,
-    calibrate=collect,
+    statistics=FromData(collect),
 )

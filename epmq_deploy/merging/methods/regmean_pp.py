@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.base import FromData, MergeMethod
 from epmq_deploy.merging.methods.regmean import collect, merge
 from epmq_deploy.options.merging import RegressionOptions
 
@@ -30,5 +30,5 @@ METHOD = MergeMethod(
     summary="RegMean with inputs from the merged model's preceding blocks (needs data)",
     source="RegMean++, arXiv 2508.03121",
     merge=merge,
-    calibrate=partial(collect, sequential=True),
+    statistics=FromData(partial(collect, sequential=True)),
 )

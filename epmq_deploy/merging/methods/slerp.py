@@ -32,11 +32,11 @@ class SlerpOptions(MergeOptions):
 
 
 def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
-    """The point at ``t`` of the arc from ``first [*]`` to ``second [*]``, each taken as one vector.
+    """Return the point at ``t`` of the arc from ``first [*]`` to ``second [*]``.
 
-    The angle is that between the two directions; lengths go along unnormalised, as is usual in
-    merging. For parallel vectors, single parameters, and where one vector is zero, the arc is the
-    straight line.
+    Each tensor is taken as one vector. The angle is that between the two directions; lengths are
+    interpolated unnormalised, as is usual in merging. For parallel vectors, single parameters, and
+    where one vector is zero, the arc is the straight line.
 
     Raises:
         NumericsError: the vectors are opposite, so that no arc is the shortest.
@@ -58,8 +58,10 @@ def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
     return shares[0].float() * first + shares[1].float() * second
 
 
-def merge(base: Tensor, task_vectors: Tensor, options: SlerpOptions, context: Context) -> Tensor:
-    """SLERP of one tensor, ``base [*]`` and ``task_vectors [2, *]``.
+def merge(
+    base: Tensor, task_vectors: Tensor, options: SlerpOptions, context: Context[None]
+) -> Tensor:
+    """Interpolate one tensor, ``base [*]`` and ``task_vectors [2, *]``.
 
     Raises:
         NumericsError: see ``slerp``; names the tensor.
@@ -73,7 +75,7 @@ def merge(base: Tensor, task_vectors: Tensor, options: SlerpOptions, context: Co
 
 
 def check(options: SlerpOptions, tasks: Sequence[str]) -> list[str]:
-    """There must be two experts."""
+    """Check that there are two experts."""
     if len(tasks) == 2:
         return []
     return [f"slerp merges exactly two experts, the recipe has {len(tasks)}; choose another method"]

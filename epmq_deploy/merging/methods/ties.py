@@ -11,7 +11,7 @@ from pydantic import Field
 from epmq_deploy.lazy import numpy as np
 from epmq_deploy.lazy import torch
 from epmq_deploy.merging import ops
-from epmq_deploy.merging.base import MergeMethod, TaskVectors, pieces
+from epmq_deploy.merging.base import Context, FromTaskVectors, MergeMethod, TaskVectors, pieces
 from epmq_deploy.options.merging import Combine, ScaledOptions
 
 if TYPE_CHECKING:
@@ -52,22 +52,25 @@ def trim(task_vectors: Tensor, thresholds: Tensor) -> Tensor:
     return kept
 
 
-def ties(base: Tensor, task_vectors: Tensor, options: TiesOptions, known: TiesStatistics) -> Tensor:
+def ties(
+    base: Tensor, task_vectors: Tensor, options: TiesOptions, context: Context[TiesStatistics]
+) -> Tensor:
     """Merge one tensor.
 
     Args:
-        base: ``[*]``.
-        task_vectors: ``[T, *]``.
+        base: ``[n]``.
+        task_vectors: ``[T, n]``.
         options: as they hold for the tensor.
-        known: global thresholds and majority sign.
+        context: with global thresholds and majority sign.
 
     Returns:
         ``base + scaling *`` disjoint sum or mean of the kept values whose sign is the elected one:
         that of their sum; where it is zero, the majority sign over all parameters, as in the
         authors' code.
     """
-    kept = trim(task_vectors, known.thresholds[options.density])
-    merged = ops.signs.disjoint_merge(kept, options.combine, known.majority_sign)
+    statistics = context.statistics
+    kept = trim(task_vectors, statistics.thresholds[options.density])
+    merged = ops.signs.disjoint_merge(kept, options.combine, statistics.majority_sign)
     return base + options.scaling * merged
 
 
@@ -82,7 +85,7 @@ def global_statistics(vectors: TaskVectors, options: TiesOptions) -> TiesStatist
     thresholds, votes = {}, 0.0
     for density, names in by_density.items():
         thresholds[density], total = _thresholds_and_sum(vectors, names, density)
-        # In pieces, as float32 does not count that far.
+        # In chunks: float32 cannot count exactly past 2**24.
         votes += sum(float(piece.sign().sum()) for piece in pieces(total[None]))
     return TiesStatistics(thresholds, 1.0 if votes >= 0 else -1.0)
 
@@ -108,9 +111,7 @@ METHOD = MergeMethod(
     options=TiesOptions,
     summary="keep each task vector's largest entries, elect signs, merge what agrees",
     source="TIES-Merging, arXiv 2306.01708",
-    merge=lambda base, task_vectors, options, context: ties(
-        base, task_vectors, options, context.statistics
-    ),
-    statistics=global_statistics,
+    merge=ties,
+    statistics=FromTaskVectors(global_statistics),
     elementwise=True,
 )

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from epmq_deploy.lazy import torch
 from epmq_deploy.merging import ops
-from epmq_deploy.merging.base import MergeMethod
+from epmq_deploy.merging.base import Context, MergeMethod
 from epmq_deploy.options.merging import ScaledOptions
 
 if TYPE_CHECKING:
@@ -22,13 +22,16 @@ class TsvmOptions(ScaledOptions):
     scaling: float = Field(1.0, description="factor on the merged task vector")
 
 
-def tsv_m(base: Tensor, task_vectors: Tensor, scaling: float) -> Tensor:
+def tsv_m(
+    base: Tensor, task_vectors: Tensor, options: TsvmOptions, context: Context[None]
+) -> Tensor:
     """Merge one tensor.
 
     Args:
         base: ``[*]``.
         task_vectors: ``[T, *]``.
-        scaling: factor on the merged task vector.
+        options: as they hold for the tensor.
+        context: not used.
 
     Returns:
         For a matrix ``[m, n]``: of each task the ``min(m, n) / T`` largest singular triplets (one
@@ -38,18 +41,18 @@ def tsv_m(base: Tensor, task_vectors: Tensor, scaling: float) -> Tensor:
         gets the mean of the task vectors.
     """
     if base.dim() != 2:
-        return base + scaling * task_vectors.mean(dim=0)
+        return base + options.scaling * task_vectors.mean(dim=0)
     rank = max(1, min(base.shape) // len(task_vectors))
     triplets = [ops.spectral.top_triplets(matrix, rank) for matrix in task_vectors]
     left, _ = ops.spectral.polar(torch.cat([found[0] for found in triplets], dim=1))
     right, _ = ops.spectral.polar(torch.cat([found[2] for found in triplets], dim=0))
     values = torch.cat([found[1] for found in triplets])
-    return base + scaling * (left * values) @ right
+    return base + options.scaling * (left * values) @ right
 
 
 METHOD = MergeMethod(
     options=TsvmOptions,
     summary="each task's leading singular vectors, decorrelated (matrices; the rest is averaged)",
     source="TSV-Merge, arXiv 2412.00081",
-    merge=lambda base, task_vectors, options, context: tsv_m(base, task_vectors, options.scaling),
+    merge=tsv_m,
 )

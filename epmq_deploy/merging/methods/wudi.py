@@ -16,7 +16,7 @@ from pydantic import Field
 
 from epmq_deploy.checkpoints.prefetch import ahead
 from epmq_deploy.lazy import torch
-from epmq_deploy.merging.base import MergeMethod, TaskVectors
+from epmq_deploy.merging.base import Context, FromTaskVectors, MergeMethod, TaskVectors
 from epmq_deploy.options.merging import ScaledOptions
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class WudiOptions(ScaledOptions):
     )
 
     def idle(self) -> dict[str, str]:
-        """What Adam alone takes, where no tensor is merged by Adam."""
+        """Return the options of Adam where no tensor is merged by Adam."""
         adams = ("steps", "learning_rate")
         found = {}
         if all(variant.solver == "exact" for variant in self.variants()):
@@ -141,13 +141,16 @@ def exact(curvature: Tensor, slope: Tensor) -> Tensor:
     return change
 
 
-def wudi(base: Tensor, task_vectors: Tensor, options: WudiOptions) -> Tensor:
+def wudi(
+    base: Tensor, task_vectors: Tensor, options: WudiOptions, context: Context[None]
+) -> Tensor:
     """Merge one tensor.
 
     Args:
         base: ``[*]``.
         task_vectors: ``[T, *]``.
         options: as they hold for the tensor.
+        context: not used.
 
     Returns:
         For a matrix ``[m, n]``: the base plus the summed task vectors, moved to where they
@@ -166,6 +169,6 @@ METHOD = MergeMethod(
     options=WudiOptions,
     summary="summed task vectors moved to interfere less (matrices; the rest is averaged)",
     source="WUDI-Merging, arXiv 2503.08099",
-    merge=lambda base, task_vectors, options, context: wudi(base, task_vectors, options),
-    statistics=warn_of_short_reach,
+    merge=wudi,
+    statistics=FromTaskVectors(warn_of_short_reach),
 )
