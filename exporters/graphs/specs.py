@@ -1,4 +1,4 @@
-"""The graphs a model becomes: one, or several where it generates text behind an encoder."""
+"""The graphs a model becomes: one, or several for a text-generation model with an encoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.data.heads import build_heads
-from epmq_deploy.exporters.graphs.text_generation import writer_graphs, written_calls
+from epmq_deploy.exporters.graphs.text_generation import comparison_inputs, text_generation_graphs
 from epmq_deploy.exporters.verification.parity import ParityInputs, parity_inputs
 from epmq_deploy.models import Deployable, ModelFamily, MultiTaskModel, TaskHead
 from epmq_deploy.models.text_generation.base import TextGenerationFamily
@@ -32,7 +32,7 @@ class Part:
     samples: ParityInputs
 
     def layers_of(self, layers: Mapping[str, QuantizedLinear]) -> dict[str, QuantizedLinear]:
-        """Those that are part of the graph."""
+        """Return those that are part of the graph."""
         return {name: layer for name, layer in layers.items() if self.model.runs(name)}
 
 
@@ -62,8 +62,8 @@ def parts_of(
     samples = parity_inputs(tasks, family, folder, example)
     if isinstance(family, TextGenerationFamily):
         return tuple(
-            Part(graph, graph.example_inputs(), written_calls(graph, samples))
-            for graph in writer_graphs(family, backbone)
+            Part(graph, graph.example_inputs(), comparison_inputs(graph, samples))
+            for graph in text_generation_graphs(family, backbone)
         ), {}
     width = family.embedding_width(backbone, folder)
     heads = build_heads(tasks, family, folder, width, device=device, progress=progress)

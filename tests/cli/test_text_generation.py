@@ -101,7 +101,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def test_the_files_are_those_optimum_and_transformers_js_look_for(chain: Chain) -> None:
     stems = ["model"]
-    if chain.family.has_encoder:
+    if chain.family.encoder_decoder:
         stems = ["encoder_model", "decoder_model", "decoder_with_past_model"]
     assert {path.name for path in (chain.exported / "onnx").iterdir()} == {
         f"{stem}{suffix}.onnx" for stem in stems for suffix in ("", "_q4", "_qdq")
@@ -151,7 +151,7 @@ def test_every_layer_runs_in_low_bits_where_it_is_part_of_the_graph(chain: Chain
         if graph["format"] != "fp32"
     }
     for name in ("matmulnbits", "qdq"):
-        if not chain.family.has_encoder:
+        if not chain.family.encoder_decoder:
             assert low[name, "model"] == linear
             continue
         assert low[name, "encoder_model"] + low[name, "decoder_model"] == linear
@@ -173,7 +173,7 @@ def test_answers_are_those_of_transformers_token_by_token(chain: Chain, name: st
         written = model.generate(
             ids, max_new_tokens=TOKENS, do_sample=False, eos_token_id=list(special.end), **start
         )
-        expected = written[0, 1 if family.has_encoder else ids.shape[1] :].tolist()
+        expected = written[0, 1 if family.encoder_decoder else ids.shape[1] :].tolist()
         assert row[: len(expected)] == expected
         assert set(row[len(expected) :]) <= {special.padding}
         lengths.add(len(expected))
@@ -197,7 +197,7 @@ def logits_of_steps(chain: Chain, model: Any, writer: TextWriter) -> tuple[Any, 
         found, values = writer.go_on(token.numpy(), values)
         steps.append(found)
     with torch.inference_mode():
-        if family.has_encoder:
+        if family.encoder_decoder:
             start = torch.full_like(tokens[:, :1], family.special_tokens(chain.exported).start or 0)
             behind = torch.cat([start, tokens], dim=1)
             logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=behind).logits
@@ -244,7 +244,7 @@ def test_experts_score_as_transformers_scores_them(chain: Chain) -> None:
         for pair in samples.inputs(0, len(samples)):
             ids, _ = chain.family.prompts(chain.exported, [pair.text])
             written = model.generate(ids, max_new_tokens=32, do_sample=False)
-            answer = written[0, 1 if chain.family.has_encoder else ids.shape[1] :]
+            answer = written[0, 1 if chain.family.encoder_decoder else ids.shape[1] :]
             text = tokenizer.decode(answer, skip_special_tokens=True)
             hits += normalised(text) == normalised(pair.answer)
         assert scores["experts"][task] == pytest.approx(100 * hits / len(samples))
@@ -304,7 +304,7 @@ def test_raw_texts_are_answered_as_transformers_answers_them(chain: Chain) -> No
     for text in TEXTS:
         ids, _ = chain.family.prompts(chain.exported, [text])
         written = merged.generate(ids, max_new_tokens=TOKENS, do_sample=False)
-        answer = written[0, 1 if chain.family.has_encoder else ids.shape[1] :]
+        answer = written[0, 1 if chain.family.encoder_decoder else ids.shape[1] :]
         expected.append(tokenizer.decode(answer, skip_special_tokens=True))
     assert model.write(TEXTS) == expected
     assert model.write(TEXTS[1]) == expected[1]
@@ -333,7 +333,7 @@ def log_probability(chain: Chain, model: Any, prompt: str, label: str) -> float:
     answer = chain.family.tokenizer(chain.exported)(label, add_special_tokens=False)["input_ids"]
     ids, _ = chain.family.prompts(chain.exported, [prompt])
     with torch.inference_mode():
-        if chain.family.has_encoder:
+        if chain.family.encoder_decoder:
             behind = torch.tensor([[special.start, *answer]])
             logits = model(input_ids=ids, decoder_input_ids=behind).logits[0]
         else:

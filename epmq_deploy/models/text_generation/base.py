@@ -48,6 +48,61 @@ class SpecialTokens:
     padding: int
 
 
+@dataclass(frozen=True)
+class CacheShape:
+    """Keys and values that a decoder keeps of the tokens it has read.
+
+    Attributes:
+        blocks: number of the decoder's blocks; each keeps its own.
+        heads: number of key-value heads.
+        width: of one head.
+    """
+
+    blocks: int
+    heads: int
+    width: int
+
+    def tensor(self, batch: int, length: int) -> tuple[int, ...]:
+        """Return the shape ``[batch, heads, length, width]`` of one block's keys or values."""
+        return (batch, self.heads, length, self.width)
+
+
+@dataclass(frozen=True)
+class EncoderDecoderLayout:
+    """Dotted module names of an encoder-decoder's parts.
+
+    Attributes:
+        embedding: the token embedding that encoder and decoder share.
+        encoder: the encoder.
+        decoder: the decoder.
+        output: the output layer.
+        cross_attention: ends of the names of the decoder's layers that take the encoder's output:
+            keys and values of cross attention.
+    """
+
+    embedding: str
+    encoder: str
+    decoder: str
+    output: str
+    cross_attention: tuple[str, ...]
+
+    def encodes(self, layer: str) -> bool:
+        """Whether a layer runs when the text is read."""
+        return layer == self.embedding or layer.startswith(f"{self.encoder}.")
+
+    def decodes(self, layer: str) -> bool:
+        """Whether a layer runs when the answer is generated."""
+        return layer in (self.embedding, self.output) or layer.startswith(f"{self.decoder}.")
+
+    def projects_text(self, layer: str) -> bool:
+        """Whether a layer takes the encoder's output, which is the same for every new token."""
+        return layer.endswith(self.cross_attention)
+
+    def hidden_width(self, model: nn.Module) -> int:
+        """Return the width of the hidden states that the encoder passes to the decoder."""
+        return int(model.get_submodule(self.embedding).get_parameter("weight").shape[1])
+
+
 class TextGenerationFamily(TypedFamily):
     """Models that answer tasks in words; the whole model is merged and deployed.
 
@@ -56,19 +111,24 @@ class TextGenerationFamily(TypedFamily):
 
     Attributes:
         tokenizer_files: what makes up the tokenizer where there is no ``tokenizer.json``.
-        has_encoder: whether texts are read by an encoder of their own.
+        encoder_decoder: names of the parts where an encoder reads the texts; None for a decoder
+            that goes on from the text.
         cuts: the side on which texts that are too long are cut.
     """
 
     modality = "text"
     generates_text = True
     tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
-    has_encoder: bool = False
+    encoder_decoder: EncoderDecoderLayout | None = None
     cuts: Literal["left", "right"] = "right"
 
     @abstractmethod
     def build(self, config: Any) -> Any:
         """The model of ``transformers`` for its config, with weights of any value."""
+
+    @abstractmethod
+    def cache_shape(self, model: nn.Module) -> CacheShape:
+        """Return the shape of the keys and values that the decoder's blocks keep."""
 
     @abstractmethod
     def prompts(self, folder: Path, texts: Sequence[str]) -> tuple[Tensor, Tensor]:

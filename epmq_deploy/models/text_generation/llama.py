@@ -13,6 +13,7 @@ from epmq_deploy.models.loading import read_config
 from epmq_deploy.models.text import example_texts
 from epmq_deploy.models.text_generation.base import (
     OUTPUT,
+    CacheShape,
     SpecialTokens,
     TextGenerationFamily,
     TextPair,
@@ -68,6 +69,15 @@ class DecoderFamily(TextGenerationFamily):
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_config(config)
+
+    def cache_shape(self, model: nn.Module) -> CacheShape:
+        """Read the sizes of the decoder from the model's config."""
+        config: Any = model.config
+        # Configs of early models leave the width of a head to be computed.
+        width = getattr(config, "head_dim", None) or (
+            config.hidden_size // config.num_attention_heads
+        )
+        return CacheShape(config.num_hidden_layers, config.num_key_value_heads, width)
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
         """See base."""

@@ -13,6 +13,8 @@ from epmq_deploy.models.loading import read_config
 from epmq_deploy.models.text import example_texts
 from epmq_deploy.models.text_generation.base import (
     OUTPUT,
+    CacheShape,
+    EncoderDecoderLayout,
     SpecialTokens,
     TextGenerationFamily,
     TextPair,
@@ -49,7 +51,13 @@ class T5Family(TextGenerationFamily):
         "vocab_size",
     )
     tokenizer_files = ("spiece.model",)
-    has_encoder = True
+    encoder_decoder = EncoderDecoderLayout(
+        embedding="shared",
+        encoder="encoder",
+        decoder="decoder",
+        output="lm_head",
+        cross_attention=(".EncDecAttention.k", ".EncDecAttention.v"),
+    )
     input_names = ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
     tied = MappingProxyType(
         dict.fromkeys(
@@ -66,6 +74,11 @@ class T5Family(TextGenerationFamily):
         from transformers import T5ForConditionalGeneration
 
         return T5ForConditionalGeneration(config)
+
+    def cache_shape(self, model: nn.Module) -> CacheShape:
+        """Read the sizes of the decoder from the model's config."""
+        config: Any = model.config
+        return CacheShape(config.num_decoder_layers, config.num_heads, config.d_kv)
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
         """Encoder, then decoder; the first block of each passes its position bias on."""

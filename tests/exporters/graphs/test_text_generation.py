@@ -1,4 +1,4 @@
-"""What graphs of models that write texts are compared on: a task's own texts, and a real past."""
+"""What graphs of text-generation models are compared on: a task's own texts, and a real past."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +11,17 @@ from torch import Tensor
 
 from epmq_deploy.data.samples import load_samples
 from epmq_deploy.exporters.graphs import text_generation as module
-from epmq_deploy.exporters.graphs.text_generation import WriterGraph, writer_graphs, written_calls
+from epmq_deploy.exporters.graphs.text_generation import (
+    TextGenerationGraph,
+    comparison_inputs,
+    text_generation_graphs,
+)
 from epmq_deploy.exporters.verification.parity import parity_inputs
 from epmq_deploy.models import family_of
 from epmq_deploy.models.text_generation.base import TextPair
 from epmq_deploy.recipe import load_recipe
 
-Case = tuple[Any, tuple[WriterGraph, ...], list[Sequence[tuple[Tensor, ...]]], Any]
+Case = tuple[Any, tuple[TextGenerationGraph, ...], list[Sequence[tuple[Tensor, ...]]], Any]
 
 
 def case_of(folder: Path, name: str) -> Case:
@@ -27,11 +31,11 @@ def case_of(folder: Path, name: str) -> Case:
     example = family.example_inputs(models.base, 2)
     found = parity_inputs(recipe.tasks, family, models.base, example)
     assert (found.kind, found.missing) == ("calibration", {})
-    graphs = writer_graphs(family, family.load(models.base).eval())  # type: ignore[arg-type]
-    return family, graphs, [written_calls(graph, found).batches for graph in graphs], recipe
+    graphs = text_generation_graphs(family, family.load(models.base).eval())  # type: ignore[arg-type]
+    return family, graphs, [comparison_inputs(graph, found).batches for graph in graphs], recipe
 
 
-def run(graph: WriterGraph, call: tuple[Tensor, ...]) -> Tensor:
+def run(graph: TextGenerationGraph, call: tuple[Tensor, ...]) -> Tensor:
     """The first output."""
     with torch.inference_mode():
         return graph(*call)[0]
@@ -114,6 +118,6 @@ def test_texts_need_no_answers(tmp_path: Path, name: str) -> None:
         pairs = [TextPair(pair.text, "") for pair in samples.inputs(0, 4)]
         expected = family.collate(models.base, pairs)
         assert all(torch.equal(*values) for values in zip(batch, expected, strict=True))
-    for graph in writer_graphs(family, family.load(models.base).eval()):  # type: ignore[arg-type]
-        for call in written_calls(graph, found).batches:
+    for graph in text_generation_graphs(family, family.load(models.base).eval()):  # type: ignore[arg-type]
+        for call in comparison_inputs(graph, found).batches:
             assert bool(run(graph, call).isfinite().all())
