@@ -1,4 +1,4 @@
-"""Models and data on the Hugging Face hub: what they are called, and models fetched from there."""
+"""The Hugging Face hub: ids of models and data sets, and fetching models."""
 
 import re
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 from epmq_deploy.checkpoints.pickle_conversion import PICKLES, pickled_weights
 from epmq_deploy.errors import RecipeError
 
-# The card says under which license a model is.
+# The card (README.md) names the license.
 _PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
 _FILES = (".parquet", ".json", ".jsonl", ".csv", ".safetensors", ".yaml", *PICKLES)
@@ -27,65 +27,65 @@ class HubId:
 
 
 def hub_id(text: str) -> HubId | None:
-    """What ``owner/name`` or ``owner/name@revision`` names; None where ``text`` is neither.
+    """Parse ``owner/name`` or ``owner/name@revision``; None where ``text`` is neither.
 
-    A name with the ending of a file is that file's.
+    Text that ends like a file name is taken for a file.
     """
-    found = _ID.fullmatch(text)
-    if found is None or text.startswith(".") or text.endswith(("/", *_FILES)):
+    match = _ID.fullmatch(text)
+    if match is None or text.startswith(".") or text.endswith(("/", *_FILES)):
         return None
-    return HubId(found[1], found[2])
+    return HubId(match[1], match[2])
 
 
-def fetch_snapshot(wanted: HubId) -> Path:
-    """A local folder with a model's safetensors and settings.
+def fetch_snapshot(model: HubId) -> Path:
+    """Fetch a model's safetensors and settings; return the local folder.
 
     Raises:
-        RecipeError: the hub does not deliver it, or it has pickled weights only.
+        RecipeError: the hub does not deliver it, or has only pickled weights of it.
     """
     from huggingface_hub import snapshot_download
 
     try:
         folder = Path(
-            snapshot_download(wanted.repository, revision=wanted.revision, allow_patterns=_PATTERNS)
+            snapshot_download(model.repository, revision=model.revision, allow_patterns=_PATTERNS)
         )
     except Exception as error:
         raise RecipeError(
-            f"{_shown(wanted)}: no such folder, and the hub did not deliver it ({_reason(error)})"
+            f"{_shown(model)}: no such folder, and the hub did not deliver it ({_reason(error)})"
         ) from error
     if not any(folder.glob("*.safetensors")):
-        _explain_missing(wanted)
+        _explain_missing(model)
     return folder
 
 
-def _explain_missing(wanted: HubId) -> None:
-    """Say what a repository without safetensors has in their place."""
+def _explain_missing(model: HubId) -> None:
+    """Raise an error that says what a repository without safetensors has instead."""
     from huggingface_hub import list_repo_files
 
     try:
-        names = list_repo_files(wanted.repository, revision=wanted.revision)
+        names = list_repo_files(model.repository, revision=model.revision)
     except Exception as error:
         raise RecipeError(
-            f"{_shown(wanted)}: no safetensors here, and the hub does not say what it has "
+            f"{_shown(model)}: no safetensors here, and the hub does not say what it has "
             f"({_reason(error)})"
         ) from error
     top = [name for name in names if "/" not in name]
-    found = pickled_weights(top)
-    if found is None:
-        raise RecipeError(f"{_shown(wanted)}: the hub has no safetensors of it")
-    local = Path(wanted.repository.split("/")[1])
-    revision = f" --revision {wanted.revision}" if wanted.revision else ""
+    pickles = pickled_weights(top)
+    if pickles is None:
+        raise RecipeError(f"{_shown(model)}: the hub has no safetensors of it")
+    local = Path(model.repository.split("/")[1])
+    revision = f" --revision {model.revision}" if model.revision else ""
     raise RecipeError(
-        f"{_shown(wanted)}: the hub has only pickled weights of it ({found.first}), which are "
-        f"never loaded; give a revision with safetensors as {wanted.repository}@REVISION (a pull "
+        f"{_shown(model)}: the hub has only pickled weights of it ({pickles.first}), which are "
+        f"never loaded; give a revision with safetensors as {model.repository}@REVISION (a pull "
         "request is refs/pr/NUMBER), or convert them and give the folder: "
-        f"hf download {wanted.repository}{revision} --local-dir {local} && "
-        f"{found.conversion(local)}"
+        f"hf download {model.repository}{revision} --local-dir {local} && "
+        f"{pickles.conversion(local)}"
     )
 
 
-def _shown(wanted: HubId) -> str:
-    return f"{wanted.repository}@{wanted.revision}" if wanted.revision else wanted.repository
+def _shown(model: HubId) -> str:
+    return f"{model.repository}@{model.revision}" if model.revision else model.repository
 
 
 def _reason(error: Exception) -> str:

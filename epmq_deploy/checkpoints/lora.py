@@ -1,8 +1,8 @@
-"""LoRA adapters (Hu et al., arXiv 2106.09685) in the layout of ``peft``, as whole checkpoints.
+"""LoRA adapters (Hu et al., arXiv 2106.09685) in the layout of ``peft``, read as whole checkpoints.
 
 An adapted weight is ``W + s B A`` with ``s = alpha / r``, or ``alpha / sqrt(r)`` where ranks are
-stabilised (Kalajdzievski, arXiv 2312.03732). It is computed when asked for, tensor by tensor, in
-float32, and rounded to the base's dtype as merging the adapter with ``peft`` does.
+stabilised (Kalajdzievski, arXiv 2312.03732). It is computed on demand, tensor by tensor, in
+float32, and rounded to the base's dtype, as merging the adapter with ``peft`` does.
 """
 
 import math
@@ -35,7 +35,7 @@ _FACTORS = {
     "lora_embedding_A": "embedding_a",
     "lora_embedding_B": "embedding_b",
 }
-# Options that change the formula, and what they stand for.
+# Options that change the formula, and what they are called.
 _REFUSED = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -43,12 +43,12 @@ _REFUSED = {
     "layer_replication": "replicated layers",
     "megatron_config": "Megatron layers",
     "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "factors of parameters that are no module's weight",
+    "target_parameters": "factors of parameters that are not a module's weight",
     "alora_invocation_tokens": "activated LoRA",
     "arrow_config": "Arrow routing",
     "use_bdlora": "block-diagonal factors",
 }
-# These start from a changed base, which the adapter does not hold.
+# Initialisations that change the base; the adapter does not hold the changed weights.
 _CHANGED_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
@@ -77,35 +77,37 @@ def adapted_tensors(
     base: Mapping[str, TensorInfo],
     rename: Rename,
 ) -> dict[str, TensorInfo]:
-    """All tensors of the base with an adapter applied, by canonical name.
+    """List all tensors of the base with an adapter applied, by canonical name.
 
     Args:
         folder: with ``adapter_model.safetensors``.
-        config: its ``adapter_config.json``; which base that names does not matter.
+        config: its ``adapter_config.json``; the base it names is ignored.
         base: tensors of the base by canonical name.
         rename: stored name to canonical name.
 
     Raises:
-        RecipeError: it is no plain LoRA adapter.
+        RecipeError: it is not a plain LoRA adapter.
         MismatchError: it does not fit the base; names every tensor.
     """
     _refuse_other_kinds(folder, config)
     stored = stored_tensors([folder / ADAPTER_FILE])
-    factors, whole, problems = _sorted_out(stored, config)
+    factors, whole, problems = _by_kind(stored, config)
     tensors: dict[str, TensorInfo] = dict(base)
-    for module, found in factors.items():
+    for module, module_factors in factors.items():
         name = rename(f"{module}.weight")
         if not isinstance(name, str):
             problems.append(f"{module} is several of the base's layers, {' and '.join(name)}")
         elif name not in base:
-            problems.append(f"{module} is no layer of the base (no tensor {name})")
-        elif found.pair is None:
-            problems.append(f"{module} has {', '.join(found.parts)}, not one pair A and B")
+            problems.append(f"{module} is not a layer of the base (no tensor {name})")
+        elif module_factors.pair is None:
+            parts = ", ".join(module_factors.parts)
+            problems.append(f"{module} has {parts}, not one pair A and B")
         else:
-            scaling = _scaling(module, found.pair[0].shape[0], config, problems)
-            transposed = found.transposed or bool(config.get("fan_in_fan_out"))
-            problems += _shape_problems(module, base[name], found.pair, transposed)
-            compute = partial(_adapted, base[name], found.pair, scaling, transposed)
+            pair = module_factors.pair
+            scaling = _scaling(module, pair[0].shape[0], config, problems)
+            transposed = module_factors.transposed or bool(config.get("fan_in_fan_out"))
+            problems += _shape_problems(module, base[name], pair, transposed)
+            compute = partial(_adapted, base[name], pair, scaling, transposed)
             tensors[name] = ComputedTensor(base[name].shape, base[name].dtype, compute)
     for key, info in whole.items():
         tensors |= renamed(info, rename(key))
@@ -116,32 +118,33 @@ def adapted_tensors(
 
 def _refuse_other_kinds(folder: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    found = [] if kind == "LORA" else [f"peft_type {kind}"]
-    found += [label for option, label in _REFUSED.items() if config.get(option)]
+    unsupported = [] if kind == "LORA" else [f"peft_type {kind}"]
+    unsupported += [label for option, label in _REFUSED.items() if config.get(option)]
     if config.get("bias", "none") != "none":
-        found.append(f"trained biases (bias: {config['bias']})")
+        unsupported.append(f"trained biases (bias: {config['bias']})")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASES):
-        found.append(f"a base changed by init_lora_weights: {start}")
+        unsupported.append(f"a base changed by init_lora_weights: {start}")
     if not all(isinstance(config.get(option), int | float) for option in ("r", "lora_alpha")):
-        found.append("no r or no lora_alpha")
+        unsupported.append("no r or no lora_alpha")
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in config.get(option) or {}:
             try:
                 re.compile(pattern)
             except re.error:
-                found.append(f"{option} {pattern!r}, which is no regular expression")
-    if found:
+                unsupported.append(f"{option} {pattern!r}, which is not a regular expression")
+    if unsupported:
         raise RecipeError(
-            f"{folder}: only plain LoRA adapters are supported, this one has {', '.join(found)}; "
-            "merge it into its base (peft's merge_and_unload) and save the whole model"
+            f"{folder}: only plain LoRA adapters are supported, this one has "
+            f"{', '.join(unsupported)}; merge it into its base (peft's merge_and_unload) and save "
+            "the whole model"
         )
 
 
-def _sorted_out(
+def _by_kind(
     stored: Mapping[str, StoredTensor], config: Mapping[str, Any]
 ) -> tuple[dict[str, _Factors], dict[str, StoredTensor], list[str]]:
-    """Factors by module, whole tensors by name, and what is neither."""
+    """Sort stored tensors: factors by module, whole tensors by name, and problems with others."""
     factors: dict[str, _Factors] = {}
     whole, problems = {}, []
     saved = tuple(config.get("modules_to_save") or ())
@@ -163,16 +166,19 @@ def _is_within(name: str, modules: Sequence[str]) -> bool:
 
 
 def _scaling(module: str, rank: int, config: Mapping[str, Any], problems: list[str]) -> float:
-    """The module's ``s``; its rank and alpha may be set apart by patterns of its name."""
-    wanted = _by_pattern(module, config.get("rank_pattern") or {}, config["r"])
+    """Return the module's ``s``; patterns of module names may override rank and alpha."""
+    expected = _by_pattern(module, config.get("rank_pattern") or {}, config["r"])
     alpha = _by_pattern(module, config.get("alpha_pattern") or {}, config["lora_alpha"])
-    if rank != wanted:
-        problems.append(f"{module} has rank {rank}, {ADAPTER_CONFIG} makes it {wanted}")
+    if rank != expected:
+        problems.append(f"{module} has rank {rank}, {ADAPTER_CONFIG} makes it {expected}")
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _by_pattern(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """The first pattern that matches the end of the name, whole parts only, as in ``peft``."""
+    """Return the value of the first pattern that matches the end of the name, as in ``peft``.
+
+    Patterns match whole parts of dotted names.
+    """
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
@@ -199,9 +205,10 @@ def _adapted(
     scaling: float,
     transposed: bool,
 ) -> Tensor:
-    """``W + s B A``, float32; a convolution has ``A [r, C, kh, kw]`` and ``B [N, r, 1, 1]``.
+    """Compute ``W + s B A``, float32.
 
-    With ``transposed``, ``W`` is stored as ``[in, out]``.
+    A convolution has ``A [r, C, kh, kw]`` and ``B [N, r, 1, 1]``. With ``transposed``, ``W`` is
+    stored as ``[in, out]``.
     """
     a, b = (info.load().to(torch.float32) for info in pair)
     change = scaling * (b.flatten(1) @ a.flatten(1))

@@ -1,4 +1,4 @@
-"""Tensors that stay in their file and take memory only between being read and being released."""
+"""Memory-mapped tensors: they stay in their file, and what was read of them can be released."""
 
 import mmap
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints.tensors import StoredTensor
 
-# As long as there are tensors of theirs.
+# Maps stay open as long as a tensor refers to them.
 _files: WeakSet[mmap.mmap] = WeakSet()
 
 
@@ -17,17 +17,18 @@ class MappedFile:
     """A safetensors file whose tensors are read when they are used.
 
     Args:
-        file: must stay as it is.
+        file: must not change while tensors of it exist.
     """
 
     def __init__(self, file: Path) -> None:
         with file.open("rb") as handle:
-            # Writable, as torch wants it; the file would not change, and `release_mapped` undo it.
+            # Writable, because torch wants it; writes would not reach the file, and
+            # `release_mapped` would undo them.
             self._content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
         _files.add(self._content)
 
     def tensor(self, info: StoredTensor) -> Tensor:
-        """One of the file's tensors, CPU; not to be changed in place."""
+        """Return one of the file's tensors, CPU; it must not be changed in place."""
         count = torch.Size(info.shape).numel()
         if not count:
             return torch.empty(info.shape, dtype=info.dtype)
@@ -36,7 +37,7 @@ class MappedFile:
 
 
 def release_mapped() -> None:
-    """Forget what was read of mapped tensors; it is read anew when it is used again."""
+    """Release the memory of mapped tensors; they are read anew when they are used again."""
     if hasattr(mmap, "MADV_DONTNEED"):
         for content in _files:
             content.madvise(mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Checkpoints in the layout of ``open_clip``, seen as ``transformers``' CLIP.
+"""Reading checkpoints of ``open_clip`` as the CLIP of ``transformers``.
 
 Names and layout are those of open_clip's ``CLIP`` with a vision transformer: attention's query, key
 and value are one tensor, projections are stored transposed (``x @ proj``).
@@ -23,14 +23,14 @@ from epmq_deploy.errors import MismatchError, RecipeError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-# Radford et al.'s, which open_clip takes where its config says nothing.
+# Radford et al.'s values, the defaults of open_clip.
 _MEAN = [0.48145466, 0.4578275, 0.40821073]
 _STD = [0.26862954, 0.26130258, 0.27577711]
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}
-# What may be set without changing what the model computes when it is not trained.
-_HARMLESS = {"patch_dropout", "output_tokens", "drop_path", "pad_id", "hf_tokenizer_name"}
-_HARMLESS |= {"tokenizer_kwargs", "init_logit_scale", "output_dict", "cast_dtype", "custom_text"}
-# Options that become transformers', with open_clip's own defaults.
+# Options that do not change what a model computes outside of training.
+_IGNORED = {"patch_dropout", "output_tokens", "drop_path", "pad_id", "hf_tokenizer_name"}
+_IGNORED |= {"tokenizer_kwargs", "init_logit_scale", "output_dict", "cast_dtype", "custom_text"}
+# Options that are translated, with open_clip's defaults.
 _VISION: Mapping[str, Any] = {
     "layers": 12,
     "width": 768,
@@ -88,7 +88,7 @@ _TRANSPOSED = {
 
 @dataclass(frozen=True)
 class _Transpose:
-    """Computes a stored matrix's transpose."""
+    """Computes the transpose of a stored matrix."""
 
     stored: TensorInfo
 
@@ -97,11 +97,11 @@ class _Transpose:
 
 
 def open_clip_tensors(file: Path, rename: Rename) -> dict[str, TensorInfo]:
-    """The tensors of an open_clip file by the names ``transformers``' CLIP has for them.
+    """List the tensors of an open_clip file by the names ``transformers``' CLIP has for them.
 
     Args:
         file: safetensors.
-        rename: from those names to canonical ones.
+        rename: those names to canonical ones.
 
     Raises:
         MismatchError: it holds tensors CLIP does not have; names them.
@@ -111,14 +111,14 @@ def open_clip_tensors(file: Path, rename: Rename) -> dict[str, TensorInfo]:
     for key, info in stored_tensors([file]).items():
         plain = key.removeprefix("text.")
         if plain in _TRANSPOSED:
-            turned = ComputedTensor(info.shape[::-1], info.dtype, _Transpose(info))
-            found: dict[str, TensorInfo] = {_TRANSPOSED[plain]: turned}
+            transposed = ComputedTensor(info.shape[::-1], info.dtype, _Transpose(info))
+            parts: dict[str, TensorInfo] = {_TRANSPOSED[plain]: transposed}
         else:
             names = _names(plain)
-            found = {**renamed(info, names)} if names else {}
-        if not found:
+            parts = {**renamed(info, names)} if names else {}
+        if not parts:
             problems.append(f"{key} of shape {list(info.shape)}")
-        for name, part in found.items():
+        for name, part in parts.items():
             canonical = rename(name)
             assert isinstance(canonical, str), "CLIP's own tensors are whole"
             tensors[canonical] = part
@@ -130,12 +130,12 @@ def open_clip_tensors(file: Path, rename: Rename) -> dict[str, TensorInfo]:
 def _names(key: str) -> tuple[str, ...]:
     if key in _OUTSIDE:
         return (_OUTSIDE[key],)
-    for ours, theirs in _TOWERS:
-        inside = re.fullmatch(rf"{re.escape(ours)}resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
-        if inside is None:
+    for prefix, new_prefix in _TOWERS:
+        match = re.fullmatch(rf"{re.escape(prefix)}resblocks\.(\d+)\.(.+)[._](weight|bias)", key)
+        if match is None:
             continue
-        block, module, kind = inside.groups()
-        start = f"{theirs}layers.{block}."
+        block, module, kind = match.groups()
+        start = f"{new_prefix}layers.{block}."
         if module == "attn.in_proj":
             return tuple(f"{start}self_attn.{part}_proj.{kind}" for part in "qkv")
         if module in _IN_BLOCKS:
@@ -144,11 +144,11 @@ def _names(key: str) -> tuple[str, ...]:
 
 
 def clip_config(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """``config.json`` of ``transformers``' CLIP for an ``open_clip_config.json``.
+    """Translate ``open_clip_config.json`` to the ``config.json`` of ``transformers``' CLIP.
 
     Args:
-        content: of the latter.
-        file: what to call it in messages.
+        content: of the former.
+        file: named in messages.
 
     Raises:
         RecipeError: it describes another architecture; names every option that does.
@@ -158,23 +158,23 @@ def clip_config(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
     text = {**_TEXT, **_section(model, "text_cfg", file)}
     if not isinstance(model.get("embed_dim"), int):
         raise RecipeError(f"{file}: no model_cfg.embed_dim")
-    strange = _strange(model, _MODEL, "") + _strange(vision, _VISION, "vision_cfg.")
-    strange += _strange(text, _TEXT, "text_cfg.")
+    unsupported = _unsupported(model, _MODEL, "") + _unsupported(vision, _VISION, "vision_cfg.")
+    unsupported += _unsupported(text, _TEXT, "text_cfg.")
     size = vision["image_size"]
     if isinstance(size, list) and len(set(size)) == 1:
         size = size[0]
     if not isinstance(size, int):
-        strange.append(f"vision_cfg.image_size: {size}")
+        unsupported.append(f"vision_cfg.image_size: {size}")
     if not isinstance(vision["layers"], int):
-        strange.append("vision_cfg.layers that is no number (not a vision transformer)")
-    if strange:
+        unsupported.append("vision_cfg.layers that is not a number (not a vision transformer)")
+    if unsupported:
         raise RecipeError(
             f"{file}: not a CLIP with a vision transformer as transformers has it: "
-            f"{', '.join(strange)}"
+            f"{', '.join(unsupported)}"
         )
     activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
     shared = {"hidden_act": activation, "layer_norm_eps": 1e-5}
-    words = text["vocab_size"]
+    vocabulary = text["vocab_size"]
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
@@ -185,10 +185,11 @@ def clip_config(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
         | {"patch_size": vision["patch_size"], "projection_dim": model["embed_dim"]},
         "text_config": shared
         | _tower(text, text["heads"])
-        | {"model_type": "clip_text_model", "vocab_size": words}
+        | {"model_type": "clip_text_model", "vocab_size": vocabulary}
         | {"max_position_embeddings": text["context_length"]}
-        # The end of a text has the largest id, where open_clip reads it.
-        | {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
+        # open_clip reads the embedding at the largest token id, which is the end of the text.
+        | {"bos_token_id": vocabulary - 2}
+        | {"eos_token_id": vocabulary - 1, "pad_token_id": vocabulary - 1}
         | {"projection_dim": model["embed_dim"]},
     }
 
@@ -209,31 +210,29 @@ def _tower(settings: Mapping[str, Any], heads: int) -> dict[str, Any]:
     }
 
 
-def _strange(settings: Mapping[str, Any], known: Collection[str], prefix: str) -> list[str]:
-    """Options that change what the model computes in a way ``transformers``' CLIP does not have."""
+def _unsupported(settings: Mapping[str, Any], supported: Collection[str], prefix: str) -> list[str]:
+    """List options that change what the model computes in ways ``transformers``' CLIP lacks."""
     return [
         f"{prefix}{name}: {value}"
         for name, value in settings.items()
-        if name not in known
-        and name not in _HARMLESS
+        if name not in supported
+        and name not in _IGNORED
         and value
         and value not in _DEFAULTS.get(name, ())
     ]
 
 
 def processor_config(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """``preprocessor_config.json`` for an ``open_clip_config.json``.
+    """Translate ``open_clip_config.json`` to a ``preprocessor_config.json``.
 
     Raises:
-        RecipeError: images are made ready in a way Pillow's CLIP processor does not know.
+        RecipeError: images are preprocessed in a way the CLIP processor does not support.
     """
-    given = content.get("preprocess_cfg") or {}
+    settings = content.get("preprocess_cfg") or {}
     size = clip_config(content, file)["vision_config"]["image_size"]
     square = {"height": size, "width": size}
-    mode, interpolation = (
-        given.get("resize_mode", "shortest"),
-        given.get("interpolation", "bicubic"),
-    )
+    mode = settings.get("resize_mode", "shortest")
+    interpolation = settings.get("interpolation", "bicubic")
     if mode not in ("shortest", "squash") or interpolation not in _RESAMPLE:
         raise RecipeError(
             f"{file}: preprocess_cfg with resize_mode {mode!r}, interpolation {interpolation!r}; "
@@ -250,6 +249,6 @@ def processor_config(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": given.get("mean", _MEAN),
-        "image_std": given.get("std", _STD),
+        "image_mean": settings.get("mean", _MEAN),
+        "image_std": settings.get("std", _STD),
     }

@@ -58,10 +58,10 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = _GELU | {
 
 
 def split_named(text: str) -> tuple[str, str] | None:
-    """Name and path of ``open_clip:NAME=PATH``; None where ``text`` does not begin so.
+    """Split ``open_clip:NAME=PATH`` into name and path; None without that prefix.
 
     Raises:
-        RecipeError: it begins so and goes on otherwise.
+        RecipeError: name or path is missing.
     """
     if not text.startswith(PREFIX):
         return None
@@ -72,16 +72,17 @@ def split_named(text: str) -> tuple[str, str] | None:
 
 
 def named_folder(name: str, path: Path) -> Path:
-    """A folder in the layout of ``open_clip`` for bare weights; it is there until the process ends.
+    """Make a temporary folder in the layout of ``open_clip`` for bare weights.
 
-    Images are made ready as OpenAI's are. A tokenizer is the one beside the weights.
+    It exists until the process ends. Images are preprocessed as for OpenAI's CLIP; the tokenizer is
+    taken from the weights' folder.
 
     Args:
-        name: of the architecture, as ``open_clip`` has it.
+        name: of the architecture in ``open_clip``.
         path: a safetensors file, or a folder with one.
 
     Raises:
-        RecipeError: a name that is not known, no such weights, or weights of something else.
+        RecipeError: the name is unknown, or there are no weights of such a model.
     """
     if name not in ARCHITECTURES:
         raise RecipeError(
@@ -92,48 +93,48 @@ def named_folder(name: str, path: Path) -> Path:
     file = _weights(path).absolute()
     if (name, file) not in _folders:
         _check(name, file)
-        made = TemporaryDirectory(prefix="epmq-open-clip-")
-        folder = Path(made.name)
+        directory = TemporaryDirectory(prefix="epmq-open-clip-")
+        folder = Path(directory.name)
         content = {"model_cfg": ARCHITECTURES[name]}
         (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(content))
         (folder / OPEN_CLIP_FILES[0]).symlink_to(file)
-        for beside in (file.with_name(other) for other in _TOKENIZER):
-            if beside.is_file():
-                (folder / beside.name).symlink_to(beside)
-        _folders[name, file] = made
+        for tokenizer_file in (file.with_name(other) for other in _TOKENIZER):
+            if tokenizer_file.is_file():
+                (folder / tokenizer_file.name).symlink_to(tokenizer_file)
+        _folders[name, file] = directory
     return Path(_folders[name, file].name)
 
 
 def given_folder(folder: Path) -> Path:
-    """The folder as the user knows it: of bare weights the one they lie in."""
-    files = (file for (_, file), made in _folders.items() if Path(made.name) == folder)
+    """Return the folder to name in messages: for bare weights, the one that holds their file."""
+    files = (file for (_, file), directory in _folders.items() if Path(directory.name) == folder)
     return next((file.parent for file in files), folder)
 
 
 def _weights(path: Path) -> Path:
-    """The only safetensors file that ``path`` is or holds."""
+    """Return the only safetensors file that ``path`` is or holds."""
     if path.is_file():
         refuse_pickled_file(path, f"{PREFIX}NAME=FILE with what this writes")
         if path.suffix != ".safetensors":
-            raise RecipeError(f"{path}: no safetensors file")
+            raise RecipeError(f"{path}: not a safetensors file")
         return path
     if not path.is_dir():
         raise RecipeError(f"{path}: no such file or folder")
     if (path / OPEN_CLIP_CONFIG).is_file():
         raise RecipeError(
-            f"{path}: has an {OPEN_CLIP_CONFIG} of its own; give the folder without {PREFIX}NAME="
+            f"{path}: has an {OPEN_CLIP_CONFIG}; give the folder without {PREFIX}NAME="
         )
     files = sorted(path.glob("*.safetensors"))
     if not files:
         refuse_pickled(path)
     if len(files) != 1:
-        found = f"several ({', '.join(file.name for file in files)})" if files else "none"
-        raise RecipeError(f"{path}: expected one safetensors file, found {found}")
+        count = f"several ({', '.join(file.name for file in files)})" if files else "none"
+        raise RecipeError(f"{path}: expected one safetensors file, found {count}")
     return files[0]
 
 
 def _check(name: str, file: Path) -> None:
-    """Make sure that a file holds the towers of an architecture."""
+    """Make sure that a file holds towers of the architecture."""
     try:
         tensors = open_clip_tensors(file, lambda key: key)
     except MismatchError as error:
@@ -158,7 +159,7 @@ def _more(problems: Sequence[str]) -> str:
 def _differences(
     model: Mapping[str, Any], file: Path, tensors: Mapping[str, TensorInfo]
 ) -> list[str]:
-    """What distinguishes a file's tensors from an architecture's; a whole tower may be absent."""
+    """List how a file's tensors differ from an architecture's; one tower may be absent."""
     import torch
     from transformers import CLIPConfig, CLIPModel
 

@@ -1,4 +1,4 @@
-"""Pickled weights, which are never loaded: where they are, and how a person converts them."""
+"""Pickled weights, which are never loaded: finding them, and the command that converts them."""
 
 import glob
 import shlex
@@ -13,16 +13,16 @@ from epmq_deploy.checkpoints.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
 from epmq_deploy.errors import RecipeError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-# By the file that tells what a folder holds: names of its weights, the likeliest first, and what
-# safetensors of the same weights are called.
+# By the file that marks a layout: name patterns of pickled weights, the likeliest first, and the
+# name of the safetensors file they are converted to.
 _LAYOUTS = (
     (ADAPTER_CONFIG, ("adapter_model.*",), ADAPTER_FILE),
     (OPEN_CLIP_CONFIG, ("open_clip*", "*"), OPEN_CLIP_FILES[0]),
     (None, ("pytorch_model.bin", "pytorch_model-*.bin", "*"), SINGLE_FILE),
 )
-# Pickles of a training run that are no weights.
+# Pickles of a training run that are not weights.
 _OTHERS = ("training_args*", "optimizer*", "scheduler*", "scaler*", "rng_state*")
-# Tensors as they are, those that share memory apart; of a training checkpoint its weights.
+# Copies tensors unchanged, un-sharing storage; unwraps the `state_dict` of a training checkpoint.
 _CODE = (
     "import glob, sys, torch; from safetensors.torch import save_file; w = {}; "
     "[w.update(torch.load(f, weights_only=True, map_location='cpu')) for f in "
@@ -34,12 +34,12 @@ _CODE = (
 
 @dataclass(frozen=True)
 class PickledWeights:
-    """Weights of one model as pickles.
+    """The pickled weights of one model.
 
     Attributes:
-        pattern: of their names.
-        first: one of the names.
-        target: what their safetensors are called.
+        pattern: matches the names of the files.
+        first: name of the first file.
+        target: name of the safetensors file to convert them to.
     """
 
     pattern: str
@@ -47,13 +47,13 @@ class PickledWeights:
     target: str
 
     def conversion(self, folder: Path) -> str:
-        """A shell line that converts them within ``folder``, tensor by tensor, heads and all."""
+        """Return a shell command that converts them within ``folder``, heads included."""
         arguments = (f"{glob.escape(str(folder))}/{self.pattern}", f"{folder}/{self.target}")
         return f'python -c "{_CODE}" {shlex.join(arguments)}'
 
 
 def pickled_weights(names: Iterable[str]) -> PickledWeights | None:
-    """The pickled weights among a folder's file names; None where there are none."""
+    """Find the pickled weights among a folder's file names; None where there are none."""
     files = sorted(names)
     pickles = [
         name
@@ -61,7 +61,9 @@ def pickled_weights(names: Iterable[str]) -> PickledWeights | None:
         if name.endswith(PICKLES) and not any(fnmatchcase(name, other) for other in _OTHERS)
     ]
     patterns, target = next(
-        (patterns, target) for mark, patterns, target in _LAYOUTS if mark is None or mark in files
+        (patterns, target)
+        for marker, patterns, target in _LAYOUTS
+        if marker is None or marker in files
     )
     for pattern in patterns:
         for name in pickles:
@@ -72,36 +74,38 @@ def pickled_weights(names: Iterable[str]) -> PickledWeights | None:
 
 
 def refuse_pickled(folder: Path) -> None:
-    """Say how to convert the weights of a folder that has pickled ones only.
+    """Refuse a folder that has only pickled weights, and say how to convert them.
 
     Raises:
-        RecipeError: it has.
+        RecipeError: the folder has pickled weights.
     """
-    found = pickled_weights(file.name for file in folder.iterdir() if file.is_file())
-    if found is not None:
+    pickles = pickled_weights(file.name for file in folder.iterdir() if file.is_file())
+    if pickles is not None:
         raise RecipeError(
-            f"{folder}: only pickled weights ({found.first}), which are never loaded; convert "
-            f"them: {found.conversion(folder)}"
+            f"{folder}: only pickled weights ({pickles.first}), which are never loaded; convert "
+            f"them: {pickles.conversion(folder)}"
         )
 
 
 def refuse_pickled_file(file: Path, purpose: str) -> None:
-    """Say how to convert a file with pickled weights.
+    """Refuse a file with pickled weights, and say how to convert it.
 
     Args:
-        file: that was given.
-        purpose: what to give after that.
+        file: given in place of a model.
+        purpose: what to give after the conversion, for the message.
 
     Raises:
-        RecipeError: it is such a file.
+        RecipeError: the file's suffix is one of pickles.
     """
     if file.suffix not in PICKLES:
         return
     target = next(
-        target for mark, _, target in _LAYOUTS if mark is None or (file.parent / mark).is_file()
+        target
+        for marker, _, target in _LAYOUTS
+        if marker is None or (file.parent / marker).is_file()
     )
-    found = PickledWeights(glob.escape(file.name), file.name, target)
+    pickles = PickledWeights(glob.escape(file.name), file.name, target)
     raise RecipeError(
         f"{file}: pickled weights, which are never loaded; convert them, and give {purpose}: "
-        f"{found.conversion(file.parent)}"
+        f"{pickles.conversion(file.parent)}"
     )

@@ -1,23 +1,23 @@
-"""Work done by other threads, ahead of who takes its results: reading while computing."""
+"""Background prefetching: run work in threads ahead of the consumer."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-T = TypeVar("T")
-R = TypeVar("R")
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T], most: int) -> Iterator[R]:
-    """Results in the order of ``items``, by as many threads as results are ahead.
+def ahead(work: Callable[[ItemT], ResultT], items: Iterable[ItemT], most: int) -> Iterator[ResultT]:
+    """Yield the results of ``work`` in the order of ``items``, computed in ``most`` threads.
 
     Args:
-        work: what releases the interpreter's lock for most of its time, as reading files does.
-        items: what it is given.
-        most: results that exist beside the one that was yielded last, at most.
+        work: a function that mostly releases the GIL, such as file I/O.
+        items: its arguments.
+        most: results computed ahead, in addition to the one that was yielded last, at most.
     """
-    pending: deque[Future[R]] = deque()
+    pending: deque[Future[ResultT]] = deque()
     with ThreadPoolExecutor(most) as threads:
         for item in items:
             pending.append(threads.submit(work, item))

@@ -1,4 +1,4 @@
-"""Tensors on disk, or computed from such, one at a time; nothing is read until asked for."""
+"""Tensors on disk, or computed from such tensors; nothing is read until asked for."""
 
 import json
 from abc import ABC, abstractmethod
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from epmq_deploy.errors import RecipeError
 
-# A stored tensor's name to its canonical one; several names cut it into equal parts along the
-# first dimension.
+# From a stored tensor's name to its canonical one; several names split it into equal parts along
+# the first dimension.
 Rename = Callable[[str], str | tuple[str, ...]]
 
 # Dtypes by their names in safetensors files.
@@ -34,7 +34,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorInfo(ABC):
-    """What is known of a tensor before it is read.
+    """A tensor that has not been read.
 
     Attributes:
         shape: its shape.
@@ -46,7 +46,7 @@ class TensorInfo(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its values."""
+        """Size of its values in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
     @abstractmethod
@@ -54,7 +54,7 @@ class TensorInfo(ABC):
         """Overwrite a contiguous CPU tensor of this shape and dtype."""
 
     def load(self) -> Tensor:
-        """The tensor, CPU."""
+        """Read the tensor, CPU."""
         tensor = torch.empty(self.shape, dtype=self.dtype)
         self.read_into(tensor)
         return tensor
@@ -67,7 +67,7 @@ class StoredTensor(TensorInfo):
     Attributes:
         file: the file.
         key: its name in that file.
-        offset: of its first byte in the file.
+        offset: position of its first byte in that file.
     """
 
     file: Path
@@ -75,10 +75,10 @@ class StoredTensor(TensorInfo):
     offset: int
 
     def read_into(self, target: Tensor) -> None:
-        """See base.
+        """Read from the file straight into the memory of ``target``.
 
-        Read straight into memory that is there already: mapping the file anew for every tensor
-        takes several times as long, and mapping it once keeps its pages resident.
+        Mapping the file anew for every tensor takes several times as long, and mapping it once
+        keeps its pages resident.
 
         Raises:
             RecipeError: the file ends before the tensor does.
@@ -94,14 +94,14 @@ class StoredTensor(TensorInfo):
                 content = content[read:]
 
     def cut_short(self) -> RecipeError:
-        """The error of a file that ends within the tensor."""
+        """Return the error for a file that ends within the tensor."""
         return RecipeError(f"{self.file}: ends within tensor {self.key!r}")
 
     def parts(self, count: int) -> "tuple[StoredTensor, ...]":
-        """The tensor in equal parts along the first dimension.
+        """Split the tensor into equal parts along the first dimension.
 
         Raises:
-            RecipeError: it cannot be cut so.
+            RecipeError: the dimension is not a multiple of ``count``.
         """
         if count == 1:
             return (self,)
@@ -120,30 +120,30 @@ class StoredTensor(TensorInfo):
 
 @dataclass(frozen=True)
 class ComputedTensor(TensorInfo):
-    """A tensor that follows from others.
+    """A tensor that is computed from others.
 
     Attributes:
-        compute: gives the tensor, of the shape and dtype told.
+        compute: returns the tensor, of this shape, in any floating-point dtype.
     """
 
     compute: Callable[[], Tensor]
 
     def read_into(self, target: Tensor) -> None:
-        """See base."""
+        """Compute the tensor into ``target``."""
         target.copy_(self.compute())
 
     def load(self) -> Tensor:
-        """See base."""
+        """Compute the tensor, CPU."""
         return self.compute().to(self.dtype).contiguous()
 
 
 def stored_tensors(
     files: Iterable[Path], rename: Rename = lambda key: key
 ) -> dict[str, StoredTensor]:
-    """The tensors of safetensors files by canonical name.
+    """List the tensors of safetensors files by canonical name.
 
     Args:
-        files: all of one model.
+        files: all files of one model.
         rename: stored name to canonical name or names.
 
     Raises:
@@ -166,26 +166,26 @@ def stored_tensors(
 
 
 def same_values(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two tensors are copies of each other."""
+    """Tell whether two tensors are copies of each other."""
     return one.shape == other.shape and torch.equal(one.load(), other.load())
 
 
 def renamed(info: StoredTensor, names: str | tuple[str, ...]) -> dict[str, StoredTensor]:
-    """A stored tensor by its canonical name, or its parts by theirs."""
+    """Return a stored tensor by its canonical name, or its parts by their names."""
     names = (names,) if isinstance(names, str) else names
     return dict(zip(names, info.parts(len(names)), strict=True))
 
 
 def tensors_of_file(file: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors file by their own names.
+    """List the tensors of one safetensors file.
 
     Raises:
-        RecipeError: one has a dtype that is not supported.
+        RecipeError: a tensor has a dtype that is not supported.
     """
-    found = []
+    tensors = []
     with safe_open(file, framework="pt") as handle:
         offsets = _offsets(file)
-        for key in handle.keys():  # noqa: SIM118 - no mapping
+        for key in handle.keys():  # noqa: SIM118 - not a mapping
             view = handle.get_slice(key)
             dtype = DTYPES.get(view.get_dtype())
             if dtype is None:
@@ -193,12 +193,12 @@ def tensors_of_file(file: Path) -> list[StoredTensor]:
                     f"{file}: tensor {key!r} has dtype {view.get_dtype()}, "
                     f"supported: {', '.join(DTYPES)}"
                 )
-            found.append(StoredTensor(tuple(view.get_shape()), dtype, file, key, offsets[key]))
-    return found
+            tensors.append(StoredTensor(tuple(view.get_shape()), dtype, file, key, offsets[key]))
+    return tensors
 
 
 def _offsets(file: Path) -> dict[str, int]:
-    """Where each tensor begins: the layout of safetensors, whose header ``safe_open`` validates."""
+    """Read where each tensor begins from the header, which ``safe_open`` has validated."""
     with file.open("rb") as handle:
         size = int.from_bytes(handle.read(8), "little")
         header = json.loads(handle.read(size))

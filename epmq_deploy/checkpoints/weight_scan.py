@@ -1,4 +1,4 @@
-"""Reading a weight file once for what is asked of all its bytes: its hash, and NaN or infinity."""
+"""Reading a weight file once for both its hash and the check for NaN and infinity."""
 
 import hashlib
 import io
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints.tensors import StoredTensor, tensors_of_file
 
-# A multiple of every dtype's size; what was read is still in the processor's cache when hashed.
+# A multiple of every dtype's size; small enough to stay in the processor's cache for hashing.
 _BLOCK = 2**20
-# Threads that read and check files side by side; more of them read no faster.
+# Threads that read and check files in parallel; more of them are not faster.
 READERS = 4
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What all bytes of a safetensors file tell.
+    """The result of reading a whole safetensors file.
 
     Attributes:
         sha256: of the file.
@@ -34,7 +34,7 @@ class Scan:
 
 
 def scan(file: Path) -> Scan:
-    """Read a safetensors file to its end; what was read before, only when it has changed since.
+    """Read the rest of a safetensors file; all of it where it has changed since it was read.
 
     Raises:
         RecipeError: it cannot be read, or ends within a tensor.
@@ -43,10 +43,10 @@ def scan(file: Path) -> Scan:
 
 
 def is_finite(tensor: StoredTensor) -> bool:
-    """Whether a file's tensor holds neither NaN nor infinity.
+    """Tell whether a stored tensor holds neither NaN nor infinity.
 
-    Its file is read on to the end of the tensor, for ``scan`` too: who takes tensors in the order
-    of the file finds each in the page cache, and reads the file once.
+    Reads the file up to the end of the tensor, on behalf of ``scan`` as well: consumers that take
+    tensors in file order hit the page cache, so the file is read once.
 
     Raises:
         RecipeError: the file cannot be read, or ends within a tensor.
@@ -55,22 +55,24 @@ def is_finite(tensor: StoredTensor) -> bool:
 
 
 def _reader(file: Path) -> "_Reader":
-    found = file.stat()
-    return _known_reader(file, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    state = file.stat()
+    return _reader_of_state(file, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 
 
 @lru_cache(maxsize=1024)
-def _known_reader(file: Path, *identity: int) -> "_Reader":
+def _reader_of_state(file: Path, *state: int) -> "_Reader":
     return _Reader(file)
 
 
 class _Reader:
-    """Reads a file tensor by tensor, from its beginning to wherever was asked for."""
+    """Reads a file tensor by tensor, from its beginning as far as needed."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        # Tensors lie one after the other and fill the file behind its header.
-        self._left = deque(sorted(tensors_of_file(file), key=lambda one: (one.offset, one.nbytes)))
+        # Tensors lie one after the other and fill the file after its header.
+        self._unread = deque(
+            sorted(tensors_of_file(file), key=lambda one: (one.offset, one.nbytes))
+        )
         self._position = 0
         self._digest = hashlib.sha256()
         self._finite: dict[str, bool] = {}
@@ -83,7 +85,7 @@ class _Reader:
         return self._finite[key]
 
     def result(self) -> Scan:
-        while self._left:
+        while self._unread:
             self._read_next()
         with self._lock:
             if self._result is None:
@@ -96,9 +98,9 @@ class _Reader:
 
     def _read_next(self) -> None:
         with self._lock:
-            if not self._left:
+            if not self._unread:
                 return
-            tensor = self._left[0]
+            tensor = self._unread[0]
             with self._file.open("rb", buffering=0) as handle:
                 handle.seek(self._position)
                 digest = self._digest.copy()
@@ -106,11 +108,11 @@ class _Reader:
                 finite = _read(handle, tensor, digest)
             self._digest, self._position = digest, tensor.offset + tensor.nbytes
             self._finite[tensor.key] = finite
-            self._left.popleft()
+            self._unread.popleft()
 
 
 def _read(handle: io.FileIO, tensor: StoredTensor, digest: "hashlib._Hash") -> bool:
-    """Add a tensor's bytes to the digest; whether its values are all finite."""
+    """Add a tensor's bytes to the digest; tell whether its values are all finite."""
     finite, left = True, tensor.nbytes
     block = memoryview(bytearray(min(_BLOCK, left)))
     while left:
@@ -132,7 +134,7 @@ def _fill(handle: io.FileIO, view: memoryview, tensor: StoredTensor) -> None:
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether floating-point values ``[*]`` hold neither NaN nor infinity, without temporaries."""
+    """Tell whether values ``[*]`` hold neither NaN nor infinity, without temporaries."""
     if not values.numel():
         return True
     low, high = values.aminmax()

@@ -206,7 +206,7 @@ def test_convolutions(tmp_path: Path) -> None:
         ({"use_dora": True}, "DoRA"),
         ({"bias": "lora_only"}, "trained biases"),
         ({"init_lora_weights": "pissa_niter_4"}, "a base changed by init_lora_weights: pissa"),
-        ({"alpha_pattern": {"(": 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
         ({"layer_replication": [[0, 1]]}, "replicated layers"),
         ({"r": None}, "no r or no lora_alpha"),
         ({"lora_alpha": None}, "no r or no lora_alpha"),
@@ -236,7 +236,7 @@ def test_all_that_does_not_fit_is_named(models: TinyModels) -> None:
     text = str(caught.value)
     assert f"{DENSE} has a, not one pair A and B" in text
     assert f"{QUERY} has A [4, 33] and B [32, 4]" in text
-    assert "other is no layer of the base (no tensor other.weight)" in text
+    assert "other is not a layer of the base (no tensor other.weight)" in text
     assert "lora_magnitude_vector is neither a LoRA factor nor in modules_to_save" in text
     assert f"{key} has rank 2, adapter_config.json makes it 4" in text
 

@@ -171,7 +171,7 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "only pickled weights.*python -c")
     refused(tmp_path / "cars.pt", "open_clip:NAME=FILE.*python -c")
     (tmp_path / "cars.txt").touch()
-    refused(tmp_path / "cars.txt", "no safetensors file")
+    refused(tmp_path / "cars.txt", "not a safetensors file")
     for name in ("a", "b"):
         bare(tmp_path / f"{name}.safetensors")
     refused(tmp_path, r"several \(a\.safetensors, b\.safetensors\)")
