@@ -1,4 +1,4 @@
-"""AdaMerging (Yang et al., arXiv 2310.02575): a coefficient per task and tensor, tuned unlabelled.
+"""AdaMerging (Yang et al., arXiv 2310.02575): tuning a coefficient per task and tensor, unlabelled.
 
 Start, learning rate, steps, batch size and the bounds 0 and 1 are those of the authors' code for
 CLIP (``main_layer_wise_adamerging.py``), which tunes on test samples; here they are calibration
@@ -45,7 +45,7 @@ class AdaMergingOptions(DataOptions):
 
 
 def combine(base: Tensor, task_vectors: Tensor, coefficients: Tensor) -> Tensor:
-    """``base [*] + sum_t c_t task_vectors_t`` for ``task_vectors [T, *]``, ``coefficients [T]``."""
+    """Add ``task_vectors [T, *]``, multiplied by ``coefficients [T]``, to ``base [*]``."""
     return base + torch.einsum("t,t...->...", coefficients, task_vectors)
 
 
@@ -68,7 +68,7 @@ class _Tuning:
         self.coefficients = torch.tensor(start)
 
     def tune(self) -> None:
-        """Adam on the coefficients, kept within 0 and 1."""
+        """Run Adam on the coefficients, clamped to 0 and 1."""
         raw = torch.nn.Parameter(self.coefficients.clone())
         optimizer = torch.optim.Adam([raw], lr=self._options.learning_rate)
         streams = {task: self._cycle(task) for task in self._data.tasks}
@@ -83,25 +83,26 @@ class _Tuning:
         self._apply()
 
     def mean_entropy(self) -> float:
-        """Over tasks, of the mean over all samples, with the coefficients as they are."""
+        """Return the entropy with the current coefficients: mean over samples, then over tasks."""
         self._apply()
         total = 0.0
         for task in self._data.tasks:
             with torch.inference_mode():
-                found = [self._entropies(task, inputs) for inputs in self._data.batches(task, 64)]
-            total += float(torch.cat(found).mean())
+                batches = self._data.batches(task, 64)
+                entropies = [self._entropies(task, inputs) for inputs in batches]
+            total += float(torch.cat(entropies).mean())
         return total / len(self._data.tasks)
 
     def by_name(self) -> dict[str, Tensor]:
-        """Coefficients ``[T]`` of each tensor."""
+        """Return the coefficients ``[T]`` of each tensor."""
         return dict(zip(self._tuned, self.coefficients, strict=True))
 
     def _entropies(self, task: str, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Of each sample's predictions, the mean: ``[n]``."""
+        """Return the mean entropy of each sample's predictions ``[n]``."""
         from epmq_deploy.models.predictions import entropy
 
-        found = self._data.predictions(task, self._model, inputs)
-        return found.per_sample(entropy(found.logits))
+        predicted = self._data.predictions(task, self._model, inputs)
+        return predicted.per_sample(entropy(predicted.logits))
 
     def _cycle(self, task: str) -> Iterator[tuple[Tensor, ...]]:
         for _ in itertools.count():
@@ -113,7 +114,7 @@ class _Tuning:
             parameter.data.copy_(combine(self._base[name], stack, row.to(stack.device)))
 
     def _differentiate(self, streams: Mapping[str, Iterator[tuple[Tensor, ...]]]) -> None:
-        """Gradients, in the model, of the sum over tasks of a batch's mean entropy."""
+        """Set the model's gradients of the sum over tasks of a batch's mean entropy."""
         for parameter in self._tuned.values():
             parameter.grad = None
             parameter.requires_grad_(True)

@@ -54,7 +54,7 @@ class Fishers:
     """The experts' diagonal Fishers, on disk.
 
     Attributes:
-        folder: is deleted with this object.
+        folder: deleted with this object.
         tensors: per task, tensor name to mean squared gradient.
         norms: per task, over all parameters.
     """
@@ -64,16 +64,16 @@ class Fishers:
     norms: Sequence[float]
 
     def of_tensor(self, name: str, like: Tensor) -> Tensor:
-        """Fishers ``[T, *]`` of one tensor; zero where the model has no such parameter."""
-        found = [
+        """Read the Fishers ``[T, *]`` of one tensor; zero where the model has no such parameter."""
+        fishers = [
             held[name].load().to(like.device) if name in held else torch.zeros_like(like)
             for held in self.tensors
         ]
-        return torch.stack(found)
+        return torch.stack(fishers)
 
 
 def fisher_mean(task_vectors: Tensor, fishers: Tensor, scales: Tensor, floor: float) -> Tensor:
-    """``sum_t s_t F_t tau_t / sum_t s_t F_t``, elementwise.
+    """Compute ``sum_t s_t F_t tau_t / sum_t s_t F_t``, elementwise.
 
     Args:
         task_vectors: ``[T, *]``.
@@ -92,14 +92,15 @@ def diagonal_fisher(
     labels: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Mean over samples ``x`` of ``E_{y ~ p(y|x)} (d log p(y|x) / d theta)^2``, by parameter.
+    """Compute an expert's diagonal Fisher, by parameter.
 
-    Where a sample has several predictions (the tokens of an answer), ``log p(y|x)`` is their sum,
-    with one label for each.
+    It is the mean over samples ``x`` of ``E_{y ~ p(y|x)} (d log p(y|x) / d theta)^2``. Where a
+    sample has several predictions (the tokens of an answer), ``log p(y|x)`` is their sum, with one
+    label for each.
 
     Args:
         model: an expert.
-        logits: what it predicts for one sample's inputs, ``[m, C]``.
+        logits: returns its predictions for one sample's inputs, ``[m, C]``.
         samples: model inputs, one sample each.
         labels: draws of ``y`` per sample; 0 for the exact expectation.
         generator: CPU, of the draws.
@@ -111,11 +112,11 @@ def diagonal_fisher(
         for inputs in samples:
             scores = logits(inputs).log_softmax(dim=1)
             weighted = _weighted_likelihoods(scores, labels, generator)
-            for place, (likelihood, weight) in enumerate(weighted, start=1):
+            for number, (likelihood, weight) in enumerate(weighted, start=1):
                 gradients = torch.autograd.grad(
                     likelihood,
                     list(parameters.values()),
-                    retain_graph=place < len(weighted),
+                    retain_graph=number < len(weighted),
                     allow_unused=True,
                 )
                 for name, gradient in zip(parameters, gradients, strict=True):
@@ -129,9 +130,10 @@ def diagonal_fisher(
 def _weighted_likelihoods(
     scores: Tensor, labels: int, generator: torch.Generator
 ) -> list[tuple[Tensor, float]]:
-    """Log-likelihoods whose squared gradients, weighted, add up to a sample's; scores ``[m, C]``.
+    """Return log-likelihoods whose squared gradients, weighted, add up to a sample's Fisher.
 
-    The exact expectation is one over predictions too: given what was read, they are independent.
+    ``scores [m, C]``. The exact expectation sums over predictions too, which are independent given
+    the inputs.
     """
     chances = scores.detach().exp().cpu()
     if labels:
@@ -154,7 +156,7 @@ def _logits(
 def collect(
     data: CalibrationData, vectors: TaskVectors, options: FisherOptions
 ) -> Calibrated[Fishers]:
-    """Every expert's diagonal Fisher; one expert is in memory at a time."""
+    """Compute every expert's diagonal Fisher; one expert is in memory at a time."""
     from safetensors.torch import save_file
 
     from epmq_deploy.checkpoints.tensors import stored_tensors
@@ -163,7 +165,7 @@ def collect(
     tensors, norms = [], []
     for task in data.progress.track(data.tasks, "squared gradients"):
         expert = data.experts.become(task)
-        found = diagonal_fisher(
+        fisher = diagonal_fisher(
             expert,
             partial(_logits, data, task, expert),
             list(data.batches(task, 1)),
@@ -171,10 +173,10 @@ def collect(
             torch.Generator().manual_seed(options.seed),
         )
         norms.append(
-            math.sqrt(sum(float(value.double().square().sum()) for value in found.values()))
+            math.sqrt(sum(float(value.double().square().sum()) for value in fisher.values()))
         )
         file = Path(folder.name) / f"{task}.safetensors"
-        save_file({name: value.cpu().contiguous() for name, value in found.items()}, file)
+        save_file({name: value.cpu().contiguous() for name, value in fisher.items()}, file)
         tensors.append(stored_tensors([file]))
     return Calibrated(
         Fishers(folder, tensors, norms), {"fisher_norms": dict(zip(data.tasks, norms, strict=True))}

@@ -32,7 +32,7 @@ class IsoCtsOptions(ScaledOptions):
 
 
 def subspaces(rank: int, tasks: int, common: float) -> tuple[int, int]:
-    """Directions common to all tasks, and those of each task; together ``rank``."""
+    """Split ``rank`` directions: how many are common to all tasks, and how many each task has."""
     each = round((rank - int(rank * common)) / tasks)
     each = min(each, rank // tasks)
     return rank - each * tasks, each
@@ -57,16 +57,17 @@ def iso_cts(
     if base.dim() != 2:
         return base + options.scaling * task_vectors.mean(dim=0)
     shared, each = subspaces(min(base.shape), len(task_vectors), options.common)
-    found = [_leading(task_vectors.sum(dim=0), shared)]
-    known = found[0][0]
+    triplets = [_leading(task_vectors.sum(dim=0), shared)]
+    common = triplets[0][0]
     if each:
-        found += [
-            ops.spectral.top_triplets(matrix - known @ (known.T @ matrix), each)
+        triplets += [
+            ops.spectral.top_triplets(matrix - common @ (common.T @ matrix), each)
             for matrix in task_vectors
         ]
-    left, _ = ops.spectral.polar(torch.cat([item[0] for item in found], dim=1))
-    right, _ = ops.spectral.polar(torch.cat([item[2] for item in found], dim=0))
-    values = torch.cat([item[1] for item in found])
+    lefts, spectra, rights = zip(*triplets, strict=True)
+    left, _ = ops.spectral.polar(torch.cat(lefts, dim=1))
+    right, _ = ops.spectral.polar(torch.cat(rights, dim=0))
+    values = torch.cat(spectra)
     return base + options.scaling * values.mean() * left @ right
 
 

@@ -21,7 +21,7 @@ from epmq_deploy.options.merging import ScaledOptions
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Share of magnitudes at either end that are drawn in, as in the authors' code.
+# Share of magnitudes that are clamped at either end, as in the authors' code.
 _CLAMPED = 1e-4
 
 
@@ -39,12 +39,12 @@ class PcbOptions(ScaledOptions):
 
 @dataclass(frozen=True)
 class PcbStatistics:
-    """What PCB must know globally, float32 ``[T]`` each.
+    """Statistics of all tensors together, float32 ``[T]`` each.
 
     Attributes:
-        low: smallest magnitude after drawing in the extremes.
-        high: largest magnitude likewise.
-        threshold: score an entry must exceed to count.
+        low: smallest magnitude after clamping.
+        high: largest magnitude after clamping.
+        threshold: score an entry must exceed to be merged.
         best: largest score.
     """
 
@@ -55,7 +55,7 @@ class PcbStatistics:
 
 
 def scores(task_vectors: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Drawn-in task vectors and their scores, both ``[T, *]``.
+    """Return clamped task vectors and their scores, both ``[T, *]``.
 
     A score is ``exp(T norm(|tau_t|)^2)``, which says how much an entry matters in its task, times
     ``tanh(tau_t sum tau)``, which says how well it goes with the other tasks. A constant factor
@@ -94,20 +94,20 @@ def pcb(
         value.to(base.device)
         for value in (statistics.low, statistics.high, statistics.threshold, statistics.best)
     )
-    drawn_in, found = scores(task_vectors, low, high)
-    bottom, top = _column(threshold, found), _column(best, found)
-    weights = _normalised(found.clamp(bottom, top), bottom, top)
-    merged = (weights * drawn_in).sum(dim=0) / weights.sum(dim=0).clamp(min=1e-12)
+    clamped, score = scores(task_vectors, low, high)
+    bottom, top = _column(threshold, score), _column(best, score)
+    weights = _normalised(score.clamp(bottom, top), bottom, top)
+    merged = (weights * clamped).sum(dim=0) / weights.sum(dim=0).clamp(min=1e-12)
     return base + options.scaling * merged
 
 
 def global_statistics(vectors: TaskVectors, options: PcbOptions) -> PcbStatistics:
-    """Order statistics in four passes; one task's magnitudes are in memory at a time."""
+    """Compute order statistics in four passes; one task's magnitudes are in memory at a time."""
     count = sum(vectors.size(name) for name in vectors.names)
-    places = (int(count * _CLAMPED), int(count * (1 - _CLAMPED) - 1))
+    ranks = (int(count * _CLAMPED), int(count * (1 - _CLAMPED) - 1))
     bounds = torch.tensor(
         [
-            ops.selection.magnitude_ranks(vectors, index, vectors.names, places)
+            ops.selection.magnitude_ranks(vectors, index, vectors.names, ranks)
             for index in range(len(vectors.tasks))
         ]
     )
@@ -132,7 +132,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _normalised(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Values between 0 at ``low`` and 1 at ``high``; 0 where there is nothing between them."""
+    """Map values to 0 at ``low`` and 1 at ``high``; 0 where the two are equal."""
     return (values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny)
 
 

@@ -33,11 +33,11 @@ class TiesOptions(ScaledOptions):
 
 @dataclass(frozen=True)
 class TiesStatistics:
-    """What TIES must know globally.
+    """Statistics of all tensors together.
 
     Attributes:
         thresholds: float32 ``[T]`` by density: magnitudes at or above them are kept.
-        majority_sign: sign a parameter takes where the kept values cancel.
+        majority_sign: sign elected where the kept values of a parameter cancel.
     """
 
     thresholds: Mapping[float, Tensor]
@@ -75,9 +75,9 @@ def ties(
 
 
 def global_statistics(vectors: TaskVectors, options: TiesOptions) -> TiesStatistics:
-    """Thresholds over all tensors that share a density, and the majority sign, in one pass.
+    """Compute thresholds over all tensors that share a density, and the majority sign, in one pass.
 
-    One task vector and the sum of what is kept of those before it are in memory.
+    One task vector and the sum of the kept values of those before it are in memory.
     """
     by_density: dict[float, list[str]] = {}
     for name in vectors.names:
@@ -93,7 +93,7 @@ def global_statistics(vectors: TaskVectors, options: TiesOptions) -> TiesStatist
 def _thresholds_and_sum(
     vectors: TaskVectors, names: list[str], density: float
 ) -> tuple[Tensor, Tensor]:
-    """Smallest magnitudes kept ``[T]`` when the largest share is kept, and the kept sum ``[n]``."""
+    """Return the smallest magnitudes kept ``[T]``, and the sum of the kept values ``[n]``."""
     count = sum(vectors.size(name) for name in names)
     dropped = count - int(count * density)
     vector, total, thresholds = torch.empty(count), torch.zeros(count), []

@@ -44,9 +44,10 @@ def tsv_m(
         return base + options.scaling * task_vectors.mean(dim=0)
     rank = max(1, min(base.shape) // len(task_vectors))
     triplets = [ops.spectral.top_triplets(matrix, rank) for matrix in task_vectors]
-    left, _ = ops.spectral.polar(torch.cat([found[0] for found in triplets], dim=1))
-    right, _ = ops.spectral.polar(torch.cat([found[2] for found in triplets], dim=0))
-    values = torch.cat([found[1] for found in triplets])
+    lefts, spectra, rights = zip(*triplets, strict=True)
+    left, _ = ops.spectral.polar(torch.cat(lefts, dim=1))
+    right, _ = ops.spectral.polar(torch.cat(rights, dim=0))
+    values = torch.cat(spectra)
     return base + options.scaling * (left * values) @ right
 
 

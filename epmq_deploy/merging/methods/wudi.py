@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 _FIRST, _SECOND, _EPSILON = 0.9, 0.999, 1e-8
 # Eigenvalues below this share of the largest are rounding errors of a float64 sum.
 _NULL = 1e-10
-# How far Adam should get, in root mean squares of what it starts from: on the bundled zoo a rate
-# for three of them does as well as the minimum itself.
+# How far Adam should be able to move parameters, in root mean squares of their starting values: on
+# the bundled zoo a rate for three of them scores as well as the exact minimum.
 _AMPLE = 3
 _EXACT = "with merge.solver: exact"
 
@@ -54,33 +54,36 @@ class WudiOptions(ScaledOptions):
     def idle(self) -> dict[str, str]:
         """Return the options of Adam where no tensor is merged by Adam."""
         adams = ("steps", "learning_rate")
-        found = {}
+        idle = {}
         if all(variant.solver == "exact" for variant in self.variants()):
-            found = {name: _EXACT for name in adams if name in self.model_fields_set}
+            idle = {name: _EXACT for name in adams if name in self.model_fields_set}
         for pattern, given in self.layers.items():
             if self._with(given).solver == "exact":
-                found |= {f"layers.{pattern}.{name}": _EXACT for name in adams if name in given}
-        return super().idle() | found
+                idle |= {f"layers.{pattern}.{name}": _EXACT for name in adams if name in given}
+        return super().idle() | idle
 
 
 def warn_of_short_reach(vectors: TaskVectors, options: WudiOptions) -> None:
-    """Say so where Adam cannot move matrices by as much as what it starts from.
+    """Warn where Adam cannot move matrices by as much as the values it starts from.
 
-    The summed task vectors then stay almost what they are. One pass over all task vectors, which
-    takes little time beside Adam.
+    The merge then stays close to the plain sum of the task vectors. Makes one pass over all task
+    vectors, which takes little time compared with Adam.
     """
     adams: dict[str, WudiOptions] = {}
     for name in vectors.names:
-        own = options.for_tensor(name)
-        if own.solver == "adam" and own.steps:
-            adams[name] = own
+        tensor_options = options.for_tensor(name)
+        if tensor_options.solver == "adam" and tensor_options.steps:
+            adams[name] = tensor_options
     squares: defaultdict[tuple[int, float], float] = defaultdict(float)
     counts: defaultdict[tuple[int, float], int] = defaultdict(int)
-    for own, stack in zip(adams.values(), ahead(vectors.of_tensor, adams, 1), strict=True):
+    for tensor_options, stack in zip(
+        adams.values(), ahead(vectors.of_tensor, adams, 1), strict=True
+    ):
         if stack.dim() == 3:
             total = stack.sum(dim=0)
-            squares[own.steps, own.learning_rate] += float(torch.linalg.vector_norm(total)) ** 2
-            counts[own.steps, own.learning_rate] += total.numel()
+            key = (tensor_options.steps, tensor_options.learning_rate)
+            squares[key] += float(torch.linalg.vector_norm(total)) ** 2
+            counts[key] += total.numel()
     for (steps, rate), count in counts.items():
         size = math.sqrt(squares[steps, rate] / count)
         if steps * rate < size:
@@ -97,7 +100,7 @@ def warn_of_short_reach(vectors: TaskVectors, options: WudiOptions) -> None:
 
 
 def interference(task_vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """The quadratic that WUDI lowers, around the summed task vectors ``S``.
+    """Return the quadratic that WUDI minimises, around the summed task vectors ``S``.
 
     ``sum_t || (M - tau_t) tau_t^T ||_F^2 / || tau_t ||_F^2`` has, at ``M = S + D``, the gradient
     ``2 (D A + C)``. Task vectors that are zero interfere with nothing.
@@ -121,7 +124,7 @@ def interference(task_vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def adam(curvature: Tensor, slope: Tensor, steps: int, learning_rate: float) -> Tensor:
-    """``D [m, n]`` after some steps of Adam from zero on the gradient ``2 (D A + C)``."""
+    """Return ``D [m, n]`` after some steps of Adam from zero on the gradient ``2 (D A + C)``."""
     change = torch.zeros_like(slope)
     mean, square = torch.zeros_like(slope), torch.zeros_like(slope)
     for step in range(1, steps + 1):
@@ -134,7 +137,7 @@ def adam(curvature: Tensor, slope: Tensor, steps: int, learning_rate: float) -> 
 
 
 def exact(curvature: Tensor, slope: Tensor) -> Tensor:
-    """The smallest ``D [m, n]`` at which the gradient ``2 (D A + C)`` vanishes; float64."""
+    """Return the smallest ``D [m, n]`` at which the gradient ``2 (D A + C)`` vanishes; float64."""
     values, vectors = torch.linalg.eigh(curvature)
     inverse = torch.where(values > _NULL * values[-1].clamp(min=0), 1 / values, 0.0)
     change: Tensor = -((slope @ vectors) * inverse @ vectors.T)

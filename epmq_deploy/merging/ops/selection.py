@@ -18,13 +18,13 @@ _SAMPLE, _BLOCK = 2**16, 2**18
 def magnitude_ranks(
     vectors: TaskVectors, index: int, names: Sequence[str], ranks: Sequence[int]
 ) -> list[float]:
-    """Order statistics of one task vector's magnitudes, which are in memory for that time.
+    """Return order statistics of one task vector's magnitudes, which are held in memory meanwhile.
 
     Args:
         vectors: all task vectors.
         index: the expert.
-        names: the tensors that count.
-        ranks: places in ascending order, from 0.
+        names: the tensors to consider.
+        ranks: ranks in ascending order, from 0.
     """
     whole = torch.empty(sum(vectors.size(name) for name in names))
     fill_with_task(whole, vectors, index, names)
@@ -45,32 +45,32 @@ def kth_smallest(
     rank: int,
     key: Callable[[NDArray[np.float32]], NDArray[np.float32]] = np.asarray,
 ) -> float:
-    """The value ``[n]`` at a place in ascending order, from 0; several times faster than sorting.
+    """Return the value of a rank in ascending order, from 0; several times faster than sorting.
 
-    A sample tells between which two values it lies; what is between them is gathered and sorted.
-    That it is there is counted, so the result is exact, however the sample turned out.
+    A sample gives two values that should enclose the result; the values between them are gathered
+    and partitioned. Counting tells whether the result is among them, so it is always exact.
 
     Args:
-        values: left as they are.
-        rank: the place.
-        key: what is ordered instead of each value, and returned; as that of ``sorted``.
+        values: ``[n]``; not changed.
+        rank: rank of the value, from 0.
+        key: maps blocks of values to what is ordered and returned, like the ``key`` of ``sorted``.
     """
     sample = np.sort(key(values[:: max(1, len(values) // _SAMPLE)]))
     middle, margin = rank / len(values) * len(sample), 4 * math.sqrt(len(sample))
     first, last = int(middle - margin), int(middle + margin) + 1
     low = sample[first] if first >= 0 else -np.inf
     high = sample[last] if last < len(sample) else np.inf
-    place, between = rank, []
+    rank_between, between = rank, []
     for start in range(0, len(values), _BLOCK):
         block = key(values[start : start + _BLOCK])
-        chosen = block > low
-        place -= len(block) - int(np.count_nonzero(chosen))
-        chosen &= block < high
-        between.append(block[chosen])
+        inside = block > low
+        rank_between -= len(block) - int(np.count_nonzero(inside))
+        inside &= block < high
+        between.append(block[inside])
     gathered = np.concatenate(between)
-    if 0 <= place < len(gathered):
-        return float(np.partition(gathered, place)[place])
-    # Equal values are counted, not gathered: of parameters that never moved there are many.
+    if 0 <= rank_between < len(gathered):
+        return float(np.partition(gathered, rank_between)[rank_between])
+    # Ties are counted, not gathered, because many entries are exactly zero.
     for bound in (low, high):
         below, up_to = (
             sum(
@@ -85,14 +85,14 @@ def kth_smallest(
 
 
 def streamed_ranks(stream: Callable[[], Iterable[Tensor]], rank: int) -> Tensor:
-    """One order statistic of each row of a matrix that is only seen in pieces, twice.
+    """Return one order statistic of each row of a matrix that is streamed in pieces, twice.
 
-    Floats are ordered as their bits are, after a change of sign: the first pass counts by the upper
-    16 bits, the second, among those of the bin that holds the rank, by the lower 16.
+    The bits of floats, adjusted for the sign, order as the floats do: the first pass counts by the
+    upper 16 bits, the second, within the bin that holds the rank, by the lower 16.
 
     Args:
         stream: yields pieces ``[T, *]``, float32; called once per pass.
-        rank: place in ascending order, from 0.
+        rank: rank in ascending order, from 0.
 
     Returns:
         float32 ``[T]``, exact.
@@ -100,20 +100,20 @@ def streamed_ranks(stream: Callable[[], Iterable[Tensor]], rank: int) -> Tensor:
     upper_counts: defaultdict[int, Tensor] = defaultdict(_no_counts)
     for row, upper, _ in _halves(stream()):
         upper_counts[row] += torch.bincount(upper, minlength=_BINS)
-    places = {row: _bin_with(counts, rank) for row, counts in upper_counts.items()}
+    bins = {row: _bin_with(counts, rank) for row, counts in upper_counts.items()}
     lower_counts: defaultdict[int, Tensor] = defaultdict(_no_counts)
     for row, upper, lower in _halves(stream()):
-        chosen = lower[upper == places[row][0]]
-        lower_counts[row] += torch.bincount(chosen, minlength=_BINS)
+        inside = lower[upper == bins[row][0]]
+        lower_counts[row] += torch.bincount(inside, minlength=_BINS)
     keys = [
         (upper << 16) + _bin_with(lower_counts[row], rest)[0] - 2**31
-        for row, (upper, rest) in sorted(places.items())
+        for row, (upper, rest) in sorted(bins.items())
     ]
     return _floats(torch.tensor(keys))
 
 
 def _halves(pieces: Iterable[Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Row by row, upper and lower 16 bits ``[n]`` int64 of keys that order as the floats do."""
+    """Yield, row by row, upper and lower 16 bits ``[n]`` int64 of keys that order as the floats."""
     for piece in pieces:
         for row, values in enumerate(piece.reshape(len(piece), -1).cpu()):
             bits = values.contiguous().view(torch.int32).to(torch.int64)
@@ -126,13 +126,13 @@ def _no_counts() -> Tensor:
 
 
 def _bin_with(counts: Tensor, rank: int) -> tuple[int, int]:
-    """The bin that holds a rank, and the rank within that bin."""
+    """Return the bin that holds a rank, and the rank within that bin."""
     totals = counts.cumsum(dim=0)
-    found = int((totals <= rank).sum())
-    return found, rank - int(totals[found] - counts[found])
+    index = int((totals <= rank).sum())
+    return index, rank - int(totals[index] - counts[index])
 
 
 def _floats(keys: Tensor) -> Tensor:
-    """The float32 values that signed keys ``[n]`` stand for."""
+    """Return the float32 values of signed keys ``[n]``."""
     bits = torch.where(keys >= 0, keys, keys ^ 0x7FFFFFFF)
     return bits.to(torch.int32).view(torch.float32)

@@ -13,15 +13,15 @@ from epmq_deploy.merging.ops.selection import kth_smallest
 
 
 def generator_for(seed: int, *labels: str) -> torch.Generator:
-    """A CPU generator that depends on the seed and the labels alone, on no earlier draw."""
+    """Return a CPU generator that depends only on the seed and the labels, not on earlier draws."""
     digest = hashlib.sha256("\0".join((str(seed), *labels)).encode()).digest()
-    # Generators take 64 bits, of which the sign is not portable.
+    # Generators take 64 bits, but negative seeds are not portable.
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def keep_from(values: Tensor, threshold: float, out: Tensor | None = None) -> Tensor:
-    """``values [*]``, float32, with zeros where the magnitude is below a float32 threshold."""
-    # This drops magnitudes up to its bound, the bound included, in one pass.
+    """Zero ``values [*]``, float32, whose magnitude is below a float32 threshold."""
+    # hardshrink drops magnitudes up to its bound, the bound included, in one pass.
     bound = float(np.nextafter(np.float32(threshold), np.float32(-1)))
     return torch.hardshrink(values, bound, out=out)
 
@@ -34,13 +34,13 @@ def drop_at_random(
     name: str,
     tasks: Sequence[str],
 ) -> Tensor:
-    """Keep entries with a probability each, and divide what is kept by it.
+    """Keep each entry with its probability, and divide the kept ones by it.
 
     Args:
         task_vectors: ``[T, *]``, float32.
-        keep: gives the probabilities, in (0, 1], for one task vector ``[*]``.
-        seed: of the choice; together with tensor and task it decides all draws, so that neither
-            the order of tensors nor that of experts nor the device matters.
+        keep: returns the probabilities, in (0, 1], for one task vector ``[*]``.
+        seed: of the choice. With the names of tensor and task it decides all draws, so neither the
+            order of tensors or experts nor the device matters.
         name: of the tensor.
         tasks: names of the experts.
 
@@ -51,16 +51,16 @@ def drop_at_random(
     for vector, result, task in zip(task_vectors, kept, tasks, strict=True):
         share = keep(vector)
         draws = torch.rand(vector.shape, generator=generator_for(seed, name, task))
-        chosen = draws.to(vector.device) < share
-        result.copy_(vector * chosen / share)
+        is_kept = draws.to(vector.device) < share
+        result.copy_(vector * is_kept / share)
     return kept
 
 
 def keep_by_rank(task_vector: Tensor, density: float, epsilon: float) -> Tensor:
-    """Keep probabilities that rise with the rank of an entry's magnitude in its row.
+    """Return keep probabilities that rise with the rank of an entry's magnitude in its row.
 
     Args:
-        task_vector: ``[*]``; a row is what feeds one output, and the whole of a vector.
+        task_vector: ``[*]``; a row holds the weights of one output; a vector is one row.
         density: mean probability.
         epsilon: difference between the largest and the smallest probability of a row.
 
@@ -94,8 +94,8 @@ def drop_extremes(task_vectors: Tensor, beta: float, gamma: float) -> Tensor:
     kept = torch.empty_like(task_vectors)
     for vector, result in zip(task_vectors, kept, strict=True):
         sizes = vector.abs().reshape(-1).cpu().numpy()
-        found = hardshrink(vector, kth_smallest(sizes, small - 1)) if small else vector
+        remaining = hardshrink(vector, kth_smallest(sizes, small - 1)) if small else vector
         if large:
-            found = found - keep_from(found, kth_smallest(sizes, count - large))
-        result.copy_(found)
+            remaining = remaining - keep_from(remaining, kth_smallest(sizes, count - large))
+        result.copy_(remaining)
     return kept

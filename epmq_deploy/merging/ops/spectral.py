@@ -12,7 +12,7 @@ _NULL = 1e-5
 
 
 def top_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest singular values of ``matrix [m, n]`` with their vectors, float32.
+    """Return the largest singular values of ``matrix [m, n]`` with their vectors, float32.
 
     Returns:
         ``U [m, rank]``, ``s [rank]`` descending, ``V^T [rank, n]``; vectors of vanishing singular
@@ -33,11 +33,11 @@ def top_triplets(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest matrix with equal singular values, and those ``matrix [m, n]`` had.
+    """Return the nearest matrix with equal singular values, and those of ``matrix [m, n]``.
 
     Returns:
-        ``U V^T [m, n]`` of the singular value decomposition, without directions the matrix does not
-        have, and the singular values of those it has, float32.
+        ``U V^T [m, n]`` of the singular value decomposition, without the directions of vanishing
+        singular values, and the other singular values, float32.
     """
     rows, columns = matrix.shape
     if rows > columns:
