@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from epmq_deploy.options.merging import MergeOptions
+from epmq_deploy.options.merging import DataOptions, MergeOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -177,6 +177,11 @@ class MergeMethod(Generic[OptionsT, StatisticsT]):
     )
     elementwise: bool = False
     check: Callable[[OptionsT, Sequence[str]], list[str]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.needs_data and not issubclass(self.options, DataOptions):
+            # Without them no data would be loaded.
+            raise TypeError(f"{self.options.__name__}: statistics from data need DataOptions")
 
     @property
     def name(self) -> str:

@@ -1,5 +1,6 @@
 """Options of merge methods: what differs between tensors, and what does not fit."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from task_vectors import merged, random_vectors
 
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.merging.base import Calibrated, FromData
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.methods.ties import TiesOptions
 from epmq_deploy.merging.stage import check_options
@@ -179,3 +181,11 @@ def test_flags_put_options_of_the_recipe_out_of_use() -> None:
 def test_options_made_in_python_keep_their_method() -> None:
     chosen = recipe(2).model_copy(update={"merge": MERGE_METHODS["ties"].options()})
     assert override(chosen, "eval", {"threads": (1,)}).merge.method == "ties"
+
+
+def test_statistics_from_data_need_options_that_ask_for_data() -> None:
+    def compute(*_: object) -> Calibrated[None]:
+        return Calibrated(None)
+
+    with pytest.raises(TypeError, match="TiesOptions: statistics from data need DataOptions"):
+        replace(MERGE_METHODS["ties"], statistics=FromData(compute))

@@ -1,4 +1,4 @@
-"""Model Breadcrumbs (arXiv 2312.06795) in the place of the trimming of TIES (arXiv 2306.01708).
+"""Model Breadcrumbs (arXiv 2312.06795) instead of the trimming of TIES (arXiv 2306.01708).
 
 The defaults are ours: what is dropped is as in ``breadcrumbs``, the scaling is that of ``ties`` for
 sums.

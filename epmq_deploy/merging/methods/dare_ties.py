@@ -1,6 +1,6 @@
-"""DARE (arXiv 2311.03099) in the place of the trimming of TIES (arXiv 2306.01708).
+"""DARE (arXiv 2311.03099) instead of the trimming of TIES (arXiv 2306.01708).
 
-The density is FusionBench's (``config/method/dare/ties_merging.yaml``), which trims besides and
+The density is FusionBench's (``config/method/dare/ties_merging.yaml``), which trims as well and
 takes a scaling of 0.5; the default of 0.3 is ours: that of ``ties`` for sums.
 """
 

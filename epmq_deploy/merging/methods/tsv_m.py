@@ -36,7 +36,7 @@ def tsv_m(
     Returns:
         For a matrix ``[m, n]``: of each task the ``min(m, n) / T`` largest singular triplets (one
         at least) are kept; all tasks' left vectors together are replaced by the nearest orthonormal
-        ones, the right ones likewise, and the product with the singular values is added to the
+        ones, and so are the right ones; the product with the singular values is added to the
         base. Directions that tasks share exactly are not filled up with others. Any other tensor
         gets the mean of the task vectors.
     """
