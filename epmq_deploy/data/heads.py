@@ -15,6 +15,7 @@ from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.hashing import file_sha256
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import Sources
+from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Task
 
@@ -160,7 +161,7 @@ def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
 
 
 def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
-    if task.head is not None and family.generates_text:
+    if task.head is not None and generates_text(family):
         raise RecipeError(
             f"the {family.name} family writes its answers and takes no head; give prompt.answers"
         )

@@ -14,7 +14,7 @@ from torch import nn
 
 from epmq_deploy.data.samples import Samples, TextSamples
 from epmq_deploy.models import ModelFamily
-from epmq_deploy.models.text_generation.base import TextGenerationFamily
+from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.progress import NoProgress, Progress
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def write_answers(
         expert: a task's expert, until the next call.
         progress: shows one step per task.
     """
-    assert isinstance(family, TextGenerationFamily), "only its samples are texts with answers"
+    assert generates_text(family), "only its samples are texts with answers"
     asked = list(without_answers(samples).items())
     written = {}
     for task, chosen in (progress or NoProgress()).track(asked, "writing answers"):

@@ -16,7 +16,7 @@ from epmq_deploy.data.prompts import Wording
 from epmq_deploy.errors import EpmqError, NumericsError, RecipeError
 from epmq_deploy.hashing import file_sha256, files_sha256
 from epmq_deploy.models import ModelFamily
-from epmq_deploy.models.text_generation.base import TextPair
+from epmq_deploy.models.text_generation.base import TextPair, generates_text
 from epmq_deploy.recipe import DataSource, Task
 from epmq_deploy.recipe.prompt import Prompt
 
@@ -171,7 +171,7 @@ def load_samples(
     if limit is not None:
         random.Random(seed).shuffle(indices)
     chosen = indices[:limit]
-    if family.generates_text:
+    if generates_text(family):
         wording = Wording.of(
             prompt, column, source.label_column, rows.column_names, where, labelled=labelled
         )

@@ -19,6 +19,7 @@ from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone, Sources
 from epmq_deploy.models.predictions import Predictions, predictions
+from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.options.merging import SampleNeed
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import Recipe
@@ -118,7 +119,7 @@ def load_data(
     )
     experts = ExpertBackbone(sources, device)
     task_heads: dict[str, TaskHead] = {}
-    if heads and not sources.family.generates_text:
+    if heads and not generates_text(sources.family):
         try:
             features = experts.embedding_width()
             folder = sources.base.folder

@@ -23,6 +23,7 @@ from epmq_deploy.merging.base import Merger
 from epmq_deploy.merging.data import RecipeData
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
 from epmq_deploy.models.predictions import Predictions, entropy
+from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.options.merging import ScaledOptions
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def check_objective(data: RecipeData, options: ScaledOptions) -> None:
     if options.search_objective != "labels":
         return
     subject = "merge.search_objective: labels"
-    if data.family.generates_text:
+    if generates_text(data.family):
         raise MismatchError(
             subject, ["text-generation models support only the objectives experts and entropy"]
         )

@@ -1,9 +1,18 @@
-"""Model families: one module each, found by its ``FAMILY``."""
+"""Model families: what the rest of the library knows about architectures.
+
+A family is one file with a ``FAMILY``. It answers four questions, each an abstract class in a file
+of its own: what checkpoints look like (``CheckpointSchema``), how the network is loaded, run and
+taken apart (``Network``), how samples become inputs (``ModelInputs``) and where heads come from
+(``HeadSource``). ``encoders`` and ``text_generation`` answer most of them for all families of their
+kind; ``generic`` answers them for encoders without a family by running the model once. What is
+exported is a ``Deployable``.
+"""
 
 from pathlib import Path
 
-from epmq_deploy.models.base import Deployable, ModelFamily, MultiTaskModel
+from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.blocks import Block, Group
+from epmq_deploy.models.deployable import Deployable, MultiTaskModel
 from epmq_deploy.models.generic.family import generic_family
 from epmq_deploy.models.head import TaskHead
 from epmq_deploy.models.loading import read_config
@@ -27,12 +36,12 @@ __all__ = [
 
 
 def families() -> tuple[ModelFamily, ...]:
-    """All families but the generic one."""
+    """Return all families except the generic one."""
     return tuple(MODEL_FAMILIES.values())
 
 
 def family_of(folder: Path) -> ModelFamily:
-    """The family a Hugging Face folder belongs to.
+    """Return the family that a Hugging Face folder belongs to.
 
     Raises:
         RecipeError: no ``config.json``, or a model type that no family recognises and the generic

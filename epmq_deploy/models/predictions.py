@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.head import TaskHead
+from epmq_deploy.models.text_generation.base import generates_text
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,6 @@ def predictions(
         features: what ``family.embed`` gave, float32.
         inputs: of the model, as ``family.input_names``.
     """
-    assert family.generates_text or head is not None, "classifiers predict through heads"
+    assert generates_text(family) or head is not None, "classifiers predict through heads"
     logits = features if head is None else head(features)
-    return Predictions(logits, family.predictions(*inputs))
+    return Predictions(logits, family.prediction_counts(*inputs))

@@ -33,6 +33,7 @@ from epmq_deploy.data.samples import Samples, data_sha256, load_calibration
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.models.experts import ExpertBackbone, check_unchanged, open_sources
+from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.options import without_effect
 from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.progress import Progress
@@ -83,7 +84,7 @@ def missing_heads(
     """
     asked = _needing_heads(options)
     missing = [task for task in tasks if task not in heads]
-    if not asked or not missing or family.generates_text:
+    if not asked or not missing or generates_text(family):
         return ""
     return (
         f"{', '.join(asked)} needs a head for every task (tasks.*.head); "
@@ -253,7 +254,7 @@ def _with_heads(recipe: Recipe, ctx: CalibrationContext) -> CalibrationContext:
     Raises:
         RecipeError: a task has none.
     """
-    if not _needing_heads(recipe.quantize) or ctx.family.generates_text:
+    if not _needing_heads(recipe.quantize) or generates_text(ctx.family):
         return ctx
     features = ctx.family.embedding_width(ctx.family.load(ctx.folder), ctx.folder)
     heads = build_heads(recipe.tasks, ctx.family, ctx.folder, features, device=ctx.device)

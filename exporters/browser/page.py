@@ -15,8 +15,9 @@ from typing import Any
 
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import ModelFamily
-from epmq_deploy.models.image import image_processor
-from epmq_deploy.models.text import TextClassifierFamily
+from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
+from epmq_deploy.models.image_inputs import image_processor
+from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.recipe import ExportOptions
 from epmq_deploy.runtime.ort.graph_runs import session_config
 
@@ -46,7 +47,7 @@ def check_demo(options: ExportOptions, family: ModelFamily) -> None:
     """
     if not options.demo:
         return
-    if family.generates_text:
+    if generates_text(family):
         raise RecipeError(
             "export.demo: the page classifies, and this model generates text; leave it out"
         )

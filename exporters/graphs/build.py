@@ -25,7 +25,7 @@ from epmq_deploy.exporters.verification.codes import FORMAT_KEY
 from epmq_deploy.exporters.verification.graphs import WrittenGraph
 from epmq_deploy.exporters.verification.inputs import check_inputs, check_options
 from epmq_deploy.exporters.verification.kernels import verify_valid
-from epmq_deploy.models.base import Deployable
+from epmq_deploy.models.deployable import Deployable
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.runtime.ort.graph_runs import INT8_LEVEL
 

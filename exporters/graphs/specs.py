@@ -11,7 +11,7 @@ from epmq_deploy.data.heads import build_heads
 from epmq_deploy.exporters.graphs.text_generation import comparison_inputs, text_generation_graphs
 from epmq_deploy.exporters.verification.parity import ParityInputs, parity_inputs
 from epmq_deploy.models import Deployable, ModelFamily, MultiTaskModel, TaskHead
-from epmq_deploy.models.text_generation.base import TextGenerationFamily
+from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.recipe import Task
@@ -60,7 +60,7 @@ def parts_of(
     """
     example = family.example_inputs(folder, 2)
     samples = parity_inputs(tasks, family, folder, example)
-    if isinstance(family, TextGenerationFamily):
+    if generates_text(family):
         return tuple(
             Part(graph, graph.example_inputs(), comparison_inputs(graph, samples))
             for graph in text_generation_graphs(family, backbone)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from epmq_deploy.exporters.lowering.int8.modules import Int8Conv2d, Int8Embedding
 from epmq_deploy.exporters.lowering.layers import DOMAIN, LAYER_KEY, OP_TYPE
 from epmq_deploy.exporters.packing.packed_linear import PackedLinear
-from epmq_deploy.models.base import Deployable
+from epmq_deploy.models.deployable import Deployable
 from epmq_deploy.quantization.results import QuantizedLinear
 
 D = TypeVar("D", bound=Deployable)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.exporters.verification.parity import ParityInputs
-from epmq_deploy.models.base import Deployable
+from epmq_deploy.models.deployable import Deployable
 from epmq_deploy.models.text_generation.base import (
     CacheShape,
     EncoderDecoderLayout,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from epmq_deploy.exporters.lowering.int8.rows import LowerRows
 from epmq_deploy.exporters.lowering.naming import NameFloatLayers, NameLayers
-from epmq_deploy.models.base import Deployable
+from epmq_deploy.models.deployable import Deployable
 from epmq_deploy.version import __version__
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.exporters.formats.base import FormatPlan
-from epmq_deploy.models.base import Deployable
+from epmq_deploy.models.deployable import Deployable
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.recipe import OPSETS
 

@@ -7,6 +7,7 @@ from epmq_deploy.data.heads import head_of_expert
 from epmq_deploy.data.samples import Samples, batches, load_samples
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.recipe import Recipe, Task
 
 
@@ -26,18 +27,18 @@ def evaluation_samples(
             where layers are to be compared of a model whose graphs do not run by themselves.
     """
     samples, problems = {}, []
-    if recipe.eval.diagnose and family.generates_text:
+    if recipe.eval.diagnose and generates_text(family):
         problems.append("eval.diagnose compares layers of classifiers; leave it out")
     for name, task in recipe.tasks.items():
         if task.evaluation is None:
             problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
             continue
         try:
-            count = None if family.generates_text else _classes(name, task, family, folder, heads)
+            count = None if generates_text(family) else _classes(name, task, family, folder, heads)
             samples[name] = load_samples(
                 name, task.evaluation, family, prompt=task.prompt, limit=recipe.eval.max_samples
             )
-            if not family.generates_text:
+            if not generates_text(family):
                 next(batches(samples[name], family, folder, 1))
                 names = task.head.classes if task.head is not None else None
                 samples[name].labels(count)

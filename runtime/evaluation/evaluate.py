@@ -14,7 +14,7 @@ from epmq_deploy.data.samples import data_sha256
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, check_unchanged, open_sources
-from epmq_deploy.models.text_generation.base import TextGenerationFamily
+from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import REPORT_FILE, load_reports
 from epmq_deploy.recipe import EvalOptions, Recipe
@@ -66,7 +66,7 @@ def measure(
     progress = progress or NoProgress()
     made = open_output(exported, "export")
     family = family_of(exported)
-    heads = {} if family.generates_text else load_heads(exported)
+    heads = {} if generates_text(family) else load_heads(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
     formats = by_format(made.graphs)
     if REFERENCE not in formats:
@@ -133,7 +133,7 @@ def _scorer(
 ) -> Scorer[Any, Any]:
     """How models of this family are scored."""
     size = options.batch_size
-    if isinstance(family, TextGenerationFamily):
+    if generates_text(family):
         longest = options.max_tokens
         return TextScorer(family, exported, graphs, provider, size, longest, experts)
     return ClassScorer(family, exported, graphs, provider, size, heads, experts)

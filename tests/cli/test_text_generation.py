@@ -17,7 +17,7 @@ from epmq_deploy.artifacts.manifest import GraphEntry, read_manifest
 from epmq_deploy.data.samples import load_samples
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import family_of
-from epmq_deploy.models.text_generation.base import TextGenerationFamily
+from epmq_deploy.models.text_generation.base import TextGenerationFamily, generates_text
 from epmq_deploy.pipeline import preflight
 from epmq_deploy.quantization.artifact import load_artifact
 from epmq_deploy.quantization.methods.epmq import PRESETS
@@ -56,7 +56,7 @@ class Chain:
     @property
     def family(self) -> TextGenerationFamily:
         family = family_of(self.models.base)
-        assert isinstance(family, TextGenerationFamily)
+        assert generates_text(family)
         return family
 
     @property

@@ -46,5 +46,5 @@ def test_an_answer_longer_than_the_model_reads_is_counted_as_far_as_it_is(
 ) -> None:
     family, folder = merged_text_generator.family, merged_text_generator.folder
     inputs = family.collate(folder, [TextPair("red", "no " * 40), TextPair("red", "no")])
-    assert family.predictions(*inputs).tolist() == [15, 2]
+    assert family.prediction_counts(*inputs).tolist() == [15, 2]
     assert len(family.embed(family.load(folder), *inputs)) == 17

@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
-from epmq_deploy.models.text_generation.base import TextGenerationFamily, TextPair
+from epmq_deploy.models.text_generation.base import TextGenerationFamily, TextPair, generates_text
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import quantize_model
@@ -36,7 +36,7 @@ class MergedTextGenerator:
     @property
     def family(self) -> TextGenerationFamily:
         family = family_of(self.folder)
-        assert isinstance(family, TextGenerationFamily)
+        assert generates_text(family)
         return family
 
 

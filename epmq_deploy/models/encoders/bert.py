@@ -6,8 +6,8 @@ from typing import Any
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import Group
 from epmq_deploy.models.encoders.classifier import HeadLayout
+from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
 from epmq_deploy.models.loading import TRANSFORMER_KEYS
-from epmq_deploy.models.text import TextClassifierFamily
 
 
 class BertFamily(TextClassifierFamily):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.tensors import Rename
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.base import TypedFamily
 from epmq_deploy.models.blocks import Block, Group
 from epmq_deploy.models.head import Activation, TaskHead
 from epmq_deploy.models.loading import fill, read_config
-from epmq_deploy.models.typed import TypedFamily
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """CLIP (Radford et al., arXiv 2103.00020) as ``transformers`` lays it out.
 
-Deployed is the image tower; the text tower makes heads from class names. Either or both are merged.
+The image tower is deployed; the text tower makes heads from class names. Either or both are merged.
 """
 
 from collections.abc import Collection, Sequence
@@ -15,7 +15,7 @@ from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.tensors import Rename
 from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.blocks import Block, Group
-from epmq_deploy.models.image import image_processor, pixel_values
+from epmq_deploy.models.image_inputs import ImageInputs
 from epmq_deploy.models.loading import TRANSFORMER_KEYS, config_differences, fill, read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
 from epmq_deploy.models.tokens import TokenWeights
@@ -35,7 +35,7 @@ _GROUPS = (
 )
 
 
-class ClipFamily(ModelFamily):
+class ClipFamily(ImageInputs, ModelFamily):
     """CLIP image towers with zero-shot heads from the text tower.
 
     Experts may be whole ``CLIPModel`` checkpoints or single towers (``CLIPVisionModel``,
@@ -46,8 +46,6 @@ class ClipFamily(ModelFamily):
     """
 
     name = "clip"
-    input_names = ("pixel_values",)
-    modality = "image"
 
     def __init__(self, part: str = "image") -> None:
         self._merged = _MERGED[part]
@@ -55,15 +53,15 @@ class ClipFamily(ModelFamily):
         self.merges_text_tower = "text" in self._towers
 
     def merging(self, part: str | None) -> "ClipFamily":
-        """The family that merges one tower or both."""
+        """Return the family that merges one tower or both."""
         return self if part is None else ClipFamily(part)
 
     def recognises(self, config: dict[str, Any]) -> bool:
-        """Whole CLIP models only: an image tower alone has no projection and no text side."""
+        """Whether it is a whole CLIP model: a single tower cannot make heads."""
         return config.get("model_type") == "clip"
 
     def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
-        """Compares what defines the merged towers and tensors' shapes may not show."""
+        """Compare the settings of the merged towers, some of which no tensor's shape shows."""
         from transformers import CLIPTextConfig, CLIPVisionConfig
 
         problems = []
@@ -71,44 +69,47 @@ class ClipFamily(ModelFamily):
             described = _tower_config(expert, tower)
             if not described:
                 continue
-            # Published configs leave out what is as usual.
-            usual = (CLIPVisionConfig() if tower == "vision" else CLIPTextConfig()).to_dict()
-            ours, theirs = usual | base.get(f"{tower}_config", {}), usual | described
-            problems += config_differences(_ARCHITECTURE[tower], ours, theirs)
+            # Published configs leave out default values.
+            defaults = (CLIPVisionConfig() if tower == "vision" else CLIPTextConfig()).to_dict()
+            problems += config_differences(
+                _ARCHITECTURE[tower],
+                defaults | base.get(f"{tower}_config", {}),
+                defaults | described,
+            )
         return problems
 
     def is_deployed(self, key: str) -> bool:
-        """The image tower and its projection; the text side only makes heads."""
+        """Whether it belongs to the image tower or its projection."""
         return key.startswith(_IMAGE)
 
     def is_merged(self, key: str) -> bool:
-        """The tower or towers asked for, each with its projection."""
+        """Whether it belongs to a merged tower or its projection."""
         return key.startswith(self._merged)
 
-    def part_problems(self, held: Collection[str]) -> list[str]:
-        """Every tower to be merged must be in some expert."""
+    def part_problems(self, tensors: Collection[str]) -> list[str]:
+        """Name every tower to be merged that no expert holds."""
         return [
             f"base.part asks for the {tower} tower, which no expert holds"
             for tower in self._towers
-            if not any(key.startswith(f"{tower}_model.") for key in held)
+            if not any(key.startswith(f"{tower}_model.") for key in tensors)
         ]
 
     def is_optional(self, key: str) -> bool:
-        """Towers are published without projections, which fine-tuning leaves alone."""
+        """Whether it is a projection: towers are published without, and fine-tuning leaves them."""
         return key.startswith(("visual_projection.", "text_projection.", "logit_scale"))
 
     def canonical_key(self, key: str) -> str:
-        """See base."""
+        """Return the name with the image tower's prefix, which single towers leave out."""
         return key if key.startswith(_IMAGE + _TEXT) else f"vision_model.{key}"
 
     def expert_rename(self, config: dict[str, Any]) -> Rename:
-        """Text towers on their own may leave out the prefix too."""
+        """Rename for an expert; single text towers may leave out their prefix."""
         if config.get("model_type") != "clip_text_model":
             return self.canonical_key
         return lambda key: key if key.startswith(_TEXT) else f"text_model.{key}"
 
     def load(self, folder: Path) -> nn.Module:
-        """The image tower with its projection."""
+        """Load the image tower with its projection."""
         from transformers import CLIPConfig, CLIPVisionModelWithProjection
 
         config = CLIPConfig.from_dict(read_config(folder))
@@ -118,7 +119,7 @@ class ClipFamily(ModelFamily):
         return fill(model, folder)
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
-        """See base."""
+        """Return the image tower's blocks."""
         count = len(model.get_submodule("vision_model.encoder.layers"))  # type: ignore[arg-type]
         blocks = []
         for index in range(count):
@@ -134,21 +135,17 @@ class ClipFamily(ModelFamily):
         return tuple(blocks)
 
     def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
-        """Heads read the class token, the first."""
+        """Return that heads read the class token, the first."""
         return TokenWeights(pooled=torch.zeros(inputs[0].shape[0], dtype=torch.int64))
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """Projected image features, unit length."""
+        """Compute projected image features of unit length."""
         features: Tensor = model(pixel_values=inputs[0]).image_embeds
         unit: Tensor = features / features.norm(dim=-1, keepdim=True)
         return unit
 
-    def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
-        """Images (anything PIL converts to RGB) to ``pixel_values [B, 3, H, W]``."""
-        return (pixel_values(image_processor(folder), samples),)
-
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
-        """Random pixels at the tower's resolution."""
+        """Return random pixels at the tower's resolution."""
         config = read_config(folder)
         vision = config.get("vision_config", config)
         size, channels = vision.get("image_size", 224), vision.get("num_channels", 3)
@@ -163,10 +160,10 @@ class ClipFamily(ModelFamily):
         device: torch.device,
         expert: Checkpoint | None = None,
     ) -> Tensor:
-        """Per class the mean of its prompts' unit embeddings, as unit vector times the logit scale.
+        """Average each class's unit prompt embeddings; scale the unit mean by the logit scale.
 
-        As in the CLIP paper's prompt ensembling (section 3.1.4); through the expert's text tower
-        where that is merged.
+        Prompt ensembling as in the CLIP paper (section 3.1.4), with the expert's text tower where
+        that is merged.
         """
         from transformers import CLIPConfig, CLIPModel
 
@@ -198,7 +195,7 @@ class ClipFamily(ModelFamily):
 
 
 def _tower_config(config: dict[str, Any], tower: str) -> dict[str, Any]:
-    """What a config says of one tower: a whole model's section, or a tower's own; maybe nothing."""
+    """Return a config's settings of one tower: a section, the whole config, or nothing."""
     kind = config.get("model_type")
     if kind in ("clip_vision_model", "clip_text_model"):
         return config if kind == f"clip_{tower}_model" else {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.models.blocks import Block, Group
-from epmq_deploy.models.image import ImageClassifierFamily
+from epmq_deploy.models.encoders.image_classifier import ImageClassifierFamily
 
 _ATTENTION = (
     Group(("attention.q_proj", "attention.k_proj", "attention.v_proj"), norm="norm1"),

@@ -6,7 +6,7 @@ from typing import Any
 
 from epmq_deploy.models.blocks import Group
 from epmq_deploy.models.encoders.classifier import HeadLayout
-from epmq_deploy.models.text import TextClassifierFamily
+from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
 
 
 class DistilBertFamily(TextClassifierFamily):

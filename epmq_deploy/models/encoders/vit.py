@@ -3,8 +3,8 @@
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import Group
+from epmq_deploy.models.encoders.image_classifier import ImageClassifierFamily
 from epmq_deploy.models.head import TaskHead
-from epmq_deploy.models.image import ImageClassifierFamily
 from epmq_deploy.models.loading import TRANSFORMER_KEYS
 
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from epmq_deploy.models.blocks import Block
 from epmq_deploy.models.encoders.classifier import ClassifierFamily, load_encoder
+from epmq_deploy.models.encoders.image_classifier import ImageClassifierFamily
+from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
 from epmq_deploy.models.generic.head import POOLINGS, anatomy_of
 from epmq_deploy.models.generic.tracing import find_blocks
-from epmq_deploy.models.image import ImageClassifierFamily
 from epmq_deploy.models.loading import read_config
-from epmq_deploy.models.text import TextClassifierFamily
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.encoders.classifier import HeadLayout
 from epmq_deploy.models.head import ACTIVATIONS
-from epmq_deploy.models.text import example_texts
+from epmq_deploy.models.text_inputs import example_texts
 
 Pooling = Literal["first", "mean", "patches", "first_and_patches"]
 # Hidden states [B, T, D] and weights of tokens [B, T] to embeddings.

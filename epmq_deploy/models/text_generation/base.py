@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.base import ModelFamily, TypedFamily
 from epmq_deploy.models.loading import fill, read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
-from epmq_deploy.models.typed import TypedFamily
 
 OUTPUT = "lm_head.weight"
 
@@ -117,10 +117,14 @@ class TextGenerationFamily(TypedFamily):
     """
 
     modality = "text"
-    generates_text = True
     tokenizer_files: tuple[str, ...] = ("tokenizer.json",)
     encoder_decoder: EncoderDecoderLayout | None = None
     cuts: Literal["left", "right"] = "right"
+
+    @property
+    def task_type(self) -> str:
+        """Return what the Hugging Face hub calls tasks of this kind."""
+        return "text-generation"
 
     @abstractmethod
     def build(self, config: Any) -> Any:
@@ -224,6 +228,11 @@ class TextGenerationFamily(TypedFamily):
         """
         config = read_config(folder)
         return _tokenizer(folder, self.tokenizer_files, int(config["vocab_size"]), self.cuts)
+
+
+def generates_text(family: ModelFamily) -> TypeGuard[TextGenerationFamily]:
+    """Whether models of a family answer tasks in words, not with classes."""
+    return isinstance(family, TextGenerationFamily)
 
 
 def end_tokens(config: dict[str, Any], folder: Path) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import Block, Group
 from epmq_deploy.models.loading import read_config
-from epmq_deploy.models.text import example_texts
 from epmq_deploy.models.text_generation.base import (
     OUTPUT,
     CacheShape,
@@ -20,6 +19,7 @@ from epmq_deploy.models.text_generation.base import (
     end_tokens,
     stacked,
 )
+from epmq_deploy.models.text_inputs import example_texts
 from epmq_deploy.models.tokens import TokenWeights
 
 _BLOCKS = "model.layers"
@@ -98,7 +98,7 @@ class DecoderFamily(TextGenerationFamily):
         logits: Tensor = model.get_submodule("lm_head")(hidden[due.bool()])
         return logits
 
-    def predictions(self, *inputs: Tensor) -> Tensor:
+    def prediction_counts(self, *inputs: Tensor) -> Tensor:
         """The tokens of each answer, and its end."""
         return inputs[2].sum(dim=1).cpu()
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import Block, Group
 from epmq_deploy.models.loading import read_config
-from epmq_deploy.models.text import example_texts
 from epmq_deploy.models.text_generation.base import (
     OUTPUT,
     CacheShape,
@@ -21,6 +20,7 @@ from epmq_deploy.models.text_generation.base import (
     end_tokens,
     stacked,
 )
+from epmq_deploy.models.text_inputs import example_texts
 from epmq_deploy.models.tokens import TokenWeights
 
 # Longest text where neither tokenizer nor model set a limit: what T5 was pre-trained with.
@@ -100,7 +100,7 @@ class T5Family(TextGenerationFamily):
         logits: Tensor = model(**named, use_cache=False).logits
         return logits[named["decoder_attention_mask"].bool()]
 
-    def predictions(self, *inputs: Tensor) -> Tensor:
+    def prediction_counts(self, *inputs: Tensor) -> Tensor:
         """The tokens of each answer, and its end."""
         return inputs[self.input_names.index("decoder_attention_mask")].sum(dim=1).cpu()
 

@@ -1,4 +1,4 @@
-"""What text classifiers have in common: texts to token ids, padding, sequence lengths."""
+"""How texts become token ids and masks."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.encoders.classifier import ClassifierFamily
+from epmq_deploy.models.inputs import ModelInputs
 from epmq_deploy.models.loading import read_config
 from epmq_deploy.models.tokenizer import open_tokenizer
-from epmq_deploy.models.tokens import TokenWeights
 
 _EXAMPLE_TOKENS = 8
 
 
-class TextClassifierFamily(ClassifierFamily):
-    """Encoders of texts.
+class TextInputs(ModelInputs):
+    """Texts, right-padded.
 
     Texts are padded to the longest of their batch and cut at the tokenizer's ``model_max_length``
     or at the number of position embeddings, whichever is less; set ``model_max_length`` in the
     base's ``tokenizer_config.json`` to the length the experts were fine-tuned with.
 
     Attributes:
-        tokenizer_files: what makes up the tokenizer where there is no ``tokenizer.json``.
+        tokenizer_files: of a tokenizer that is not stored as ``tokenizer.json``.
     """
 
     modality = "text"
@@ -33,17 +32,11 @@ class TextClassifierFamily(ClassifierFamily):
     tokenizer_files: tuple[str, ...] = ("vocab.txt",)
 
     def positions(self, config: dict[str, Any]) -> int:
-        """The longest text the encoder takes, in tokens."""
+        """Return the length of the longest text the encoder takes, in tokens."""
         return int(config["max_position_embeddings"])
 
-    def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
-        """Padding is not real; heads read the first token, where they read one."""
-        mask = inputs[self.input_names.index("attention_mask")]
-        first = torch.zeros(len(mask), dtype=torch.int64) if self.reads_one_token else None
-        return TokenWeights(mask.bool(), first)
-
     def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
-        """Texts to token ids, mask and what else the encoder takes, each int64 ``[B, T]``.
+        """Turn texts into token ids, mask and segments as ``input_names``, int64 ``[B, T]``.
 
         Raises:
             RecipeError: the tokenizer is missing or does not fit the model.
@@ -58,7 +51,7 @@ class TextClassifierFamily(ClassifierFamily):
         return tuple(batch[name].to(torch.int64) for name in self.input_names)
 
     def tokenizer(self, folder: Path) -> Any:
-        """The folder's tokenizer, cutting texts at the length the encoder takes.
+        """Return the folder's tokenizer, which cuts texts at the length the encoder takes.
 
         Raises:
             RecipeError: it is missing or does not fit the model.
@@ -69,19 +62,19 @@ class TextClassifierFamily(ClassifierFamily):
         )
 
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
-        """Random ids; the last sequence of a batch is padded, as those of real texts are."""
+        """Return random ids; the last sequence of a batch is padded, as in real batches."""
         config = read_config(folder)
         return example_texts(self.input_names, config, self.positions(config), batch)
 
     def dynamic_axes(self) -> tuple[dict[int, str], ...]:
-        """Any number of texts of any length."""
+        """Leave open the number of texts and their length."""
         return tuple({0: "batch", 1: "sequence"} for _ in self.input_names)
 
 
 def example_texts(
     names: Sequence[str], config: dict[str, Any], positions: int, batch: int
 ) -> tuple[Tensor, ...]:
-    """Random token ids, a mask and zeros for segments, int64 ``[batch, T]``, as ``names``.
+    """Return random token ids, a mask and zeros as segments, int64 ``[batch, T]``, as ``names``.
 
     Args:
         names: of ``input_ids``, ``attention_mask`` and ``token_type_ids``.
@@ -97,8 +90,8 @@ def example_texts(
     if batch > 1:
         mask[-1, length // 2 :] = 0
         ids[mask == 0] = int(config.get("pad_token_id") or 0)
-    made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
-    return tuple(made[name] for name in names)
+    inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+    return tuple(inputs[name] for name in names)
 
 
 @lru_cache(maxsize=4)

@@ -1,4 +1,4 @@
-"""What image models have in common: images to pixel values."""
+"""How images become pixel values."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,24 +10,17 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.encoders.classifier import ClassifierFamily
-from epmq_deploy.models.tokens import TokenWeights
+from epmq_deploy.models.inputs import ModelInputs
 
 
-class ImageClassifierFamily(ClassifierFamily):
-    """Encoders of images, at the size the base's preprocessor settings give."""
+class ImageInputs(ModelInputs):
+    """Images, at the size the base's preprocessor settings give."""
 
     modality = "image"
     input_names = ("pixel_values",)
 
-    def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
-        """All tokens are real; heads read the first, where they read one."""
-        if not self.reads_one_token:
-            return TokenWeights()
-        return TokenWeights(pooled=torch.zeros(len(inputs[0]), dtype=torch.int64))
-
     def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
-        """Images (anything PIL converts to RGB) to ``pixel_values [B, 3, H, W]``.
+        """Turn images (anything PIL converts to RGB) into ``pixel_values [B, 3, H, W]``.
 
         Raises:
             RecipeError: see ``image_processor``.
@@ -35,26 +28,26 @@ class ImageClassifierFamily(ClassifierFamily):
         return (pixel_values(image_processor(folder), samples),)
 
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
-        """Random pixels of the size images have after preprocessing."""
+        """Return random pixels of the size that images have after preprocessing."""
         return (example_pixels(folder, batch),)
 
 
 def pixel_values(processor: Any, samples: Sequence[Any]) -> Tensor:
-    """``[B, 3, H, W]``, float32, of images (anything PIL converts to RGB)."""
+    """Return ``[B, 3, H, W]``, float32, of images (anything PIL converts to RGB)."""
     images = [sample.convert("RGB") for sample in samples]
     pixels: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
     return pixels
 
 
 def example_pixels(folder: Path, batch: int) -> Tensor:
-    """Random ``[batch, 3, H, W]`` of the size that the folder's preprocessor makes images.
+    """Return random ``[batch, 3, H, W]`` of the size to which the folder's preprocessor resizes.
 
     Raises:
-        RecipeError: it does not make all images one size; see ``image_processor`` too.
+        RecipeError: it does not resize all images to one size; see also ``image_processor``.
     """
     from PIL import Image
 
-    # The size images have, not the one in config.json: some models take other sizes than that.
+    # The preprocessor decides, not config.json: some models take other sizes than that names.
     shapes = {
         tuple(pixel_values(image_processor(folder), [Image.new("RGB", size)]).shape[1:])
         for size in ((64, 96), (96, 64))
@@ -70,7 +63,7 @@ def example_pixels(folder: Path, batch: int) -> Tensor:
 
 @lru_cache(maxsize=4)
 def image_processor(folder: Path) -> Any:
-    """The folder's image processor, on Pillow: the same pixels on every machine.
+    """Return the folder's image processor, on Pillow: the same pixels on every machine.
 
     Raises:
         RecipeError: there are no settings for one, or none that runs on Pillow.
