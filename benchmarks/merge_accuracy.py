@@ -28,7 +28,8 @@ from torch import Tensor
 import epmq_deploy
 from epmq_deploy.data.accuracy import torch_accuracy
 from epmq_deploy.data.heads import build_heads
-from epmq_deploy.data.samples import batches, load_samples
+from epmq_deploy.data.loading import load_samples
+from epmq_deploy.data.samples import batches
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import ModelFamily, family_of

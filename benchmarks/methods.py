@@ -32,7 +32,8 @@ import epmq_deploy
 from epmq_deploy.cli.run import assign
 from epmq_deploy.data.accuracy import torch_accuracy
 from epmq_deploy.data.heads import build_heads
-from epmq_deploy.data.samples import Samples, batches, load_samples
+from epmq_deploy.data.loading import load_samples
+from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources

@@ -33,7 +33,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from epmq_deploy.cli.run import assign
-from epmq_deploy.data.samples import load_samples
+from epmq_deploy.data.loading import load_samples
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
@@ -191,7 +191,7 @@ def accuracy(recipe: Recipe, folder: Path, model: Any, task: str, limit: int) ->
     assert given.evaluation is not None, "build gives every task evaluation data"
     samples = load_samples(task, given.evaluation, FAMILY, prompt=given.prompt, limit=limit)
     pairs = samples.inputs(0, len(samples))
-    found = FAMILY.write(model, folder, [pair.text for pair in pairs], ANSWER)
+    found = FAMILY.generate(model, folder, [pair.text for pair in pairs], ANSWER)
     hits = [
         normalised(text) == normalised(pair.answer) for text, pair in zip(found, pairs, strict=True)
     ]

@@ -157,7 +157,7 @@ def preflight(recipe: Recipe) -> Sources:
         MismatchError: every problem found.
     """
     from epmq_deploy.data.heads import build_heads
-    from epmq_deploy.data.samples import missing_data
+    from epmq_deploy.data.loading import missing_data
     from epmq_deploy.exporters.browser.page import check_demo
     from epmq_deploy.exporters.targets.check import check_target
     from epmq_deploy.exporters.targets.choice import check_export

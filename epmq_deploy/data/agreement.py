@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from epmq_deploy.data.accuracy import embeddings
 from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.models import ModelFamily, TaskHead
-from epmq_deploy.models.predictions import Predictions, predictions
+from epmq_deploy.models.predictions import PredictedLogits, predict_logits
 
 # A loss (as divergence from the expert) of each task's samples, ``[n]``.
 Scores = Mapping[str, Tensor]
@@ -46,7 +46,7 @@ def mean_divergence(scores: Scores) -> float:
 
 def predictions_of(
     model: nn.Module, family: ModelFamily, folder: Path, samples: Samples, head: TaskHead | None
-) -> Predictions:
+) -> PredictedLogits:
     """What a model predicts for all samples of a task, on the CPU.
 
     Args:
@@ -57,10 +57,10 @@ def predictions_of(
         head: of the task, on the CPU; None where the family writes texts.
     """
     found = [
-        predictions(family, head, embeddings(model, family, inputs), inputs)
+        predict_logits(family, head, embeddings(model, family, inputs), inputs)
         for inputs in batches(samples, family, folder, _BATCH)
     ]
-    return Predictions(
+    return PredictedLogits(
         torch.cat([part.logits for part in found]), torch.cat([part.counts for part in found])
     )
 
@@ -71,7 +71,7 @@ def scored(
     folder: Path,
     samples: Mapping[str, Samples],
     heads: Mapping[str, TaskHead],
-    loss: Callable[[str, Predictions], Tensor],
+    loss: Callable[[str, PredictedLogits], Tensor],
 ) -> Scores:
     """Losses of a model's predictions, each sample's mean, task by task ``[n]``.
 
@@ -106,7 +106,7 @@ class Judge:
     folder: Path
     samples: Mapping[str, Samples]
     heads: Mapping[str, TaskHead]
-    wanted: Mapping[str, Predictions]
+    wanted: Mapping[str, PredictedLogits]
 
     @classmethod
     def of_experts(
@@ -137,7 +137,7 @@ class Judge:
     def scores(self, model: nn.Module) -> Scores:
         """Divergences from the experts, task by task ``[n]``."""
 
-        def loss(task: str, predicted: Predictions) -> Tensor:
+        def loss(task: str, predicted: PredictedLogits) -> Tensor:
             return divergence(predicted.logits, self.wanted[task].logits)
 
         return scored(model, self.family, self.folder, self.samples, self.heads, loss)

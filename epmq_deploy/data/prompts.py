@@ -1,4 +1,4 @@
-"""Tasks in words: from rows of data to what a model reads and what it is to write."""
+"""Prompts: from rows of data to what a model reads and the answer it should generate."""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -11,16 +11,16 @@ from epmq_deploy.recipe.prompt import Prompt, template_columns
 
 
 @dataclass(frozen=True)
-class Wording:
-    """How rows become texts.
+class PromptFormat:
+    """How rows become texts and answers.
 
     Attributes:
         template: with ``{column}`` where a column's text goes.
         label_column: holds integers where there are ``answers``, numbers where there are
             ``decimals``, else the answers themselves; None where the data have no labels.
         answers: in label order.
-        decimals: that answers, being numbers, are written with.
-        max_tokens: longest answer an expert writes where there are no labels.
+        decimals: of answers that are numbers.
+        max_tokens: longest pseudo-label that an expert generates.
     """
 
     template: str
@@ -39,8 +39,8 @@ class Wording:
         where: str,
         *,
         labelled: bool = True,
-    ) -> "Wording":
-        """The wording of a data source.
+    ) -> "PromptFormat":
+        """Return the format of a data source.
 
         Args:
             prompt: the task's.
@@ -52,7 +52,7 @@ class Wording:
                 column of that default name may be missing.
 
         Raises:
-            RecipeError: a column is not there.
+            RecipeError: a column is missing.
         """
         if not labelled and label_column == LABEL_COLUMN and label_column not in columns:
             label_column = None
@@ -71,7 +71,7 @@ class Wording:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that must hold texts."""
+        """Return the columns that must hold texts."""
         read = template_columns(self.template)
         listed = self.answers is not None or self.decimals is not None
         if listed or self.label_column is None:
@@ -104,12 +104,12 @@ class Wording:
                 )
 
     def text(self, row: Mapping[str, Any]) -> str:
-        """What is read."""
+        """Return what the model reads."""
         texts = {name: row[name] for name in template_columns(self.template)}
         return self.template.format_map(texts)
 
     def answer(self, row: Mapping[str, Any]) -> str:
-        """What is to be written, by the row's label."""
+        """Return the answer that the row's label stands for."""
         assert self.label_column is not None, "only asked where there are labels"
         label = row[self.label_column]
         if self.decimals is not None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from epmq_deploy.calibration.block_runner import ModuleSource
     from epmq_deploy.models import ModelFamily
-    from epmq_deploy.models.predictions import Predictions
+    from epmq_deploy.models.predictions import PredictedLogits
     from epmq_deploy.progress import Progress
 
 # Parameters that elementwise methods take at a time: temporaries of 20 tasks stay in the cache.
@@ -91,7 +91,9 @@ class CalibrationData(Protocol):
         """Yield a task's model inputs, at most ``size`` samples at a time, on the device."""
         ...
 
-    def predictions(self, task: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Predictions:
+    def predictions(
+        self, task: str, model: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> PredictedLogits:
         """Return a model's predictions for a batch of a task; only for methods that need heads."""
         ...
 

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.data.heads import build_heads
+from epmq_deploy.data.loading import load_calibration
 from epmq_deploy.data.pseudo_labels import (
-    answer_details,
-    with_answers,
-    without_answers,
-    write_answers,
+    generate_pseudo_labels,
+    pseudo_label_details,
+    unlabelled_tasks,
+    with_pseudo_labels,
 )
-from epmq_deploy.data.samples import Samples, batches, load_calibration
+from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone, Sources
-from epmq_deploy.models.predictions import Predictions, predictions
+from epmq_deploy.models.predictions import PredictedLogits, predict_logits
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.options.merging import SampleNeed
 from epmq_deploy.progress import Progress
@@ -60,12 +61,14 @@ class RecipeData:
         for inputs in batches(self.samples[task], self.family, self.sources.base.folder, size):
             yield tuple(value.to(self.experts.device) for value in inputs)
 
-    def predictions(self, task: str, model: nn.Module, inputs: tuple[Tensor, ...]) -> Predictions:
+    def predictions(
+        self, task: str, model: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> PredictedLogits:
         """Return a model's predictions for a batch of a task, on the device; differentiable."""
         head = self.heads.get(task)
         if head is not None:
             head = head.to(self.experts.device)
-        return predictions(self.family, head, self.family.embed(model, *inputs), inputs)
+        return predict_logits(self.family, head, self.family.embed(model, *inputs), inputs)
 
     def backbone(self) -> nn.Module:
         """Return a new model with the base's weights, float32, on the device."""
@@ -73,14 +76,16 @@ class RecipeData:
 
     def answered(self) -> "RecipeData":
         """Return these data with the experts' answers where answers are missing."""
-        if not without_answers(self.samples):
+        if not unlabelled_tasks(self.samples):
             return self
         folder = self.sources.base.folder
-        answers = write_answers(
+        answers = generate_pseudo_labels(
             self.samples, self.family, folder, self.experts.become, self.progress
         )
         return replace(
-            self, samples=with_answers(self.samples, answers), details=answer_details(answers)
+            self,
+            samples=with_pseudo_labels(self.samples, answers),
+            details=pseudo_label_details(answers),
         )
 
 

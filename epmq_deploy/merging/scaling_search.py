@@ -22,7 +22,7 @@ from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.merging.base import Merger
 from epmq_deploy.merging.data import RecipeData
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
-from epmq_deploy.models.predictions import Predictions, entropy
+from epmq_deploy.models.predictions import PredictedLogits, entropy
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.options.merging import ScaledOptions
 
@@ -128,7 +128,7 @@ def _loss(data: RecipeData, options: ScaledOptions) -> Callable[[nn.Module], Sco
     if options.search_objective == "labels":
         labels = {task: samples.labels() for task, samples in data.samples.items()}
 
-    def loss(task: str, predicted: Predictions) -> Tensor:
+    def loss(task: str, predicted: PredictedLogits) -> Tensor:
         if task in labels:
             return cross_entropy(predicted.logits, labels[task], reduction="none")
         return entropy(predicted.logits)

@@ -13,7 +13,7 @@ from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
 from epmq_deploy.artifacts.manifest import MergeDetails, MergeManifest, fingerprint
 from epmq_deploy.artifacts.outputs import finish_output
 from epmq_deploy.data.heads import heads_sha256
-from epmq_deploy.data.samples import data_sha256, missing_data
+from epmq_deploy.data.loading import data_sha256, missing_data
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, joined, noted
 from epmq_deploy.merging.base import FromData, FromTaskVectors, MergeMethod, Merger
 from epmq_deploy.merging.data import RecipeData, load_data

@@ -17,7 +17,7 @@ from epmq_deploy.models.text_generation.base import generates_text
 
 
 @dataclass(frozen=True)
-class Predictions:
+class PredictedLogits:
     """Of ``n`` samples.
 
     Attributes:
@@ -35,10 +35,10 @@ class Predictions:
         sums = values.new_zeros(len(counts)).index_add(0, owners, values)
         return sums / counts.clamp(min=1)
 
-    def of_samples(self, start: int, stop: int) -> "Predictions":
+    def of_samples(self, start: int, stop: int) -> "PredictedLogits":
         """Those of samples ``start`` to ``stop``."""
         first, last = (int(self.counts[:end].sum()) for end in (start, stop))
-        return Predictions(self.logits[first:last], self.counts[start:stop])
+        return PredictedLogits(self.logits[first:last], self.counts[start:stop])
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -47,9 +47,9 @@ def entropy(logits: Tensor) -> Tensor:
     return -(scores.exp() * scores).sum(dim=1)
 
 
-def predictions(
+def predict_logits(
     family: ModelFamily, head: TaskHead | None, features: Tensor, inputs: tuple[Tensor, ...]
-) -> Predictions:
+) -> PredictedLogits:
     """What a model predicts for one batch; differentiable.
 
     Args:
@@ -60,4 +60,4 @@ def predictions(
     """
     assert generates_text(family) or head is not None, "classifiers predict through heads"
     logits = features if head is None else head(features)
-    return Predictions(logits, family.prediction_counts(*inputs))
+    return PredictedLogits(logits, family.prediction_counts(*inputs))

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from epmq_deploy.artifacts.manifest import Distillation
 from epmq_deploy.data.agreement import Judge, divergence, mean_divergence
 from epmq_deploy.data.samples import batches
-from epmq_deploy.models.predictions import Predictions, predictions
+from epmq_deploy.models.predictions import PredictedLogits, predict_logits
 from epmq_deploy.progress import NoProgress
 from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.results import QuantizedLinear, QuantizedModel
@@ -146,7 +146,7 @@ def _train(
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
                 features = ctx.family.embed(model, *(value.to(device) for value in inputs))
             features = features.to("cpu", torch.float32)
-            predicted = predictions(ctx.family, judge.heads.get(task), features, inputs)
+            predicted = predict_logits(ctx.family, judge.heads.get(task), features, inputs)
             divergences = predicted.per_sample(
                 divergence(predicted.logits / _TEMPERATURE, target.logits / _TEMPERATURE)
             )
@@ -156,7 +156,7 @@ def _train(
             schedule.step()
 
 
-def _interleaved(judge: Judge) -> Iterator[tuple[str, tuple[Tensor, ...], Predictions]]:
+def _interleaved(judge: Judge) -> Iterator[tuple[str, tuple[Tensor, ...], PredictedLogits]]:
     """Yield one batch of every task in turn, with the expert's predictions for it."""
     running = {
         task: batches(samples, judge.family, judge.folder, _BATCH)

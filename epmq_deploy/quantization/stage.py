@@ -24,12 +24,13 @@ from epmq_deploy.artifacts.manifest import (
 )
 from epmq_deploy.artifacts.outputs import finish_output, open_output
 from epmq_deploy.data.heads import build_heads, heads_of_experts, heads_sha256
+from epmq_deploy.data.loading import data_sha256, load_calibration
 from epmq_deploy.data.pseudo_labels import (
-    with_answers,
-    without_answers,
-    write_answers,
+    generate_pseudo_labels,
+    unlabelled_tasks,
+    with_pseudo_labels,
 )
-from epmq_deploy.data.samples import Samples, data_sha256, load_calibration
+from epmq_deploy.data.samples import Samples
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.models.experts import ExpertBackbone, check_unchanged, open_sources
@@ -203,7 +204,7 @@ def _open_context(
 
     family = family_of(merged)
     samples = calibration_samples(recipe, family, merged)
-    if QUANTIZATION_METHODS[recipe.quantize.method].uses_experts or without_answers(samples):
+    if QUANTIZATION_METHODS[recipe.quantize.method].uses_experts or unlabelled_tasks(samples):
         # Opened now, so that problems are reported before any long work.
         experts()
     return CalibrationContext(family, merged, samples, experts, device, progress)
@@ -235,17 +236,17 @@ def _with_answers(
     ctx: CalibrationContext, finished: FinishedWork, decisions: _Decisions
 ) -> CalibrationContext:
     """Fill in pseudo-labels where data have no answers."""
-    if not without_answers(ctx.samples):
+    if not unlabelled_tasks(ctx.samples):
         return ctx
 
-    def write() -> dict[str, list[str]]:
-        return write_answers(
+    def generate() -> dict[str, list[str]]:
+        return generate_pseudo_labels(
             ctx.samples, ctx.family, ctx.folder, ctx.experts().become, ctx.progress
         )
 
-    answers = finished.once("answers", dict[str, list[str]], write)
+    answers = finished.once("answers", dict[str, list[str]], generate)
     decisions["answers_by_experts"] = {task: len(texts) for task, texts in answers.items()}
-    return replace(ctx, samples=with_answers(ctx.samples, answers))
+    return replace(ctx, samples=with_pseudo_labels(ctx.samples, answers))
 
 
 def _with_heads(recipe: Recipe, ctx: CalibrationContext) -> CalibrationContext:

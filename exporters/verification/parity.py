@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.artifacts.manifest import Parity
-from epmq_deploy.data.samples import TextSamples, batches, load_samples
+from epmq_deploy.data.loading import load_samples
+from epmq_deploy.data.samples import TextSamples, batches
 from epmq_deploy.errors import EpmqError, NumericsError
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.formats.base import INT8_TOLERANCE
@@ -70,9 +71,9 @@ def parity_inputs(
                 limit=_SAMPLES,
                 labelled=False,
             )
-            if isinstance(samples, TextSamples) and samples.lacks_answers:
+            if isinstance(samples, TextSamples) and samples.lacks_labels:
                 # Texts are compared; what is written behind them may be anything.
-                samples = replace(samples, written=dict.fromkeys(samples.indices, ""))
+                samples = replace(samples, pseudo_labels=dict.fromkeys(samples.indices, ""))
             found += list(batches(samples, family, folder, _SAMPLES))
         except EpmqError as error:
             missing[name] = str(error)

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from epmq_deploy.data.heads import head_of_expert
-from epmq_deploy.data.samples import Samples, batches, load_samples
+from epmq_deploy.data.loading import load_samples
+from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.text_generation.base import generates_text

@@ -10,7 +10,7 @@ import torch
 from epmq_deploy.artifacts.manifest import ExportManifest, GraphEntry, fingerprint
 from epmq_deploy.artifacts.outputs import open_output
 from epmq_deploy.data.heads import heads_of_experts, load_heads
-from epmq_deploy.data.samples import data_sha256
+from epmq_deploy.data.loading import data_sha256
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, check_unchanged, open_sources
@@ -22,7 +22,7 @@ from epmq_deploy.runtime.evaluation.bench import Bench
 from epmq_deploy.runtime.evaluation.comparison import average_interval, compare
 from epmq_deploy.runtime.evaluation.data import evaluation_samples
 from epmq_deploy.runtime.evaluation.report import EXPERTS, REFERENCE, EvalReport, Gates, Row
-from epmq_deploy.runtime.evaluation.scoring import ClassScorer, Predictions, Scorer
+from epmq_deploy.runtime.evaluation.scoring import ClassScorer, Scorer, TaskPredictions
 from epmq_deploy.runtime.evaluation.text_scoring import TextScorer
 from epmq_deploy.runtime.ort.sessions import by_format
 
@@ -102,7 +102,9 @@ def measure(
     )
 
 
-def row_of(name: str, predictions: Mapping[str, Predictions], margin: float, **costs: Any) -> Row:
+def row_of(
+    name: str, predictions: Mapping[str, TaskPredictions], margin: float, **costs: Any
+) -> Row:
     """One model's accuracies, compared with fp32 merged unless it is that or the experts.
 
     Args:

@@ -28,7 +28,7 @@ Family = TypeVar("Family", bound=ModelFamily)
 
 
 @dataclass(frozen=True)
-class Predictions:
+class TaskPredictions:
     """What every model predicts for the samples of one task.
 
     Attributes:
@@ -76,7 +76,7 @@ class Scorer(ABC, Generic[Model, Family]):
         """Every format of the export, ready to run with that many threads."""
 
     @abstractmethod
-    def predict(self, models: Mapping[str, Model], task: str, samples: Samples) -> Predictions:
+    def predict(self, models: Mapping[str, Model], task: str, samples: Samples) -> TaskPredictions:
         """Predictions of these models and, where evaluated, of the task's expert."""
 
     @abstractmethod
@@ -111,7 +111,7 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
             for entry in self.entries
         }
 
-    def predict(self, models: Mapping[str, Graph], task: str, samples: Samples) -> Predictions:
+    def predict(self, models: Mapping[str, Graph], task: str, samples: Samples) -> TaskPredictions:
         """See base. Each sample is decoded once."""
         expert = self.experts.become(task) if self.experts else None
         names = [*([EXPERTS] if expert else []), *models]
@@ -124,7 +124,7 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
                 logits = self.heads[task](embeddings(expert, self.family, batch))
                 classes[EXPERTS].append(logits.argmax(dim=1).numpy())
         predicted = {name: np.concatenate(parts) for name, parts in classes.items()}
-        return Predictions(samples.labels().numpy(), predicted)
+        return TaskPredictions(samples.labels().numpy(), predicted)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """See base."""

@@ -18,13 +18,13 @@ from epmq_deploy.models.experts import ExpertBackbone
 from epmq_deploy.models.text_generation.base import SpecialTokens, TextGenerationFamily
 from epmq_deploy.runtime.evaluation.rank_correlation import RankCorrelation
 from epmq_deploy.runtime.evaluation.report import EXPERTS
-from epmq_deploy.runtime.evaluation.scoring import Predicted, Predictions, Scorer, raw_samples
+from epmq_deploy.runtime.evaluation.scoring import Predicted, Scorer, TaskPredictions, raw_samples
 from epmq_deploy.runtime.evaluation.significance import Floats
 from epmq_deploy.runtime.ort.generation import TextWriter, text_writer
 from epmq_deploy.runtime.ort.sessions import Graph, by_format
 
 
-class NumberPredictions(Predictions):
+class NumberPredictions(TaskPredictions):
     """Numbers, as texts."""
 
     def score(self, model: str) -> RankCorrelation:
@@ -63,7 +63,9 @@ class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
             for name, graphs in by_format(self.entries).items()
         }
 
-    def predict(self, models: Mapping[str, TextWriter], task: str, samples: Samples) -> Predictions:
+    def predict(
+        self, models: Mapping[str, TextWriter], task: str, samples: Samples
+    ) -> TaskPredictions:
         """See base; answers as `normalised`."""
         expert = self.experts.become(task) if self.experts else None
         names = [*([EXPERTS] if expert else []), *models]
@@ -78,10 +80,12 @@ class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
                 answers = torch.from_numpy(writer.write(*prompts))
                 written[name] += self.family.decode(self.folder, answers)
             if expert is not None:
-                written[EXPERTS] += self.family.write(expert, self.folder, texts, self.max_tokens)
+                written[EXPERTS] += self.family.generate(
+                    expert, self.folder, texts, self.max_tokens
+                )
         found = {name: np.array(list(map(normalised, texts))) for name, texts in written.items()}
         assert isinstance(samples, TextSamples), "of a family that writes texts"
-        kind = Predictions if samples.wording.decimals is None else NumberPredictions
+        kind = TaskPredictions if samples.prompt_format.decimals is None else NumberPredictions
         return kind(np.array(list(map(normalised, truth))), found)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 
 from epmq_deploy.checkpoints.hub import HubId, hub_id
 from epmq_deploy.checkpoints.model_folder import ModelFolder
-from epmq_deploy.data.samples import load_samples
+from epmq_deploy.data.loading import load_samples
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.recipe import DataSource, load_recipe

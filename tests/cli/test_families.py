@@ -12,7 +12,8 @@ from command_line import run
 from safetensors.torch import load_file, save_file
 from tiny_families import ARCHITECTURES, FAMILY_TASKS, TinyModels, build_tiny_models
 
-from epmq_deploy.data.samples import batches, load_samples
+from epmq_deploy.data.loading import load_samples
+from epmq_deploy.data.samples import batches
 from epmq_deploy.models import family_of
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 from epmq_deploy.quantization.methods.epmq import PRESETS

@@ -14,7 +14,7 @@ from command_line import run
 from tiny_text_generators import WRITER_TASKS, WRITERS, TinyWriters, build_tiny_text_generators
 
 from epmq_deploy.artifacts.manifest import GraphEntry, read_manifest
-from epmq_deploy.data.samples import load_samples
+from epmq_deploy.data.loading import load_samples
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.text_generation.base import TextGenerationFamily, generates_text

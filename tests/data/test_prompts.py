@@ -4,7 +4,7 @@ import pytest
 from merged_text_generators import MergedTextGenerator, two_streams
 from tiny_text_generators import TOKENS
 
-from epmq_deploy.data.prompts import Wording
+from epmq_deploy.data.prompts import PromptFormat
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models.text_generation.base import TextPair
 from epmq_deploy.quantization.stage import calibration_samples
@@ -82,7 +82,7 @@ def test_templates_name_columns_and_nothing_else(template: str) -> None:
 
 def test_numbers_are_written_with_so_many_decimals() -> None:
     prompt = Prompt(template="{text}", decimals=1)
-    wording = Wording.of(prompt, "text", "label", ("text", "label"), "data")
+    wording = PromptFormat.of(prompt, "text", "label", ("text", "label"), "data")
     # As a column of 32-bit floats holds 3.8.
     assert wording.answer({"text": "red", "label": 3.799999952316284}) == "3.8"
     assert wording.answer({"text": "red", "label": 5}) == "5.0"

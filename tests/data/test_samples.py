@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_text import TinyText
 from tiny_zoo import TinyZoo
 
-from epmq_deploy.data.samples import batches, data_sha256, load_samples
+from epmq_deploy.data.loading import data_sha256, load_samples
+from epmq_deploy.data.samples import batches
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.recipe import DataSource

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
 from epmq_deploy.data.heads import build_heads
-from epmq_deploy.data.samples import batches, load_samples
+from epmq_deploy.data.loading import load_samples
+from epmq_deploy.data.samples import batches
 from epmq_deploy.errors import MismatchError, NumericsError
 from epmq_deploy.merging.methods.fisher import fisher_mean
 from epmq_deploy.merging.regression import regression_mean, shrink_off_diagonal

@@ -9,7 +9,7 @@ from tiny_zoo import TinyZoo
 
 from epmq_deploy.data.agreement import divergence, predictions_of, tune
 from epmq_deploy.data.heads import build_heads
-from epmq_deploy.data.samples import load_samples
+from epmq_deploy.data.loading import load_samples
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of

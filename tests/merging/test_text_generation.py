@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_text_generators import WRITER_TASKS
 from torch import Tensor, nn
 
-from epmq_deploy.data.samples import load_samples
+from epmq_deploy.data.loading import load_samples
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models.text_generation.base import TextPair
 from epmq_deploy.recipe import Recipe, override

@@ -6,7 +6,7 @@ from merged_text_generators import MergedTextGenerator, plain_scores
 from torch.nn.utils.rnn import pad_sequence
 
 from epmq_deploy.data.agreement import predictions_of
-from epmq_deploy.models.predictions import Predictions
+from epmq_deploy.models.predictions import PredictedLogits
 from epmq_deploy.models.text_generation.base import TextPair
 from epmq_deploy.quantization.stage import calibration_samples
 
@@ -34,7 +34,7 @@ def test_they_are_those_of_each_sample_alone(merged_text_generator: MergedTextGe
 def test_means_are_taken_by_sample() -> None:
     counts = torch.tensor([2, 0, 3, 1])
     values = torch.randn(6, generator=torch.Generator().manual_seed(0))
-    found = Predictions(torch.zeros(6, 4), counts).per_sample(values)
+    found = PredictedLogits(torch.zeros(6, 4), counts).per_sample(values)
     rows = pad_sequence(list(values.split(counts.tolist())), batch_first=True)
     assert torch.allclose(found, rows.sum(dim=1) / torch.tensor([2, 1, 3, 1]))
     assert float(found[1]) == 0

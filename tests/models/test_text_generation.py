@@ -148,7 +148,7 @@ def test_the_answers_written_are_those_of_transformers(
     """Batched and padded here, one by one there."""
     texts = ["first : red tree", "second : blue house runs sings", "red"]
     model = merged_text_generator.models.load(merged_text_generator.folder)
-    found = merged_text_generator.family.write(
+    found = merged_text_generator.family.generate(
         merged_text_generator.family.load(merged_text_generator.folder),
         merged_text_generator.folder,
         texts,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from merged_text_generators import MergedTextGenerator, plain_divergence
 
-from epmq_deploy.data.samples import load_samples
+from epmq_deploy.data.loading import load_samples
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.quantization.artifact import load_artifact

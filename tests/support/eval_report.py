@@ -9,7 +9,7 @@ from epmq_deploy.runtime.evaluation.diagnosis import Diagnosis, LayerNoise
 from epmq_deploy.runtime.evaluation.evaluate import row_of
 from epmq_deploy.runtime.evaluation.latency import Timing
 from epmq_deploy.runtime.evaluation.report import EvalReport, Gates, Row
-from epmq_deploy.runtime.evaluation.scoring import Predictions
+from epmq_deploy.runtime.evaluation.scoring import TaskPredictions
 from epmq_deploy.runtime.evaluation.significance import Interval
 from epmq_deploy.runtime.ort.footprint import Footprint
 
@@ -26,7 +26,7 @@ MODELS = {
 }
 
 
-def predictions(tasks: Mapping[str, int] = TASKS) -> dict[str, Predictions]:
+def predictions(tasks: Mapping[str, int] = TASKS) -> dict[str, TaskPredictions]:
     """Class 1 is true; each model gets its share of the first samples right."""
     found = {}
     for task, count in tasks.items():
@@ -34,7 +34,7 @@ def predictions(tasks: Mapping[str, int] = TASKS) -> dict[str, Predictions]:
             name: (np.arange(count) < share * count).astype(np.int64)
             for name, (share, _, _) in MODELS.items()
         }
-        found[task] = Predictions(np.ones(count, np.int64), predicted)
+        found[task] = TaskPredictions(np.ones(count, np.int64), predicted)
     return found
 
 

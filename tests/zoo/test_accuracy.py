@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from epmq_deploy.data.accuracy import torch_accuracy
 from epmq_deploy.data.heads import build_heads
-from epmq_deploy.data.samples import batches, load_samples
+from epmq_deploy.data.loading import load_samples
+from epmq_deploy.data.samples import batches
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources

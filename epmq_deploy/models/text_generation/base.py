@@ -187,7 +187,7 @@ class TextGenerationFamily(TypedFamily):
         whole: nn.Module = fill(model, folder, self.canonical_key, self.tied)
         return whole
 
-    def write(
+    def generate(
         self, model: nn.Module, folder: Path, texts: Sequence[str], max_tokens: int
     ) -> list[str]:
         """What a model answers, greedily, in torch.

@@ -9,7 +9,7 @@ import torch
 from tiny_text_generators import WRITER_TASKS, WRITERS, build_tiny_text_generators
 from torch import Tensor
 
-from epmq_deploy.data.samples import load_samples
+from epmq_deploy.data.loading import load_samples
 from epmq_deploy.exporters.graphs import text_generation as module
 from epmq_deploy.exporters.graphs.text_generation import (
     TextGenerationGraph,

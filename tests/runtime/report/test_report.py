@@ -14,7 +14,7 @@ from epmq_deploy.errors import GateError, RecipeError
 from epmq_deploy.runtime.evaluation.evaluate import row_of
 from epmq_deploy.runtime.evaluation.gates import check_gates, misses, recommend
 from epmq_deploy.runtime.evaluation.report import Gates, Row
-from epmq_deploy.runtime.evaluation.scoring import Predictions
+from epmq_deploy.runtime.evaluation.scoring import TaskPredictions
 from epmq_deploy.runtime.evaluation.significance import Interval
 from epmq_deploy.runtime.report.json_report import read_report, report_dict
 from epmq_deploy.runtime.report.markdown import markdown_table
@@ -43,7 +43,7 @@ def test_rows_say_how_they_compare_with_fp32() -> None:
 def test_predictions_may_be_texts() -> None:
     truth = np.array(["yes", "no", "maybe"])
     predicted = {"fp32": np.array(["yes", "no", "no"]), "low": np.array(["yes", "yes", "no"])}
-    row = row_of("low", {"a": Predictions(truth, predicted)}, 1.0)
+    row = row_of("low", {"a": TaskPredictions(truth, predicted)}, 1.0)
     assert row.accuracy["a"] == pytest.approx(100 / 3)
     assert row.against["a"].agreement == pytest.approx(200 / 3)
 

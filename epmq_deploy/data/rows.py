@@ -1,0 +1,63 @@
+"""Rows of a data source, opened with ``datasets``."""
+
+from pathlib import Path
+from typing import Any
+
+from epmq_deploy.checkpoints.hub import hub_id
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.recipe import DataSource
+
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+
+
+def load_rows(task: str, source: DataSource) -> Any:
+    """Open a data source as a ``datasets.Dataset``.
+
+    Args:
+        task: name used in messages.
+        source: a local file or folder, or a data set of the hub.
+
+    Raises:
+        RecipeError: it cannot be opened, or has several splits and none is chosen.
+    """
+    import datasets
+
+    path = Path(source.path)
+    where = f"task {task!r}: {source.path}"
+    on_hub = None if path.exists() else hub_id(source.path)
+    if not path.exists() and on_hub is None:
+        raise RecipeError(f"{where}: no such file or folder")
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            builder = _BUILDERS.get(path.suffix)
+            if builder is None:
+                raise RecipeError(f"{where}: unknown kind of file; known: {', '.join(_BUILDERS)}")
+            opened = datasets.load_dataset(builder, data_files=str(path))
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            opened = datasets.load_from_disk(str(path))
+        elif on_hub is not None:
+            opened = datasets.load_dataset(
+                on_hub.repository, source.subset, revision=on_hub.revision
+            )
+        else:
+            opened = datasets.load_dataset(source.path, source.subset)
+    except RecipeError:
+        raise
+    except Exception as error:  # datasets raises a different type for every loader
+        raise RecipeError(f"{where} cannot be loaded ({first_line(error)})") from error
+    if not isinstance(opened, dict):
+        if source.split is not None:
+            raise RecipeError(f"{where} has no splits, but split {source.split!r} was asked for")
+        return opened
+    split = source.split or (next(iter(opened)) if len(opened) == 1 else None)
+    if split not in opened:
+        raise RecipeError(
+            f"{where}: split {split!r} not found, name one of {', '.join(opened)} as split"
+        )
+    return opened[split]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
