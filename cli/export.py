@@ -7,6 +7,7 @@ import typer
 
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.options import CommonOptions, OutputFolder, RecipeFile, needed, recipe_of
+from epmq_deploy.cli.process import free_memory_eagerly
 from epmq_deploy.recipe import ExportOptions
 
 
@@ -42,6 +43,7 @@ def command(
     from epmq_deploy.cli.tables import export_table
     from epmq_deploy.exporters.stage import export
 
+    free_memory_eagerly()
     manifest = export(
         recipe_of(recipe, source, "quantize", "export", flags),
         source,

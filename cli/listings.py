@@ -63,6 +63,7 @@ def formats_data() -> dict[str, Any]:
             "name": item.name,
             "file": f"model{item.suffix}.onnx",
             "low_bit": item.low_bit,
+            "default": item.default,
             "summary": item.summary,
         }
         for item in FORMATS.values()
@@ -81,12 +82,16 @@ def formats_data() -> dict[str, Any]:
 
 def formats_tables(data: Mapping[str, Any]) -> Group:
     """Return what ``formats_data`` returned as two tables."""
-    formats = Table(title="formats", caption="--formats writes these")
-    for heading in ("name", "file", "weights", "what it is"):
+    formats = Table(
+        title="formats", caption="--formats writes these; * if neither it nor --target is given"
+    )
+    for heading in ("name", "default", "file", "weights", "what it is"):
         formats.add_column(heading, no_wrap=heading in ("name", "file"))
     for item in data["formats"]:
         weights = "low-bit" if item["low_bit"] else "float"
-        formats.add_row(*map(escape, (item["name"], item["file"], weights, item["summary"])))
+        default = "*" if item["default"] else ""
+        row = (item["name"], default, item["file"], weights, item["summary"])
+        formats.add_row(*map(escape, row))
     targets = Table(
         title="deployment targets", caption="--target writes the formats of a target, best first"
     )

@@ -34,6 +34,13 @@ def log_errors_only() -> None:
     logging.getLogger("epmq_deploy").setLevel(logging.ERROR)
 
 
+def free_memory_eagerly() -> None:
+    """Let exports change this process's allocator, which lowers their peak memory."""
+    from epmq_deploy.exporters.memory import allow_allocator_settings
+
+    allow_allocator_settings()
+
+
 def silence_onnxruntime() -> None:
     """Keep onnxruntime's own log off the terminal; commands report its errors in one sentence."""
     import onnxruntime

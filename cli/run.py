@@ -9,7 +9,7 @@ import yaml
 from epmq_deploy.cli.evaluate import show_report
 from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
 from epmq_deploy.cli.options import CommonOptions
-from epmq_deploy.cli.process import silence_onnxruntime
+from epmq_deploy.cli.process import free_memory_eagerly, silence_onnxruntime
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.options import split_entries
 from epmq_deploy.recipe import Recipe, load_recipe, override
@@ -41,6 +41,7 @@ def command(
     from epmq_deploy.pipeline import run
 
     silence_onnxruntime()
+    free_memory_eagerly()
     report = run(
         changed,
         output,

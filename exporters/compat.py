@@ -1,13 +1,20 @@
-"""Parts of onnxruntime and of torch's exporter that are not documented as stable, each once.
+"""Parts of onnxruntime, torch's exporter and transformers not documented as stable, each once.
 
 `tests/exporters/test_compat.py` says when one of them changes.
 """
 
+from __future__ import annotations
+
 import ast
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 # Where torch's exporter notes the modules a node comes from, outermost first.
 _SCOPES_KEY = "pkg.torch.onnx.name_scopes"
@@ -38,3 +45,24 @@ def module_of(node: ir.Node) -> str | None:
     scopes = node.metadata_props.get(_SCOPES_KEY)
     # The last scope is the operation itself.
     return None if scopes is None else str(ast.literal_eval(scopes)[-2])
+
+
+def filled_cache(pairs: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """Return a transformers cache that holds the keys and values of each block.
+
+    Checked with transformers 5.23.
+
+    Args:
+        pairs: keys and values by block, ``[B, H, S, D]``.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    cache = DynamicCache()
+    for keys, values in pairs:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        # Appending to the empty start would leave an operation in the graph.
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache

@@ -1,4 +1,4 @@
-"""Memory goes back to the system: what nothing refers to any more, and what is in files as well."""
+"""Return memory to the system: what nothing refers to any more, and what is in files as well."""
 
 import contextlib
 import ctypes
@@ -18,6 +18,16 @@ _LARGE_BLOCK = 2**20
 # Where glibc's own adjustment ends.
 _LARGEST_THRESHOLD = 2**25
 
+# Set once by the program that owns the process (`allow_allocator_settings`), never by a library
+# call: glibc has no way to read a setting, so that what the program had cannot be restored.
+_allocator_settings_allowed = False
+
+
+def allow_allocator_settings() -> None:
+    """Let `eager_free` change glibc's allocator from now on; for programs that own the process."""
+    global _allocator_settings_allowed
+    _allocator_settings_allowed = True
+
 
 def release_memory() -> None:
     """Collect cycles, which onnx-ir's graphs are, and return freed and mapped pages."""
@@ -27,12 +37,16 @@ def release_memory() -> None:
 
 
 @contextlib.contextmanager
-def living_objects_set_aside() -> Iterator[None]:
-    """Have collections pass over what is alive already, which outlives the work within.
+def frozen_gc() -> Iterator[None]:
+    """Exclude objects that are alive already from garbage collection during the work within.
 
     Modules and what torch keeps of its traces are by far the most objects of the process, so that
-    looking through them takes most of every collection's time.
+    looking through them takes most of every collection's time. Does nothing if the caller has
+    frozen objects: they cannot be told apart afterwards, and would be thawed with the others.
     """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield
@@ -41,12 +55,16 @@ def living_objects_set_aside() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def large_blocks_returned() -> Iterator[None]:
-    """Have freed tensors returned at once instead of kept for later, smaller ones.
+def eager_free() -> Iterator[None]:
+    """Return freed tensors to the system at once instead of keeping their memory for later ones.
 
     For work that replaces one large tensor after another: what glibc keeps would add up to another
-    model. Costs time, as every new page is cleared.
+    model. Costs time, as every new page is cleared. Does nothing before
+    `allow_allocator_settings`.
     """
+    if not _allocator_settings_allowed:
+        yield
+        return
     _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE_BLOCK)
     try:
         yield
@@ -55,7 +73,7 @@ def large_blocks_returned() -> Iterator[None]:
 
 
 def map_weights(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
-    """Have large parameters stay in their files (`epmq_deploy.checkpoints.memory_map`).
+    """Leave large parameters in their files (`epmq_deploy.checkpoints.memory_map`).
 
     Args:
         model: holds the tensors' values already.
@@ -72,8 +90,8 @@ def map_weights(model: nn.Module, tensors: Mapping[str, TensorInfo]) -> None:
 
 
 @contextlib.contextmanager
-def weights_released(model: nn.Module) -> Iterator[None]:
-    """Have each module forget its mapped weights when it has run."""
+def release_weights_after_use(model: nn.Module) -> Iterator[None]:
+    """Release the mapped weights of each module when it has run."""
     handles = [
         module.register_forward_hook(lambda *_: release_mapped())
         for module in model.modules()
@@ -87,7 +105,9 @@ def weights_released(model: nn.Module) -> Iterator[None]:
 
 
 def _call_glibc(function: str, *arguments: int) -> None:
-    """Where there is glibc; other allocators are left alone."""
-    found = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
-    if found is not None:
-        found(*arguments)
+    """Call a function of glibc, if this is the system's C library; leave others alone."""
+    if sys.platform != "linux":
+        return
+    address = getattr(ctypes.CDLL(None), function, None)
+    if address is not None:
+        address(*arguments)

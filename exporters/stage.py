@@ -29,10 +29,10 @@ from epmq_deploy.exporters.graphs.build import by_kind, write_graphs
 from epmq_deploy.exporters.graphs.quantized_backbone import quantized_layers
 from epmq_deploy.exporters.graphs.specs import Part, parts_of
 from epmq_deploy.exporters.memory import (
-    large_blocks_returned,
+    eager_free,
     map_weights,
     release_memory,
-    weights_released,
+    release_weights_after_use,
 )
 from epmq_deploy.exporters.targets import TARGETS
 from epmq_deploy.exporters.targets.check import check_target
@@ -181,7 +181,7 @@ def _write(
     options, merged = recipe.export, quantized / MERGED_FOLDER
     family = family_of(merged)
     layers, replaced = load_artifact(quantized)
-    with large_blocks_returned():
+    with eager_free():
         backbone = family.load(merged)
         source = ModelFolder.at(merged)
         map_weights(backbone, Checkpoint.open(source, family.canonical_key, family.tied).tensors)
@@ -192,7 +192,7 @@ def _write(
         for name, layer in by_kind(backbone, layers)[0].items()
     }
     check_target(options, grids, made.recipe.quantize)
-    with weights_released(backbone):
+    with release_weights_after_use(backbone):
         parts, heads = parts_of(
             recipe.tasks, family, backbone, merged, device=device, progress=progress
         )

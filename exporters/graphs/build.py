@@ -16,8 +16,8 @@ from epmq_deploy.exporters.graphs.trace import trace
 from epmq_deploy.exporters.lowering.int8.matmul import integer_layers
 from epmq_deploy.exporters.lowering.two_bits import NarrowToTwoBits
 from epmq_deploy.exporters.memory import (
-    large_blocks_returned,
-    living_objects_set_aside,
+    eager_free,
+    frozen_gc,
     release_memory,
 )
 from epmq_deploy.exporters.packing.packed_linear import pack_linear
@@ -32,7 +32,7 @@ from epmq_deploy.runtime.ort.graph_runs import INT8_LEVEL
 FP32_FORMAT = "fp32"
 
 
-@living_objects_set_aside()
+@frozen_gc()
 def write_graphs(
     model: Deployable,
     example_inputs: tuple[Tensor, ...],
@@ -151,7 +151,7 @@ def _write(
 ) -> WrittenGraph:
     """Lower a graph, check it and write it."""
     version = opset or fmt.usual_opset(graph)
-    with large_blocks_returned():
+    with eager_free():
         convert_version(graph, version)
         plan.lower(graph)
     graph.metadata_props[FORMAT_KEY] = fmt.name

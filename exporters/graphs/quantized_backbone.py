@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from epmq_deploy.exporters.memory import large_blocks_returned
+from epmq_deploy.exporters.memory import eager_free
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.sequential import apply_quantized
 
@@ -28,7 +28,7 @@ def quantized_layers(
         for name, module in modules.items()
         if isinstance(module, nn.Linear) and shared[id(module.weight)] == 1
     }
-    with large_blocks_returned():
+    with eager_free():
         rest = {name: layer for name, layer in layers.items() if name not in alone}
         apply_quantized(backbone, rest, replaced)
         handles = [

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_deploy.exporters.compat import filled_cache
 from epmq_deploy.exporters.verification.parity import ParityInputs
 from epmq_deploy.models.deployable import Deployable
 from epmq_deploy.models.text_generation.base import (
@@ -231,7 +232,7 @@ class CausalGraph(TextGenerationGraph):
         """Return what ``output_names`` lists."""
         ids, mask, positions, *past = inputs
         pairs = [(past[start], past[start + 1]) for start in range(0, len(past), 2)]
-        cache = _cache(pairs)
+        cache = filled_cache(pairs)
         logits = self.backbone(
             input_ids=ids,
             attention_mask=mask,
@@ -313,27 +314,12 @@ def _decoded(backbone: nn.Module, mask: Tensor, ids: Tensor, hidden: Tensor, cac
     return logits
 
 
-def _cache(pairs: list[tuple[Tensor, Tensor]]) -> Any:
-    """Return a cache that holds keys and values of each block."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    cache = DynamicCache()
-    for keys, values in pairs:
-        layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
-        # Appending to the empty start would leave an operation in the graph.
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    return cache
-
-
 def _encoder_decoder_cache(
     own: list[tuple[Tensor, Tensor]], across: list[tuple[Tensor, Tensor]]
 ) -> Any:
     from transformers import EncoderDecoderCache
 
-    return EncoderDecoderCache(_cache(own), _cache(across))
+    return EncoderDecoderCache(filled_cache(own), filled_cache(across))
 
 
 def _both(*layers: Any) -> tuple[Tensor, ...]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from epmq_deploy.exporters.memory import (
-    large_blocks_returned,
-    living_objects_set_aside,
+    eager_free,
+    frozen_gc,
     release_memory,
 )
 from epmq_deploy.exporters.verification.kernels import (
@@ -67,7 +67,7 @@ class ExportedGraph(GraphFile):
     low_bit_nodes: int
 
 
-@living_objects_set_aside()
+@frozen_gc()
 def verify_graph(graph: WrittenGraph) -> ExportedGraph:
     """Verify that a file holds its layers' codes and that onnxruntime would run them in low bits.
 
@@ -78,7 +78,7 @@ def verify_graph(graph: WrittenGraph) -> ExportedGraph:
     """
     nodes = 0
     if graph.linear or graph.rows:
-        with large_blocks_returned():
+        with eager_free():
             verify_codes(graph.path, {**graph.linear, **graph.rows})
             release_memory()
             verify_int8_rows(graph.path, graph.rows)

@@ -38,7 +38,7 @@ def verify_valid(model: ir.Model, file: str) -> None:
         onnx.checker.check_model(weightless(model), full_check=True)
     # Its exceptions share no narrower base class with those of shape inference.
     except Exception as error:
-        raise NumericsError(f"{file} is no usable ONNX model: {error}") from error
+        raise NumericsError(f"{file} is not a valid ONNX model: {error}") from error
 
 
 def verify_codes(path: Path, layers: Mapping[str, QuantizedLinear]) -> None:

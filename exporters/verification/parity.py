@@ -16,7 +16,7 @@ from epmq_deploy.data.samples import TextSamples, batches
 from epmq_deploy.errors import EpmqError, NumericsError
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.formats.base import INT8_TOLERANCE
-from epmq_deploy.exporters.memory import living_objects_set_aside, weights_released
+from epmq_deploy.exporters.memory import frozen_gc, release_weights_after_use
 from epmq_deploy.exporters.verification.graphs import ExportedGraph
 from epmq_deploy.models import Deployable, ModelFamily
 from epmq_deploy.recipe import Task
@@ -87,11 +87,11 @@ def parity_inputs(
 def torch_outputs(model: Deployable, inputs: Batches) -> Outputs:
     """Return what the model gives per batch, as ``output_names``."""
     model.eval()
-    with torch.inference_mode(), weights_released(model):
+    with torch.inference_mode(), release_weights_after_use(model):
         return [model(*batch) for batch in inputs]
 
 
-@living_objects_set_aside()
+@frozen_gc()
 def measure_parity(
     graph: ExportedGraph, expected: Outputs, inputs: Batches, accuracy_level: int
 ) -> Parity:

@@ -79,7 +79,7 @@ def _work(path: Path, task: Task) -> None:
             _work_apart(task)
     # onnxruntime's exceptions share no narrower base class.
     except Exception as error:
-        raise NumericsError(f"{path.name} is no usable ONNX model: {error}") from error
+        raise NumericsError(f"{path.name} is not a valid ONNX model: {error}") from error
 
 
 def _work_apart(task: Task) -> None:

@@ -33,6 +33,11 @@ def test_formats_and_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert (list(formats), list(targets)) == (list(FORMATS), list(TARGETS))
     assert formats["qdq"]["file"] == "model_qdq.onnx"
     assert [formats[name]["low_bit"] for name in ("fp32", "qdq")] == [False, True]
+    assert {name for name in formats if formats[name]["default"]} == {
+        name for name, item in FORMATS.items() if item.default
+    }
+    marked = {line.split("│")[1].strip() for line in shown.splitlines() if "│ *" in line}
+    assert marked == {name for name, item in FORMATS.items() if item.default}
     assert targets["cpu"]["formats"] == list(TARGETS["cpu"].formats)
     assert targets["cpu"]["why"] == TARGETS["cpu"].why
 

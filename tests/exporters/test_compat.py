@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from epmq_deploy.exporters.compat import float16_proto, module_of
+from epmq_deploy.exporters.compat import filled_cache, float16_proto, module_of
 
 
 def test_float16_conversion_keeps_inputs_and_outputs() -> None:
@@ -34,3 +34,17 @@ def test_nodes_know_the_module_they_were_traced_from() -> None:
     modules = {module_of(node) for node in program.model.graph}
     assert "inner" in modules
     assert module_of(ir.node("Relu", [ir.Value(name="x")])) is None
+
+
+def test_a_filled_cache_holds_the_very_tensors_and_appends_to_them() -> None:
+    pairs = [(torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 4)) for _ in range(2)]
+    cache = filled_cache(pairs)
+    assert len(cache.layers) == 2
+    for layer, (keys, values) in zip(cache.layers, pairs, strict=True):
+        assert layer.keys is keys
+        assert layer.values is values
+    assert cache.get_seq_length() == 5
+    keys, values = torch.randn(2, 3, 1, 4), torch.randn(2, 3, 1, 4)
+    appended = cache.update(keys, values, 0)
+    assert torch.equal(appended[0], torch.cat([pairs[0][0], keys], dim=2))
+    assert torch.equal(appended[1], torch.cat([pairs[0][1], values], dim=2))

@@ -50,5 +50,5 @@ def test_shapes_that_do_not_fit_are_found_before_writing(exported) -> None:
     weight = product.inputs[1]
     wrong = ir.Tensor(np.zeros((weight.shape[0] + 1, 512), np.float32), name=weight.name)
     weight.const_value, weight.shape = wrong, wrong.shape
-    with pytest.raises(NumericsError, match=r"model\.onnx is no usable ONNX model"):
+    with pytest.raises(NumericsError, match=r"model\.onnx is not a valid ONNX model"):
         verify_valid(model, "model.onnx")

@@ -1,6 +1,7 @@
 """What keeps the memory of an export small changes nothing about what it computes."""
 
 import copy
+import gc
 import types
 from pathlib import Path
 
@@ -14,10 +15,17 @@ from torch import nn
 from epmq_deploy.checkpoints.memory_map import release_mapped
 from epmq_deploy.checkpoints.tensors import stored_tensors
 from epmq_deploy.errors import NumericsError
+from epmq_deploy.exporters import memory
 from epmq_deploy.exporters.formats.base import ExportContext
 from epmq_deploy.exporters.formats.fp16 import FORMAT as FP16
 from epmq_deploy.exporters.graphs.quantized_backbone import quantized_layers
-from epmq_deploy.exporters.memory import map_weights, weights_released
+from epmq_deploy.exporters.memory import (
+    allow_allocator_settings,
+    eager_free,
+    frozen_gc,
+    map_weights,
+    release_weights_after_use,
+)
 from epmq_deploy.exporters.verification.parity import torch_outputs
 from epmq_deploy.quantization.sequential import apply_quantized
 from epmq_deploy.runtime.ort import graph_runs
@@ -46,12 +54,45 @@ def test_modules_release_their_weights_when_they_have_run(tmp_path: Path) -> Non
     x = torch.randn(2, 512)
     expected = model(x)
     model[0].weight.zero_()
-    with weights_released(model):
+    with release_weights_after_use(model):
         model(x)
     assert torch.equal(model(x), expected)
     model[0].weight.zero_()
     model(x)
     assert not model[0].weight.any()
+
+
+def test_the_allocator_is_changed_only_where_the_program_allows_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(memory, "_call_glibc", lambda function, *_: calls.append(function))
+    monkeypatch.setattr(memory, "_allocator_settings_allowed", False)
+    with eager_free():
+        pass
+    assert calls == []
+    allow_allocator_settings()
+    with eager_free():
+        assert calls == ["mallopt"]
+    assert calls == ["mallopt", "mallopt"]
+
+
+def test_objects_are_frozen_during_the_work_within() -> None:
+    gc.unfreeze()
+    with frozen_gc():
+        assert gc.get_freeze_count() > 0
+    assert gc.get_freeze_count() == 0
+
+
+def test_objects_that_the_caller_froze_stay_frozen() -> None:
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with frozen_gc():
+            assert gc.get_freeze_count() == count
+        assert gc.get_freeze_count() == count
+    finally:
+        gc.unfreeze()
 
 
 def test_other_dtypes_stay_in_memory(tmp_path: Path) -> None:
@@ -113,7 +154,7 @@ def test_graph_that_cannot_be_loaded(
 ) -> None:
     monkeypatch.setattr(graph_runs, "_LARGE", large)
     (tmp_path / "broken.onnx").write_bytes(b"no graph")
-    with pytest.raises(NumericsError, match=r"broken\.onnx is no usable ONNX model: .*Protobuf"):
+    with pytest.raises(NumericsError, match=r"broken\.onnx is not a valid ONNX model: .*Protobuf"):
         run_graph(tmp_path / "broken.onnx", 0, [(torch.zeros(1),)])
 
 
