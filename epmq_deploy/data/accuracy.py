@@ -9,7 +9,7 @@ from epmq_deploy.models import ModelFamily, TaskHead
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> int:
-    """Samples whose largest logit is their label; ``logits [n, C]``, ``labels [n]`` int64."""
+    """Count samples whose largest logit is their label; ``logits [n, C]``, ``labels [n]`` int64."""
     return int((logits.argmax(dim=1) == labels).sum())
 
 
@@ -20,7 +20,7 @@ def torch_accuracy(
     batches: Iterable[tuple[Tensor, ...]],
     labels: Tensor,
 ) -> float:
-    """Percent correct.
+    """Return the percentage of correct predictions.
 
     Args:
         model: a backbone of ``family``.
@@ -39,7 +39,7 @@ def torch_accuracy(
 
 
 def embeddings(model: nn.Module, family: ModelFamily, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Features ``[n, D]`` of one batch, computed where the model is, returned on the CPU."""
+    """Return features ``[n, D]`` of one batch, computed where the model is, returned on the CPU."""
     device = next(model.parameters()).device
     with torch.inference_mode():
         return family.embed(model, *(value.to(device) for value in inputs)).cpu()

@@ -19,18 +19,18 @@ _BATCH = 64
 
 
 def divergence(logits: Tensor, expert_logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of a model's predictions from the expert's, ``[m]``, in nats.
+    """Return the KL divergence of a model's predictions from the expert's, ``[m]``, in nats.
 
     Args:
         logits: the model's, ``[m, C]``.
-        expert_logits: the expert's, likewise.
+        expert_logits: the expert's, ``[m, C]``.
     """
-    wanted = expert_logits.log_softmax(dim=1)
-    return (wanted.exp() * (wanted - logits.log_softmax(dim=1))).sum(dim=1)
+    expected = expert_logits.log_softmax(dim=1)
+    return (expected.exp() * (expected - logits.log_softmax(dim=1))).sum(dim=1)
 
 
 def standard_error(first: Scores, second: Scores) -> float:
-    """Standard error of the difference of two means over tasks, samples paired."""
+    """Return the standard error of the difference of two means over tasks, samples paired."""
     variance = 0.0
     for task, values in first.items():
         difference = values - second[task]
@@ -40,21 +40,21 @@ def standard_error(first: Scores, second: Scores) -> float:
 
 
 def mean_divergence(scores: Scores) -> float:
-    """Mean over tasks of the mean over samples."""
+    """Average over tasks the mean over samples."""
     return sum(float(values.mean()) for values in scores.values()) / max(len(scores), 1)
 
 
 def predictions_of(
     model: nn.Module, family: ModelFamily, folder: Path, samples: Samples, head: TaskHead | None
 ) -> PredictedLogits:
-    """What a model predicts for all samples of a task, on the CPU.
+    """Predict the logits of all samples of a task, on the CPU.
 
     Args:
         model: a backbone of ``family``.
         family: embeds and preprocesses.
         folder: a model folder with preprocessor settings.
         samples: of the task.
-        head: of the task, on the CPU; None where the family writes texts.
+        head: of the task, on the CPU; None where the family generates text.
     """
     found = [
         predict_logits(family, head, embeddings(model, family, inputs), inputs)
@@ -73,14 +73,14 @@ def scored(
     heads: Mapping[str, TaskHead],
     loss: Callable[[str, PredictedLogits], Tensor],
 ) -> Scores:
-    """Losses of a model's predictions, each sample's mean, task by task ``[n]``.
+    """Return the losses of a model's predictions: each sample's mean, by task ``[n]``.
 
     Args:
         model: a backbone of ``family``.
         family: embeds and preprocesses.
         folder: a model folder with preprocessor settings.
         samples: by task.
-        heads: by task; none where models write texts.
+        heads: by task; none where models generate text.
         loss: of each prediction ``[m]``, given the task and its predictions.
     """
     found = {}
@@ -98,7 +98,7 @@ class Judge:
         family: embeds and preprocesses.
         folder: a model folder with preprocessor settings.
         samples: by task.
-        heads: by task; none where models write texts.
+        heads: by task; none where models generate text.
         wanted: what experts predict for their own task's samples; in memory, float32.
     """
 
@@ -118,14 +118,14 @@ class Judge:
         expert: Callable[[str], nn.Module],
         expert_heads: Mapping[str, TaskHead],
     ) -> "Judge":
-        """The judge that wants what experts predict.
+        """Return a judge that compares with the experts' predictions.
 
         Args:
             family: embeds and preprocesses.
             folder: a model folder with preprocessor settings.
             samples: by task.
-            heads: by task; none where models write texts.
-            expert: the backbone of a task's expert, until the next call.
+            heads: by task; none where models generate text.
+            expert: returns the backbone of a task's expert, valid until the next call.
             expert_heads: the heads experts predict through, by task.
         """
         wanted = {
@@ -135,7 +135,7 @@ class Judge:
         return cls(family, folder, samples, heads, wanted)
 
     def scores(self, model: nn.Module) -> Scores:
-        """Divergences from the experts, task by task ``[n]``."""
+        """Return divergences from the experts, by task ``[n]``."""
 
         def loss(task: str, predicted: PredictedLogits) -> Tensor:
             return divergence(predicted.logits, self.wanted[task].logits)
@@ -145,7 +145,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning a strength found.
+    """The result of tuning a strength.
 
     Attributes:
         value: the strength chosen.
@@ -168,8 +168,8 @@ def tune(
 ) -> Tuned:
     """Walk from ``start`` in equal factors as long as the divergence falls.
 
-    Another strength than ``start`` is chosen only when it is better by more than one standard error
-    of the paired difference, so that noise does not decide.
+    A strength other than ``start`` is chosen only when it is better by more than one standard
+    error of the paired difference, so that noise does not decide.
 
     Args:
         score: divergence from the experts, sample by sample, for a strength.

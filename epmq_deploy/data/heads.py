@@ -31,7 +31,7 @@ def build_heads(
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> dict[str, TaskHead]:
-    """Heads of all tasks that have one, float32, from embeddings ``[n, features]``.
+    """Build the heads of all tasks that have one, float32, from embeddings ``[n, features]``.
 
     A task whose recipe names no head has its expert's, where experts of this family carry one.
 
@@ -97,9 +97,9 @@ def heads_of_experts(
 
 
 def heads_sha256(tasks: Mapping[str, Task]) -> dict[str, str]:
-    """Identifies the heads a recipe gives, by role (``head:<task>``), as input of a stage.
+    """Hash the heads that a recipe defines, by role (``head:<task>``), as input of a stage.
 
-    Where a matrix lies does not count, what it holds does. Heads made of models are decided by the
+    A matrix counts by its values, not its path. Heads computed from models are determined by the
     models, which are inputs themselves.
     """
     found = {}
@@ -117,14 +117,14 @@ def heads_sha256(tasks: Mapping[str, Task]) -> dict[str, str]:
 
 
 def leaves_head_to_expert(task: Task, family: ModelFamily) -> bool:
-    """Whether a task's head is looked for in its expert's checkpoint."""
+    """Whether a task's head is read from its expert's checkpoint."""
     return family.experts_carry_heads if task.head is None else task.head.from_expert
 
 
 def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | None:
-    """The head in the expert's checkpoint; None where the recipe does not leave it to the expert.
+    """Return the head in the expert's checkpoint; None where the recipe gives another.
 
-    Also None where the recipe says nothing and the checkpoint holds none.
+    Also None where the recipe gives none and the checkpoint holds none.
 
     Args:
         task: the recipe's task.
@@ -148,7 +148,7 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
 
 
 def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
-    """Names of a head's classes in label order: the recipe's, or the expert's of an expert's head.
+    """Return the names of a head's classes in label order: the recipe's, or the expert's.
 
     None where there are none; ``transformers`` numbers the classes it knows no names of.
     """
@@ -163,7 +163,7 @@ def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
 def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
     if task.head is not None and generates_text(family):
         raise RecipeError(
-            f"the {family.name} family writes its answers and takes no head; give prompt.answers"
+            f"the {family.name} family generates its answers and takes no head; give prompt.answers"
         )
     if task.head is None or task.head.from_expert:
         return head_of_expert(task, family, folder)
@@ -202,7 +202,7 @@ def load_heads(folder: Path) -> dict[str, TaskHead]:
     """Read the heads of a stage's folder, by task."""
     parts: dict[str, dict[str, Tensor]] = {}
     with safe_open(folder / HEADS_FILE, framework="pt") as handle:
-        # Heads written before there was a choice have none.
+        # Heads saved before there was a choice have none.
         activations = handle.metadata() or {}
         for name in handle.keys():  # noqa: SIM118 - no mapping
             task, _, part = name.partition(".")

@@ -49,16 +49,16 @@ class TaskHead(nn.Module):
     def of_tensors(
         cls, tensors: Mapping[str, Tensor], activation: Activation = "tanh"
     ) -> "TaskHead":
-        """The head whose ``state_dict`` is ``tensors``."""
+        """Return the head whose ``state_dict`` is ``tensors``."""
         return cls(**tensors, activation=activation)
 
     @property
     def classes(self) -> int:
-        """``C``."""
+        """Return ``C``, the number of classes."""
         return self.weight.shape[0]
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Logits ``[B, C]`` of embeddings ``[B, D]``."""
+        """Return logits ``[B, C]`` of embeddings ``[B, D]``."""
         if self.pooler_weight is not None:
             embedding = embedding @ self.pooler_weight.T
             if self.pooler_bias is not None:
@@ -68,7 +68,7 @@ class TaskHead(nn.Module):
         return logits if self.bias is None else logits + self.bias
 
     def problems(self, features: int) -> list[str]:
-        """Why this is no usable head for embeddings of width ``features``; empty where it is."""
+        """Say why the head is not usable for embeddings of width ``features``; empty if it is."""
         found = []
         width = features
         if self.pooler_weight is not None:

@@ -1,9 +1,8 @@
-"""What models predict, whatever their kind; divergences, entropies and likelihoods are taken of it.
+"""Predicted logits of any model, the input of divergences, entropies and likelihoods.
 
-A classifier predicts a class once a sample, through the task's head. A model that writes texts
-predicts the next token wherever one of the answer is due, through its own output layer, after
-reading what comes before it in the sample's answer ("teacher forcing"): several predictions a
-sample, of which padding is none.
+A classifier predicts one class per sample, through the task's head. A text-generation model
+predicts every token of the answer, through its output layer, after reading the tokens of the
+sample's answer before it ("teacher forcing"): several predictions per sample, none for padding.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from epmq_deploy.models.text_generation.base import generates_text
 
 @dataclass(frozen=True)
 class PredictedLogits:
-    """Of ``n`` samples.
+    """Predicted logits of ``n`` samples.
 
     Attributes:
         logits: ``[m, C]``, float32, those of a sample in a row.
@@ -29,20 +28,20 @@ class PredictedLogits:
     counts: Tensor
 
     def per_sample(self, values: Tensor) -> Tensor:
-        """Means ``[n]`` over each sample's predictions of ``values [m]``; 0 where it has none."""
+        """Average ``values [m]`` over each sample's predictions, ``[n]``; 0 where it has none."""
         counts = self.counts.to(values.device)
         owners = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts)
         sums = values.new_zeros(len(counts)).index_add(0, owners, values)
         return sums / counts.clamp(min=1)
 
     def of_samples(self, start: int, stop: int) -> "PredictedLogits":
-        """Those of samples ``start`` to ``stop``."""
+        """Return the logits of samples ``start`` to ``stop``."""
         first, last = (int(self.counts[:end].sum()) for end in (start, stop))
         return PredictedLogits(self.logits[first:last], self.counts[start:stop])
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy of predictions ``[m]``, in nats, from logits ``[m, C]``."""
+    """Return the entropy of predictions ``[m]``, in nats, from logits ``[m, C]``."""
     scores = logits.log_softmax(dim=1)
     return -(scores.exp() * scores).sum(dim=1)
 
@@ -50,12 +49,12 @@ def entropy(logits: Tensor) -> Tensor:
 def predict_logits(
     family: ModelFamily, head: TaskHead | None, features: Tensor, inputs: tuple[Tensor, ...]
 ) -> PredictedLogits:
-    """What a model predicts for one batch; differentiable.
+    """Predict the logits of one batch; differentiable.
 
     Args:
         family: the model's.
-        head: of the task, where ``features`` are; None where the family writes texts.
-        features: what ``family.embed`` gave, float32.
+        head: of the task, on the device of ``features``; None where the family generates text.
+        features: as ``family.embed`` returns them, float32.
         inputs: of the model, as ``family.input_names``.
     """
     assert generates_text(family) or head is not None, "classifiers predict through heads"

@@ -8,11 +8,11 @@ from epmq_deploy.errors import RecipeError
 
 
 def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpose: str) -> Any:
-    """The folder's tokenizer; transformers would make up an empty one where it is missing.
+    """Open the folder's tokenizer; where it is missing, transformers would make up an empty one.
 
     Args:
         folder: a Hugging Face model folder.
-        files: what makes up the tokenizer where there is no ``tokenizer.json``.
+        files: of a tokenizer that is not stored as ``tokenizer.json``.
         vocabulary: rows of the model's token embedding.
         purpose: what needs it, for the message.
 

@@ -19,7 +19,7 @@ class TokenWeights:
     pooled: Tensor | None = None
 
     def weights(self, shape: torch.Size, others: float, device: torch.device) -> Tensor | None:
-        """Weight of each token, float32 ``[B, T]``; None when all weigh 1.
+        """Return the weight of each token, float32 ``[B, T]``; None when all weigh 1.
 
         Args:
             shape: ``[B, T, ...]`` of the activations.
@@ -38,7 +38,7 @@ class TokenWeights:
 
 
 def counted(activations: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows ``[n, K]`` of tokens with a positive weight, and those weights ``[n]``, float32.
+    """Return rows ``[n, K]`` of tokens with a positive weight, and those weights ``[n]``, float32.
 
     Args:
         activations: ``[B, T, K]``, or ``[B, K]`` without ``weights``.
@@ -52,12 +52,12 @@ def counted(activations: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor
 
 
 def weigh(activations: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows that count, each times the square root of its weight, and those roots.
+    """Return rows that count, each times the square root of its weight, and those roots.
 
     With rows ``r = sqrt(w) x``, ``r^T r`` is ``sum w x x^T``. Shapes as for ``counted``.
     """
-    rows, kept = counted(activations, weights)
+    rows, positive = counted(activations, weights)
     if weights is None:
-        return rows, kept
-    roots = kept.sqrt()
+        return rows, positive
+    roots = positive.sqrt()
     return rows * roots[:, None], roots

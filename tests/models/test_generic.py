@@ -167,7 +167,7 @@ class Sequence(torch.nn.Module):
     ("wiring", "message"),
     [
         ("backwards", "do not run once each, in order"),
-        ("besides", "receives something else besides hidden states"),
+        ("besides", "receives other arguments besides hidden states"),
         ("between", "does not receive what the block before it gave"),
     ],
 )

@@ -71,19 +71,19 @@ class ClassifierFamily(TypedFamily):
     model_options: Mapping[str, Any] = MappingProxyType({"add_pooling_layer": False})
 
     def is_deployed(self, key: str) -> bool:
-        """The encoder."""
+        """Whether it belongs to the encoder."""
         return key.startswith(self.deployed)
 
     def is_optional(self, key: str) -> bool:
-        """Every expert holds the whole encoder; what only pre-training uses may be left out."""
+        """Whether only pre-training uses it; otherwise every expert holds the whole encoder."""
         return key.endswith(".mask_token")
 
     def is_head(self, key: str) -> bool:
-        """The classifier and what lies between it and the encoder."""
+        """Whether it belongs to the classifier or the layers between it and the encoder."""
         return key.startswith(self.heads)
 
     def canonical_key(self, key: str) -> str | tuple[str, ...]:
-        """Without the prefix of fine-tuned checkpoints, in the names of the loaded model."""
+        """Drop the prefix of fine-tuned checkpoints and apply ``renames``."""
         for prefix in self.prefixes:
             if key.startswith(prefix):
                 key = key.removeprefix(prefix)
@@ -93,7 +93,7 @@ class ClassifierFamily(TypedFamily):
         return key
 
     def load(self, folder: Path) -> nn.Module:
-        """The encoder, without what lies between it and the classifier.
+        """Load the encoder, without the layers between it and the classifier.
 
         Raises:
             RecipeError: see ``check_config``.
@@ -102,7 +102,7 @@ class ClassifierFamily(TypedFamily):
         return load_encoder(folder, self.canonical_key, **self.model_options)
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
-        """See base."""
+        """Return one block per item of ``block_list``."""
         count = len(model.get_submodule(self.block_list))  # type: ignore[arg-type]
         return tuple(
             self._block(f"{self.block_list}.{index}", last=index == count - 1)
@@ -121,36 +121,36 @@ class ClassifierFamily(TypedFamily):
         return Block(name, tuple(group.inside(name) for group in groups), norm=norm)
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """The last hidden state of the first token."""
+        """Return the last hidden state of the first token."""
         named = dict(zip(self.input_names, inputs, strict=True))
         hidden: Tensor = model(**named).last_hidden_state
         return hidden[:, 0]
 
     def expert_head(self, expert: Checkpoint) -> TaskHead | None:
-        """The classifier of the expert, with what lies between it and the encoder.
+        """Read the expert's classifier, with the layers between it and the encoder.
 
         Raises:
-            RecipeError: one of its tensors is not there.
+            RecipeError: one of its tensors is missing.
         """
         names = self.head.tensors
-        held = {part: name for part, name in names.items() if name in expert.tensors}
-        if not any(part in held for part in ("weight", "bias")):
+        stored = {part: name for part, name in names.items() if name in expert.tensors}
+        if not any(part in stored for part in ("weight", "bias")):
             return None
-        missing = [name for part, name in names.items() if part not in held]
+        missing = [name for part, name in names.items() if part not in stored]
         if missing:
             kind = "Image" if self.modality == "image" else "Sequence"
             raise RecipeError(
                 f"{expert.folder}: its head lacks {', '.join(missing)}; save the expert with "
                 f"AutoModelFor{kind}Classification"
             )
-        tensors = {part: expert.load(name) for part, name in held.items()}
+        tensors = {part: expert.load(name) for part, name in stored.items()}
         return TaskHead.of_tensors(tensors, self.head.activation)
 
 
 def load_encoder(
     folder: Path, rename: Rename, *, without: Sequence[str] = (), **options: Any
 ) -> nn.Module:
-    """The model ``transformers`` has for a folder's ``config.json``, without a head, filled.
+    """Load a folder's model without a head, as ``transformers`` builds it from ``config.json``.
 
     Args:
         folder: a model folder.

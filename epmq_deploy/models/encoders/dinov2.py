@@ -57,7 +57,7 @@ class Dinov2Family(ImageClassifierFamily):
     model_options: Mapping[str, Any] = MappingProxyType({})
 
     def canonical_key(self, key: str) -> str | tuple[str, ...]:
-        """Files hold the gate and what it gates as one tensor."""
+        """Split the tensor in which files hold the gate and its input."""
         name = super().canonical_key(key)
         if isinstance(name, str) and "mlp.weights_in." in name:
             parts = ("mlp.gate_proj.", "mlp.up_proj.")
@@ -65,7 +65,7 @@ class Dinov2Family(ImageClassifierFamily):
         return name
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
-        """See base."""
+        """Return the blocks, with or without a gated MLP."""
         blocks = super().blocks(model)
         if not hasattr(model.get_submodule(blocks[0].name).get_submodule("mlp"), "gate_proj"):
             return blocks
@@ -78,7 +78,7 @@ class Dinov2Family(ImageClassifierFamily):
         )
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """``[CLS]`` and the mean of the patches, ``[B, 2 D]``; registers are neither."""
+        """Concatenate ``[CLS]`` and the mean of the patches, without registers, ``[B, 2 D]``."""
         hidden: Tensor = model(pixel_values=inputs[0]).last_hidden_state
         registers: int = getattr(model.config, "num_register_tokens", 0)
         patches = hidden[:, 1 + registers :].mean(dim=1)

@@ -48,7 +48,7 @@ class VitFamily(ImageClassifierFamily):
     )
 
     def expert_head(self, expert: Checkpoint) -> TaskHead | None:
-        """The expert's classifier.
+        """Read the expert's classifier.
 
         Raises:
             RecipeError: a part of it is missing, or it has DeiT's two classifiers on two tokens.

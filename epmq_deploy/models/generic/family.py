@@ -53,7 +53,7 @@ class GenericFamily(ClassifierFamily):
         self.model_types = (self.name,)
         self._folder = folder
         self._anatomy = anatomy_of(config, folder)
-        self._told = False
+        self._warned = False
         self.head = self._anatomy.head
         self.heads = tuple(
             f"{name}." for name in (self.head.classifier, self.head.pooler) if name is not None
@@ -62,19 +62,19 @@ class GenericFamily(ClassifierFamily):
         self.reads_one_token = self._anatomy.pooling == "first"
 
     def is_deployed(self, key: str) -> bool:
-        """The encoder's parameters."""
+        """Whether it is a parameter of the encoder."""
         return key in self._anatomy.encoder and not self.is_head(key)
 
     def canonical_key(self, key: str) -> str | tuple[str, ...]:
-        """As ``transformers`` itself renames what files hold."""
+        """Rename as ``transformers`` itself does."""
         return self._anatomy.rename(key)
 
     def load(self, folder: Path) -> nn.Module:
-        """The encoder without pooler."""
+        """Load the encoder without pooler."""
         return load_encoder(folder, self.canonical_key, without=("pooler",))
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
-        """Found by running the model on example inputs.
+        """Find the blocks by running the model on example inputs.
 
         Raises:
             RecipeError: see ``find_blocks``.
@@ -84,7 +84,7 @@ class GenericFamily(ClassifierFamily):
         found = find_blocks(
             model, lambda: self.embed(model, *inputs), first_token=self.reads_one_token
         )
-        if not self._told:
+        if not self._warned:
             groups = [group for block in found for group in block.groups]
             log.warning(
                 "model type %r has no family of its own: found %d blocks with %d groups of linear "
@@ -94,11 +94,11 @@ class GenericFamily(ClassifierFamily):
                 len(groups),
                 sum(group.norm is not None for group in groups),
             )
-            self._told = True
+            self._warned = True
         return found
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """Hidden states pooled as the model type's classifiers do."""
+        """Pool hidden states as the model type's classifiers do."""
         named = dict(zip(self.input_names, inputs, strict=True))
         hidden: Tensor = model(**named).last_hidden_state
         mask = named.get("attention_mask")
@@ -113,7 +113,7 @@ class GenericTextFamily(GenericFamily, TextClassifierFamily):
     tokenizer_files = ("tokenizer.json",)
 
     def positions(self, config: dict[str, Any]) -> int:
-        """As the table of positions has it."""
+        """Return the size of the table of positions."""
         return self._anatomy.positions
 
 
@@ -124,7 +124,7 @@ class GenericImageFamily(GenericFamily, ImageClassifierFamily):
 
 
 def generic_family(folder: Path) -> GenericFamily:
-    """The family of a folder whose model type no other family recognises.
+    """Return the family of a folder whose model type no other family recognises.
 
     Raises:
         RecipeError: the model cannot be taken apart; says why.

@@ -60,7 +60,7 @@ class Anatomy:
     renamings: tuple[Any, ...]
 
     def rename(self, key: str) -> str:
-        """The loaded encoder's name for a stored tensor."""
+        """Return the loaded encoder's name for a stored tensor."""
         from transformers.core_model_loading import apply_renamings
 
         key = apply_renamings(key, list(self.renamings))
@@ -72,7 +72,7 @@ class NotUnderstood(Exception):  # noqa: N818 - becomes a RecipeError that names
 
 
 def anatomy_of(config: Mapping[str, Any], where: object) -> Anatomy:
-    """How classifiers with this ``config.json`` are put together.
+    """Find out how classifiers with this ``config.json`` are put together.
 
     Args:
         config: the base's.
@@ -197,7 +197,7 @@ class _Step:
 def _run(
     model: nn.Module, encoder: nn.Module, inputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, list[_Step], Tensor]:
-    """The last hidden state, the layers that ran after it, and the logits."""
+    """Return the last hidden state, the layers that ran after it, and the logits."""
     steps: list[_Step] = []
     hidden: list[Tensor] = []
 
@@ -273,7 +273,7 @@ def _pooling(embedding: Tensor, hidden: Tensor, mask: Tensor) -> Pooling:
 
 
 def _positions(encoder: nn.Module, config: Mapping[str, Any]) -> int:
-    """Some models number positions after the padding token's id; their table says so."""
+    """Return the longest text; some models number positions after the padding token's id."""
     most = int(config["max_position_embeddings"])
     for name, module in encoder.named_modules():
         table = isinstance(module, nn.Embedding) and module.num_embeddings == most

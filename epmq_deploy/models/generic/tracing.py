@@ -29,7 +29,7 @@ class _Trace:
 def find_blocks(
     model: nn.Module, run: Callable[[], Tensor], *, first_token: bool
 ) -> tuple[Block, ...]:
-    """The blocks of ``model`` in the order they run, with their groups of linear layers.
+    """Find the blocks of ``model`` in the order they run, with their groups of linear layers.
 
     Layers belong to one group when they receive the same tensor. A norm feeds a group when that
     tensor is what it gave.
@@ -51,7 +51,7 @@ def find_blocks(
     for name, _, _, output in trace.blocks:
         groups = _groups(name, trace)
         if name == names[-1] and first_token:
-            groups = [_told_apart(model, group, run) for group in groups]
+            groups = [_with_pooled(model, group, run) for group in groups]
             if all(group.pooled for group in groups):
                 raise RecipeError(
                     f"{name} does not let one token see another, at least not on this device"
@@ -61,7 +61,7 @@ def find_blocks(
 
 
 def _block_list(model: nn.Module) -> tuple[str, list[str]]:
-    """The module list whose items, all of one kind, hold most of the linear weights."""
+    """Return the module list whose items, all of one kind, hold most of the linear weights."""
     found: dict[str, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
@@ -142,7 +142,7 @@ def _is_affine(norm: nn.Module, entered: Tensor, left: Tensor) -> bool:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A LayerNorm or RMSNorm: a gain per channel, maybe a bias, nothing else."""
+    """Whether it is a LayerNorm or RMSNorm: a gain per channel, maybe a bias, nothing else."""
     parameters = dict(module.named_parameters())
     shapes = {tuple(parameter.shape) for parameter in parameters.values()}
     named = "weight" in parameters and set(parameters) <= {"weight", "bias"}
@@ -169,7 +169,7 @@ def _check_sequence(root: str, names: list[str], trace: _Trace) -> None:
         _, wanted_args, wanted_kwargs = _split(first_args, first_kwargs)
         if not _alike((args, kwargs), (wanted_args, wanted_kwargs)):
             raise RecipeError(
-                f"{name} receives something else besides hidden states than {names[0]} does"
+                f"{name} receives other arguments besides hidden states than {names[0]} does"
             )
         hidden = output
 
@@ -177,7 +177,7 @@ def _check_sequence(root: str, names: list[str], trace: _Trace) -> None:
 def _split(
     args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Hidden states, and what else a block receives."""
+    """Split a block's arguments into hidden states and the rest."""
     if args:
         return args[0], args[1:], kwargs
     rest = dict(kwargs)
@@ -208,15 +208,15 @@ def _groups(block: str, trace: _Trace) -> list[Group]:
 
 
 def _last_norm(block: str, trace: _Trace, output: Tensor) -> str | None:
-    """A norm that gives the block's output."""
+    """Return the norm that computes the block's output, None where there is none."""
     for name, _, left in trace.norms:
         if name.startswith(f"{block}.") and _identity(left) == _identity(output):
             return name
     return None
 
 
-def _told_apart(model: nn.Module, group: Group, run: Callable[[], Tensor]) -> Group:
-    """The group, marked when only its answers for the first token reach the embedding."""
+def _with_pooled(model: nn.Module, group: Group, run: Callable[[], Tensor]) -> Group:
+    """Return the group, pooled where only its output for the first token reaches the embedding."""
 
     def disturb(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         changed = args[0].clone()

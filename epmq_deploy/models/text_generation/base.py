@@ -1,4 +1,4 @@
-"""What models that write texts have in common: no heads, one vocabulary, answers token by token."""
+"""What text-generation models have in common: no heads, one vocabulary, answers token by token."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,11 +22,11 @@ OUTPUT = "lm_head.weight"
 
 @dataclass(frozen=True)
 class TextPair:
-    """One sample of a task that is answered in words.
+    """One sample of a text-generation task.
 
     Attributes:
         text: what the model reads.
-        answer: what it is to write.
+        answer: what it should generate.
     """
 
     text: str
@@ -35,12 +35,12 @@ class TextPair:
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Ids that steer writing.
+    """Token ids that control generation.
 
     Attributes:
-        start: what a decoder begins with; None where it goes on from the text it read.
+        start: the decoder's first token; None where it continues the text it read.
         end: any of them ends an answer.
-        padding: fills up shorter texts.
+        padding: of shorter texts.
     """
 
     start: int | None
@@ -104,15 +104,15 @@ class EncoderDecoderLayout:
 
 
 class TextGenerationFamily(TypedFamily):
-    """Models that answer tasks in words; the whole model is merged and deployed.
+    """Text-generation models; the whole model is merged and deployed.
 
     Samples are `TextPair`. For calibration the model reads the answer along with the text ("teacher
-    forcing"), so that layers see what they see while it is written.
+    forcing"), so that layers see what they see while it is generated.
 
     Attributes:
-        tokenizer_files: what makes up the tokenizer where there is no ``tokenizer.json``.
+        tokenizer_files: of a tokenizer that is not stored as ``tokenizer.json``.
         encoder_decoder: names of the parts where an encoder reads the texts; None for a decoder
-            that goes on from the text.
+            that continues the text.
         cuts: the side on which texts that are too long are cut.
     """
 
@@ -128,7 +128,7 @@ class TextGenerationFamily(TypedFamily):
 
     @abstractmethod
     def build(self, config: Any) -> Any:
-        """The model of ``transformers`` for its config, with weights of any value."""
+        """Build the model of ``transformers`` for its config, with weights of any value."""
 
     @abstractmethod
     def cache_shape(self, model: nn.Module) -> CacheShape:
@@ -136,30 +136,30 @@ class TextGenerationFamily(TypedFamily):
 
     @abstractmethod
     def prompts(self, folder: Path, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Token ids and mask, int64 ``[B, T]``, to begin writing from."""
+        """Return token ids and mask, int64 ``[B, T]``, to start generating from."""
 
     @abstractmethod
     def special_tokens(self, folder: Path) -> SpecialTokens:
-        """Ids that steer writing.
+        """Token ids that control generation.
 
         Raises:
-            RecipeError: the folder's settings do not name them.
+            RecipeError: the folder's settings do not define them.
         """
 
     def is_deployed(self, key: str) -> bool:
-        """The whole model; buffers that old checkpoints hold are no weights."""
+        """Whether it is a weight: old checkpoints also hold buffers."""
         return not key.endswith("rotary_emb.inv_freq")
 
     def is_optional(self, key: str) -> bool:
-        """Every expert holds the whole model."""
+        """Return False: every expert holds the whole model."""
         return False
 
     def canonical_key(self, key: str) -> str | tuple[str, ...]:
-        """As stored."""
+        """Return the stored name."""
         return key
 
     def load(self, folder: Path) -> nn.Module:
-        """The whole model; the output layer shares the embedding's weight where the files say so.
+        """Load the whole model; the output layer shares the embedding's weight as in the files.
 
         Raises:
             RecipeError: see ``check_config``; or encoder and decoder have embeddings of their own.
@@ -169,40 +169,40 @@ class TextGenerationFamily(TypedFamily):
         self.check_config(folder, read_config(folder))
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = self.build(config)
-        # One module for all its places, so that it has one name.
+        # One module wherever the embedding is used, so that it has one name.
         model.set_input_embeddings(model.get_input_embeddings())
         source = ModelFolder.at(folder)
         stored = Checkpoint.open(source, self.canonical_key, self.tied).tensors
-        apart = [copy for copy in self.tied if copy in stored and copy != OUTPUT]
-        if apart:
+        untied = [copy for copy in self.tied if copy in stored and copy != OUTPUT]
+        if untied:
             raise RecipeError(
-                f"{folder}: {', '.join(apart)} differs from {self.tied[apart[0]]}, where the model "
-                "has one embedding"
+                f"{folder}: {', '.join(untied)} differs from {self.tied[untied[0]]}, where the "
+                "model has one embedding"
             )
         output = model.get_output_embeddings()
         embedding = model.get_input_embeddings().weight
-        # What is stored decides: settings of some models say otherwise.
+        # The stored tensors decide: the settings of some models say otherwise.
         weight = torch.empty_like(embedding) if OUTPUT in stored else embedding
         output.weight = nn.Parameter(weight) if OUTPUT in stored else embedding
-        whole: nn.Module = fill(model, folder, self.canonical_key, self.tied)
-        return whole
+        filled: nn.Module = fill(model, folder, self.canonical_key, self.tied)
+        return filled
 
     def generate(
         self, model: nn.Module, folder: Path, texts: Sequence[str], max_tokens: int
     ) -> list[str]:
-        """What a model answers, greedily, in torch.
+        """Generate a model's answers, greedily, in torch.
 
         Args:
             model: as ``load`` returns it.
             folder: a model folder with a tokenizer.
-            texts: what it reads.
-            max_tokens: longest answer.
+            texts: that the model reads.
+            max_tokens: length of the longest answer.
         """
         device = next(model.parameters()).device
         ids, mask = (value.to(device) for value in self.prompts(folder, texts))
         special = self.special_tokens(folder)
         with torch.inference_mode():
-            written = model.generate(  # type: ignore[operator]
+            generated = model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=mask,
                 max_new_tokens=max_tokens,
@@ -213,15 +213,15 @@ class TextGenerationFamily(TypedFamily):
                 pad_token_id=special.padding,
             )
         begin = ids.shape[1] if special.start is None else 1
-        return self.decode(folder, written[:, begin:])
+        return self.decode(folder, generated[:, begin:])
 
     def decode(self, folder: Path, ids: Tensor) -> list[str]:
-        """Texts of token ids ``[B, T]``, without special tokens."""
+        """Return the texts of token ids ``[B, T]``, without special tokens."""
         texts: list[str] = self.tokenizer(folder).batch_decode(ids, skip_special_tokens=True)
         return texts
 
     def tokenizer(self, folder: Path) -> Any:
-        """The folder's tokenizer.
+        """Return the folder's tokenizer.
 
         Raises:
             RecipeError: it is missing or does not fit the model.
@@ -231,15 +231,15 @@ class TextGenerationFamily(TypedFamily):
 
 
 def generates_text(family: ModelFamily) -> TypeGuard[TextGenerationFamily]:
-    """Whether models of a family answer tasks in words, not with classes."""
+    """Whether a family's models generate text instead of predicting classes."""
     return isinstance(family, TextGenerationFamily)
 
 
 def end_tokens(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
-    """Ids that end a text, by ``config.json``.
+    """Return the ids that end a text, by ``config.json``.
 
     Raises:
-        RecipeError: it names none.
+        RecipeError: it defines none.
     """
     ids = config.get("eos_token_id")
     if ids is None:
@@ -250,14 +250,20 @@ def end_tokens(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
 def stacked(
     rows: Sequence[Sequence[int]], padding: int, *, left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Token ids filled up to the longest, and their mask, int64 ``[B, T]``."""
+    """Pad token ids to the longest row; return them and their mask, int64 ``[B, T]``.
+
+    Args:
+        rows: token ids of each text.
+        padding: id of the padding token.
+        left: pad on the left, so that all rows end together.
+    """
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), padding, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        place = slice(longest - len(row), None) if left else slice(len(row))
-        ids[index, place] = torch.tensor(row, dtype=torch.int64)
-        mask[index, place] = 1
+        columns = slice(longest - len(row), None) if left else slice(len(row))
+        ids[index, columns] = torch.tensor(row, dtype=torch.int64)
+        mask[index, columns] = 1
     return ids, mask
 
 

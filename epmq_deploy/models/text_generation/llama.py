@@ -32,7 +32,7 @@ _GROUPS = (
 
 
 class DecoderFamily(TextGenerationFamily):
-    """Llama, Mistral, Qwen2 and Qwen3: the answer goes on from the text.
+    """Llama, Mistral, Qwen2 and Qwen3: the answer continues the text.
 
     Texts too long for the model lose their beginning, so that the answer follows their end.
     """
@@ -59,13 +59,13 @@ class DecoderFamily(TextGenerationFamily):
     tied = MappingProxyType({OUTPUT: "model.embed_tokens.weight"})
 
     def check_config(self, folder: Path, config: dict[str, Any]) -> None:
-        """Refuse attention that sees only a window: blocks would not share one mask."""
+        """Refuse sliding-window attention: blocks would not share one mask."""
         windowed = config.get("use_sliding_window", config.get("model_type") == "mistral")
         if windowed and config.get("sliding_window") is not None:
             raise RecipeError(f"{folder}: attention in a sliding window is not supported")
 
     def build(self, config: Any) -> Any:
-        """See base."""
+        """Build the causal language model."""
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_config(config)
@@ -80,30 +80,30 @@ class DecoderFamily(TextGenerationFamily):
         return CacheShape(config.num_hidden_layers, config.num_key_value_heads, width)
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
-        """See base."""
+        """Return the decoder's blocks."""
         count = len(list(model.get_submodule(_BLOCKS).children()))
         names = (f"{_BLOCKS}.{index}" for index in range(count))
         return tuple(Block(name, tuple(group.inside(name) for group in _GROUPS)) for name in names)
 
     def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
-        """Padding is not real; every other token of text and answer counts."""
+        """Return that padding is not real; every other token of text and answer counts."""
         return TokenWeights(inputs[1].bool())
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """Logits ``[n, V]`` for each token of the answers and its end."""
+        """Compute logits ``[n, V]`` of all tokens of the answers, each with its end."""
         ids, mask, due = inputs
         body = model.get_submodule("model")
         hidden = body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        # Texts are long and vocabularies large: logits for every token of them would be too many.
+        # Logits of every token of a text would need too much memory.
         logits: Tensor = model.get_submodule("lm_head")(hidden[due.bool()])
         return logits
 
     def prediction_counts(self, *inputs: Tensor) -> Tensor:
-        """The tokens of each answer, and its end."""
+        """Count the tokens of each answer, including its end."""
         return inputs[2].sum(dim=1).cpu()
 
     def collate(self, folder: Path, samples: Sequence[TextPair]) -> tuple[Tensor, ...]:
-        """Texts with their answers and the end; also where one of those comes next.
+        """Encode texts with their answers and the end; mark tokens followed by an answer's token.
 
         Each int64 ``[B, T]``.
 
@@ -113,25 +113,25 @@ class DecoderFamily(TextGenerationFamily):
         special = self.special_tokens(folder)
         texts = self._encoded(folder, [sample.text for sample in samples])
         answers = [sample.answer for sample in samples]
-        # Apart from the texts, as they are when answers are written.
-        written = self.tokenizer(folder)(answers, add_special_tokens=False)["input_ids"]
+        # Tokenized separately from the texts, as generated answers are.
+        encoded = self.tokenizer(folder)(answers, add_special_tokens=False)["input_ids"]
         limit = self._limit(folder)
         rows, due = [], []
-        for text, answer in zip(texts, written, strict=True):
+        for text, answer in zip(texts, encoded, strict=True):
             row = [*text, *answer, special.end[0]][-limit:]
-            # The last token is the end, behind which nothing comes.
+            # The last token is the end, and nothing follows it.
             count = min(len(answer) + 1, len(row) - 1)
             rows.append(row)
             due.append([0] * (len(row) - count - 1) + [1] * count + [0])
         return *stacked(rows, special.padding), stacked(due, 0)[0]
 
     def prompts(self, folder: Path, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See base; shorter texts are filled up in front, so that all end together."""
+        """Encode texts, left-padded so that all end together."""
         rows = self._encoded(folder, texts)
         return stacked(rows, self.special_tokens(folder).padding, left=True)
 
     def _encoded(self, folder: Path, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts, with what the tokenizer begins them with, but without their end."""
+        """Return the ids of texts with the tokenizer's start token, but without their end."""
         ends = set(self.special_tokens(folder).end)
         rows = self.tokenizer(folder)(list(texts), truncation=True, max_length=self._limit(folder))[
             "input_ids"
@@ -143,21 +143,21 @@ class DecoderFamily(TextGenerationFamily):
         return min(positions, int(self.tokenizer(folder).model_max_length))
 
     def special_tokens(self, folder: Path) -> SpecialTokens:
-        """See base; where padding has no token, the end's serves, as it is never read."""
+        """Read the ids from the config; the end token pads where no padding token is defined."""
         config = read_config(folder)
         ends = end_tokens(config, folder)
         padding = config.get("pad_token_id")
         return SpecialTokens(None, ends, ends[0] if padding is None else int(padding))
 
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
-        """Random ids; the last text of a batch is padded; every token is one of an answer."""
+        """Return random ids; the last text of a batch is padded, and every token is an answer's."""
         config = read_config(folder)
         names, longest = self.input_names[:2], config["max_position_embeddings"]
         ids, mask = example_texts(names, config, longest, batch)
         return ids, mask, mask
 
     def dynamic_axes(self) -> tuple[dict[int, str], ...]:
-        """Any number of texts of any length."""
+        """Leave open the number of texts and their length."""
         return tuple({0: "batch", 1: "sequence"} for _ in self.input_names)
 
 

@@ -29,7 +29,7 @@ _NO_LIMIT = 10**6
 
 
 class T5Family(TextGenerationFamily):
-    """Text in, text out: an encoder, and a decoder that reads what the encoder made of the text.
+    """An encoder that reads the text, and a decoder that attends to the encoder's output.
 
     Texts are cut at the tokenizer's ``model_max_length``.
     """
@@ -66,11 +66,11 @@ class T5Family(TextGenerationFamily):
     )
 
     def is_deployed(self, key: str) -> bool:
-        """All but a tensor of early releases that no block reads."""
+        """Whether a block reads it; early releases hold a tensor that none reads."""
         return "EncDecAttention.relative_attention_bias" not in key
 
     def build(self, config: Any) -> Any:
-        """See base."""
+        """Build T5 with a language-model head."""
         from transformers import T5ForConditionalGeneration
 
         return T5ForConditionalGeneration(config)
@@ -81,7 +81,7 @@ class T5Family(TextGenerationFamily):
         return CacheShape(config.num_decoder_layers, config.num_heads, config.d_kv)
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
-        """Encoder, then decoder; the first block of each passes its position bias on."""
+        """Return encoder, then decoder; the first block of each passes its position bias on."""
         return tuple(
             _block(f"{stream}.block.{index}", stream, block)
             for stream in ("encoder", "decoder")
@@ -89,23 +89,23 @@ class T5Family(TextGenerationFamily):
         )
 
     def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
-        """Padding is not real; every other token of text and answer counts."""
+        """Return that padding is not real; every other token of text and answer counts."""
         named = dict(zip(self.input_names, inputs, strict=True))
         mask = "attention_mask" if stream == "encoder" else "decoder_attention_mask"
         return TokenWeights(named[mask].bool())
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """Logits ``[n, V]`` for each token of the answers and its end."""
+        """Compute logits ``[n, V]`` of all tokens of the answers, each with its end."""
         named = dict(zip(self.input_names, inputs, strict=True))
         logits: Tensor = model(**named, use_cache=False).logits
         return logits[named["decoder_attention_mask"].bool()]
 
     def prediction_counts(self, *inputs: Tensor) -> Tensor:
-        """The tokens of each answer, and its end."""
+        """Count the tokens of each answer, including its end."""
         return inputs[self.input_names.index("decoder_attention_mask")].sum(dim=1).cpu()
 
     def collate(self, folder: Path, samples: Sequence[TextPair]) -> tuple[Tensor, ...]:
-        """Texts, and answers behind the decoder's start token; each int64 ``[B, T]``.
+        """Encode texts, and answers after the decoder's start token; each int64 ``[B, T]``.
 
         Raises:
             RecipeError: the tokenizer is missing or does not fit the model.
@@ -114,16 +114,16 @@ class T5Family(TextGenerationFamily):
         assert special.start is not None, "an encoder-decoder has one"
         answers = self._encoded(folder, [sample.answer for sample in samples])
         # The decoder predicts the last token, the answer's end, and never reads it.
-        behind = [[special.start, *answer[:-1]] for answer in answers]
+        shifted = [[special.start, *answer[:-1]] for answer in answers]
         texts = self.prompts(folder, [sample.text for sample in samples])
-        return (*texts, *stacked(behind, special.padding))
+        return (*texts, *stacked(shifted, special.padding))
 
     def prompts(self, folder: Path, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See base."""
+        """Encode texts, right-padded."""
         return stacked(self._encoded(folder, texts), self.special_tokens(folder).padding)
 
     def _encoded(self, folder: Path, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts, each with its end."""
+        """Return the ids of texts, each with its end."""
         tokenizer = self.tokenizer(folder)
         limit = int(tokenizer.model_max_length)
         limit = _LONGEST if limit > _NO_LIMIT else limit
@@ -134,7 +134,11 @@ class T5Family(TextGenerationFamily):
         return [[*row, end] for row in rows]
 
     def special_tokens(self, folder: Path) -> SpecialTokens:
-        """See base."""
+        """Read the ids from the config.
+
+        Raises:
+            RecipeError: the decoder has no start token.
+        """
         config = read_config(folder)
         padding = int(config.get("pad_token_id") or 0)
         start = config.get("decoder_start_token_id", padding)
@@ -143,7 +147,7 @@ class T5Family(TextGenerationFamily):
         return SpecialTokens(int(start), end_tokens({"eos_token_id": 1} | config, folder), padding)
 
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
-        """Random ids; the last text and answer of a batch are padded."""
+        """Return random ids; the last text and answer of a batch are padded."""
         config = read_config(folder)
         names = ("input_ids", "attention_mask")
         texts = example_texts(names, config, _LONGEST, batch)
@@ -151,7 +155,7 @@ class T5Family(TextGenerationFamily):
         return (*texts, *answers)
 
     def dynamic_axes(self) -> tuple[dict[int, str], ...]:
-        """Any number of texts and answers of any length."""
+        """Leave open the number of texts and the lengths of texts and answers."""
         text, answer = {0: "batch", 1: "sequence"}, {0: "batch", 1: "decoder_sequence"}
         return (text, text, answer, answer)
 
@@ -160,18 +164,21 @@ def _block(name: str, stream: str, block: nn.Module) -> Block:
     parts = block.get_submodule("layer")
     last = len(list(parts.children())) - 1
     feed = parts.get_submodule(f"{last}.DenseReluDense")
-    # The gated variant multiplies what two layers give.
+    # The gated variant multiplies the outputs of two layers.
     inner = ("wi_0", "wi_1") if hasattr(feed, "wi_0") else ("wi",)
-    own, across = "layer.0.SelfAttention", "layer.1.EncDecAttention"
+    self_attention, cross_attention = "layer.0.SelfAttention", "layer.1.EncDecAttention"
     groups = [
-        Group((f"{own}.q", f"{own}.k", f"{own}.v"), norm="layer.0.layer_norm"),
-        Group((f"{own}.o",)),
+        Group(
+            (f"{self_attention}.q", f"{self_attention}.k", f"{self_attention}.v"),
+            norm="layer.0.layer_norm",
+        ),
+        Group((f"{self_attention}.o",)),
     ]
     if stream == "decoder":
         groups += [
-            Group((f"{across}.q",), norm="layer.1.layer_norm"),
-            Group((f"{across}.k", f"{across}.v"), stream="encoder"),
-            Group((f"{across}.o",)),
+            Group((f"{cross_attention}.q",), norm="layer.1.layer_norm"),
+            Group((f"{cross_attention}.k", f"{cross_attention}.v"), stream="encoder"),
+            Group((f"{cross_attention}.o",)),
         ]
     dense = f"layer.{last}.DenseReluDense"
     groups += [
