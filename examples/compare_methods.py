@@ -21,7 +21,7 @@ def compare_methods(
     output: Path,
     methods: Sequence[str] = METHODS,
     *,
-    samples: int = 32,
+    samples: int = 16,
     test_samples: int = 200,
 ) -> dict[str, epmq.EvalReport]:
     """Run the chain once per merge method; return the reports by method.

@@ -26,7 +26,7 @@ OPTIONS = {
     for section, models in MODELS.items()
 }
 # `merge.search: true`, `--set eval.max_samples=100`; not `eval.json` or `quantize.py`.
-OPTION = re.compile(r"\b(merge|quantize|export|eval)\.([a-z]\w+)\b(?!\()")
+OPTION = re.compile(r"\b(merge|quantize|export|eval)\.([a-z]\w+)\b")
 FILES = {"json", "md", "py", "yaml"}
 
 
