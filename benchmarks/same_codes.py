@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 import torch
 from safetensors import safe_open
 from tiny_text import build_tiny_text
-from tiny_text_generators import WRITERS, build_tiny_text_generators
+from tiny_text_generators import TEXT_GENERATORS, build_tiny_text_generators
 
 from epmq_deploy.cli.main import main as epmq
 
@@ -94,7 +94,7 @@ def _tiny(case: str, folder: Path) -> Iterator[tuple[str, str]]:
     if case == "bert":
         build_tiny_text(folder)
     else:
-        build_tiny_text_generators(folder, WRITERS[case])
+        build_tiny_text_generators(folder, TEXT_GENERATORS[case])
     recipe = str(folder / "recipe.yaml")
     for method in _merge_methods():
         flags = ["--method", method, *MERGE_FLAGS.get(method, ())]

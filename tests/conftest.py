@@ -9,7 +9,7 @@ import pytest
 import torch
 from merged_text_generators import MergedTextGenerator
 from tiny_text import TinyText, build_tiny_text
-from tiny_text_generators import WRITERS, build_tiny_text_generators
+from tiny_text_generators import TEXT_GENERATORS, build_tiny_text_generators
 from tiny_zoo import TinyZoo, build_tiny_zoo
 
 from epmq_deploy.merging.stage import merge
@@ -31,13 +31,13 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> TinyText:
     return build_tiny_text(tmp_path_factory.mktemp("tiny_text"))
 
 
-@pytest.fixture(scope="session", params=WRITERS)
+@pytest.fixture(scope="session", params=TEXT_GENERATORS)
 def merged_text_generator(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> MergedTextGenerator:
-    """Tiny models that write texts, of one architecture, and their merge; read-only."""
+    """Tiny text-generation models, of one architecture, and their merge; read-only."""
     models = build_tiny_text_generators(
-        tmp_path_factory.mktemp(request.param), WRITERS[request.param]
+        tmp_path_factory.mktemp(request.param), TEXT_GENERATORS[request.param]
     )
     merge(load_recipe(models.recipe), models.folder / "merged")
     return MergedTextGenerator(models, models.folder / "merged")

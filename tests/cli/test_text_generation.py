@@ -1,4 +1,4 @@
-"""The four commands on tiny models that write texts, compared with ``transformers``."""
+"""The four commands on tiny text-generation models, compared with ``transformers``."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,12 @@ import onnxruntime
 import pytest
 import torch
 from command_line import run
-from tiny_text_generators import WRITER_TASKS, WRITERS, TinyWriters, build_tiny_text_generators
+from tiny_text_generators import (
+    TEXT_GENERATORS,
+    TEXT_TASKS,
+    TinyTextGenerators,
+    build_tiny_text_generators,
+)
 
 from epmq_deploy.artifacts.manifest import GraphEntry, read_manifest
 from epmq_deploy.data.loading import load_samples
@@ -46,7 +51,7 @@ TOKENS = 7
 class Chain:
     """Tiny models and the folder with the outputs of the four commands."""
 
-    models: TinyWriters
+    models: TinyTextGenerators
     out: Path
 
     @property
@@ -89,7 +94,7 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """All four commands on one architecture."""
     name = request.param
     models = build_tiny_text_generators(
-        tmp_path_factory.mktemp(name), WRITERS[name], **BLOCKS[name]
+        tmp_path_factory.mktemp(name), TEXT_GENERATORS[name], **BLOCKS[name]
     )
     out = models.folder / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +141,7 @@ def test_graphs_are_compared_with_torch_on_calibration_samples(chain: Chain) -> 
     for graph in chain.graphs:
         parity = graph["parity"]
         # Four a task; a decoder reads, then goes on.
-        assert parity["samples"] == 4 * len(WRITER_TASKS) * (2 if graph["part"] == "model" else 1)
+        assert parity["samples"] == 4 * len(TEXT_TASKS) * (2 if graph["part"] == "model" else 1)
         assert parity["relative"] < 1e-5
         assert parity["agreement"] == (None if graph["part"] == "encoder_model" else 1)
 
@@ -236,7 +241,7 @@ def test_experts_score_as_transformers_scores_them(chain: Chain) -> None:
     assert set(scores) == {"experts", "fp32", "matmulnbits", "qdq"}
     recipe = load_recipe(chain.models.recipe)
     tokenizer = chain.family.tokenizer(chain.exported)
-    for task in WRITER_TASKS:
+    for task in TEXT_TASKS:
         model, hits = chain.models.load(chain.models.expert(task)), 0
         given = recipe.tasks[task]
         assert given.evaluation is not None
@@ -280,11 +285,11 @@ def test_all_files_of_a_format_are_measured_and_named(chain: Chain) -> None:
 def test_an_application_gets_what_evaluation_counts(chain: Chain, name: str) -> None:
     """From columns of the data, in other batches than evaluation's."""
     model = load(chain.exported, format=name, provider="cpu", threads=1, batch_size=3)
-    assert model.tasks == tuple(WRITER_TASKS)
+    assert model.tasks == tuple(TEXT_TASKS)
     scorer = TextScorer(chain.family, chain.exported, chain.entries, "cpu", 4, 32)
     writer = scorer.open(1)[name]
     recipe = load_recipe(chain.models.recipe)
-    for task, labels in WRITER_TASKS.items():
+    for task, labels in TEXT_TASKS.items():
         given = recipe.tasks[task]
         assert given.evaluation is not None
         samples = load_samples(task, given.evaluation, chain.family, prompt=given.prompt)
@@ -317,13 +322,13 @@ def test_scores_are_the_probabilities_of_the_answers(chain: Chain) -> None:
     inputs = [{"text": "red tree", "more": "blue"}, {"text": "green", "more": "river runs"}]
     found = load(chain.exported, format="fp32")(inputs)
     for item, given in zip(found, inputs, strict=True):
-        for task, labels in WRITER_TASKS.items():
+        for task, labels in TEXT_TASKS.items():
             prompt = f"{task} : {given['text']} {given['more']} :"
             for label, score in zip(labels, item[task].scores, strict=True):
                 expected = log_probability(chain, merged, prompt, label)
                 assert np.log(score) == pytest.approx(expected, rel=1e-3)
     quick = load(chain.exported, format="fp32", scores=False)(inputs[0])
-    assert [answer.scores for answer in quick.values()] == [None] * len(WRITER_TASKS)
+    assert [answer.scores for answer in quick.values()] == [None] * len(TEXT_TASKS)
     assert [quick[task].text for task in quick] == [found[0][task].text for task in quick]
 
 

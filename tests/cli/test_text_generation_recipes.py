@@ -1,4 +1,4 @@
-"""The recipes for models that write texts: they are valid, and run on tiny models."""
+"""The recipes for text-generation models: they are valid, and run on tiny models."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import yaml
 from command_line import run
 from tiny_text import WORDS
-from tiny_text_generators import WRITERS, build_tiny_text_generators
+from tiny_text_generators import TEXT_GENERATORS, build_tiny_text_generators
 
 from epmq_deploy.recipe import load_recipe
 from epmq_deploy.recipe.prompt import template_columns
@@ -48,7 +48,7 @@ def test_the_recipe_runs_on_local_folders_of_the_same_layout(tmp_path: Path) -> 
     content = yaml.safe_load(FILE.read_text())
     content["tasks"] = {name: content["tasks"][name] for name in ("mnli", "stsb")}
     settings = {"num_layers": 1, "num_decoder_layers": 1}
-    models = build_tiny_text_generators(tmp_path, WRITERS["flan-t5"], **settings)
+    models = build_tiny_text_generators(tmp_path, TEXT_GENERATORS["flan-t5"], **settings)
     content["base"]["path"] = str(models.base)
     rng = np.random.default_rng(0)
     for name, expert in (("mnli", "first"), ("stsb", "second")):

@@ -1,4 +1,4 @@
-"""Tasks in words: what models that write texts read, and what they are taught to answer."""
+"""Tasks in words: what text-generation models read, and what they are taught to answer."""
 
 import pytest
 from merged_text_generators import MergedTextGenerator, two_streams
@@ -22,7 +22,7 @@ def test_a_decoder_is_taught_the_answer_and_its_end(
     words = [[TOKENS[index] for index in row] for row in ids.tolist()]
     assert words == [["red", "green", "[END]"], ["blue", "[END]", "[PAD]"]]
     assert mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    start = merged_text_generator.models.writer.settings["decoder_start_token_id"]
+    start = merged_text_generator.models.architecture.settings["decoder_start_token_id"]
     assert behind[0].tolist() == [start, TOKENS.index("no"), TOKENS.index("maybe")]
 
 
@@ -35,7 +35,9 @@ def test_texts_are_cut_where_they_matter_least(merged_text_generator: MergedText
         .strip()
     )
     assert ids.shape == (1, 16)
-    assert last == ("[END]" if merged_text_generator.models.writer.model_type == "t5" else "blue")
+    assert last == (
+        "[END]" if merged_text_generator.models.architecture.model_type == "t5" else "blue"
+    )
 
 
 def with_prompt(recipe: Recipe, prompt: dict[str, object] | None, **data: object) -> Recipe:

@@ -1,4 +1,4 @@
-"""Merging models that write texts with calibration data, against plain references."""
+"""Merging text-generation models with calibration data, against plain references."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 from merge_references import plain_regmean, seen_by
 from merged_text_generators import MergedTextGenerator, plain_scores
 from safetensors.torch import load_file
-from tiny_text_generators import WRITER_TASKS
+from tiny_text_generators import TEXT_TASKS
 from torch import Tensor, nn
 
 from epmq_deploy.data.loading import load_samples
@@ -62,7 +62,7 @@ def plain_inputs(merged: MergedTextGenerator, pair: TextPair) -> dict[str, Tenso
 
 
 def experts_of(merged: MergedTextGenerator) -> dict[str, nn.Module]:
-    return {task: merged.models.load(merged.models.expert(task)) for task in WRITER_TASKS}
+    return {task: merged.models.load(merged.models.expert(task)) for task in TEXT_TASKS}
 
 
 def layers_of(merged: MergedTextGenerator, model: nn.Module) -> list[str]:
@@ -114,7 +114,7 @@ def test_regmean_plus_plus_takes_what_the_merged_model_gives(
     experts = experts_of(merged_text_generator)
     blocks = merged_text_generator.family.blocks(student)
     received: dict[tuple[str, str], list[Any]] = {}
-    for task in WRITER_TASKS:
+    for task in TEXT_TASKS:
         for pair in pairs_of(merged_text_generator, task):
             hooks = [
                 student.get_submodule(block.name).register_forward_pre_hook(
@@ -199,7 +199,7 @@ def test_fisher_equals_the_plain_reference(
     found = merged_by(recipe, tmp_path / "merged")
     experts = experts_of(merged_text_generator)
     given = {}
-    for task in WRITER_TASKS:
+    for task in TEXT_TASKS:
         source = recipe.tasks[task].calibration
         assert source is not None
         prompt = recipe.tasks[task].prompt
@@ -231,7 +231,7 @@ def test_drawn_words_give_the_expectation(
         ).reported["fisher_norms"]
         for labels in (0, 60)
     ]
-    for task in WRITER_TASKS:
+    for task in TEXT_TASKS:
         assert norms[1][task] == pytest.approx(norms[0][task], rel=0.2)
 
 
@@ -243,7 +243,7 @@ def test_adamerging_lowers_the_entropy_it_reports(
     details = merge(recipe, tmp_path / "merged").reported
     model = merged_text_generator.models.load(tmp_path / "merged")
     means = []
-    for task in WRITER_TASKS:
+    for task in TEXT_TASKS:
         entropies = []
         for pair in pairs_of(merged_text_generator, task):
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What models that write texts predict: the next token wherever one of the answer is due."""
+"""What text-generation models predict: every token of the answer."""
 
 import pytest
 import torch

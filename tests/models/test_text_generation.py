@@ -1,4 +1,4 @@
-"""Models that write texts: loaded, merged, taken apart, writing."""
+"""Text-generation models: loaded, merged, taken apart, generating."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from merged_text_generators import MergedTextGenerator, logits, two_streams
 from safetensors.torch import load_file, save_file
-from tiny_text_generators import WRITER_TASKS, WRITERS, build_tiny_text_generators
+from tiny_text_generators import TEXT_GENERATORS, TEXT_TASKS, build_tiny_text_generators
 from torch import Tensor, nn
 
 from epmq_deploy.errors import MismatchError, RecipeError
@@ -45,7 +45,7 @@ def test_the_merge_is_task_arithmetic_on_every_tensor(
         merged_text_generator.models.load(folder).state_dict()
         for folder in (
             merged_text_generator.models.base,
-            *(merged_text_generator.models.expert(task) for task in WRITER_TASKS),
+            *(merged_text_generator.models.expert(task) for task in TEXT_TASKS),
         )
     ]
     found = merged_text_generator.models.load(merged_text_generator.folder).state_dict()
@@ -54,13 +54,13 @@ def test_the_merge_is_task_arithmetic_on_every_tensor(
         wanted = start + 0.3 * sum(expert[name] - start for expert in experts)
         assert torch.allclose(found[name], wanted, atol=1e-6), name
     stored = load_file(merged_text_generator.folder / "model.safetensors")
-    assert ("lm_head.weight" in stored) != merged_text_generator.models.writer.settings[
+    assert ("lm_head.weight" in stored) != merged_text_generator.models.architecture.settings[
         "tie_word_embeddings"
     ]
 
 
 def test_an_expert_whose_output_layer_is_its_own_does_not_fit_a_tied_base(tmp_path: Path) -> None:
-    models = build_tiny_text_generators(tmp_path, WRITERS["t5"])
+    models = build_tiny_text_generators(tmp_path, TEXT_GENERATORS["t5"])
     file = models.expert("first") / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["shared.weight"] + 1}, file)

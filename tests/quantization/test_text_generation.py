@@ -1,4 +1,4 @@
-"""Quantizing models that write texts: encoder and decoder, tied weights, resuming."""
+"""Quantizing text-generation models: encoder and decoder, tied weights, resuming."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from interrupted import killed_in
 from merged_text_generators import MergedTextGenerator, inputs_of, logits, quantized, two_streams
 from one_expert import OneExpert
-from tiny_text_generators import WRITER_TASKS
+from tiny_text_generators import TEXT_TASKS
 from torch import Tensor, nn
 
 from epmq_deploy.artifacts.manifest import read_manifest
@@ -54,10 +54,12 @@ def test_every_layer_of_all_blocks_is_quantized(
 def test_tied_weights_have_the_same_codes(merged_text_generator: MergedTextGenerator) -> None:
     model, result = quantized(merged_text_generator, method="rtn")
     name = (
-        "shared" if merged_text_generator.models.writer.model_type == "t5" else "model.embed_tokens"
+        "shared"
+        if merged_text_generator.models.architecture.model_type == "t5"
+        else "model.embed_tokens"
     )
     table, output = result.layers[name], result.layers["lm_head"]
-    tied = merged_text_generator.models.writer.settings["tie_word_embeddings"]
+    tied = merged_text_generator.models.architecture.settings["tie_word_embeddings"]
     assert torch.equal(table.codes, output.codes) == tied
     assert (table.bits, table.group_size, table.symmetric) == (8, 32, True)
     assert torch.equal(model.lm_head.weight, output.dequantize())
@@ -111,8 +113,7 @@ def test_later_layers_see_the_quantized_earlier_ones(
         name = group.layers[-1]
         stream = block.stream if group.stream is None else group.stream
         gram = sum(
-            gram_of_inputs(merged_text_generator, model, name, stream, task)
-            for task in WRITER_TASKS
+            gram_of_inputs(merged_text_generator, model, name, stream, task) for task in TEXT_TASKS
         )
         damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
         reported = next(report for report in result.reports if report.layer == name)

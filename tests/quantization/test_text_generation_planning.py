@@ -1,4 +1,4 @@
-"""What is tuned towards the experts' predictions, on models that write texts."""
+"""What is tuned towards the experts' predictions, on text-generation models."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -92,5 +92,5 @@ def test_distillation_lowers_the_divergence_and_leaves_codes(
         if not torch.equal(linear.scales, after[name].scales)
     }
     inside = {name for name in before if ".layer" in name or ".block" in name}
-    tied = merged_text_generator.models.writer.settings["tie_word_embeddings"]
+    tied = merged_text_generator.models.architecture.settings["tie_word_embeddings"]
     assert moved == inside | (set() if tied else {"lm_head"})

@@ -1,4 +1,4 @@
-"""Merges of the tiny models that write texts, and what tests do with them."""
+"""Merges of the tiny text-generation models, and what tests do with them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_text_generators import TinyWriters
+from tiny_text_generators import TinyTextGenerators
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
@@ -26,7 +26,7 @@ from epmq_deploy.recipe import Recipe, load_recipe, override
 class MergedTextGenerator:
     """Tiny models of one architecture and their merge."""
 
-    models: TinyWriters
+    models: TinyTextGenerators
     folder: Path
 
     @property

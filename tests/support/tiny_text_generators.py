@@ -1,4 +1,4 @@
-"""Tiny random models that write texts, two experts of each, a tokenizer and data."""
+"""Tiny random text-generation models, two experts of each, a tokenizer and data."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 TOKENS = ("[PAD]", "[END]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "yes", "no", "maybe", ":")
 BYTE_PAIRS = 110
 # Task to its answers.
-WRITER_TASKS = {"first": ("yes", "no", "maybe maybe"), "second": ("red", "blue tree")}
+TEXT_TASKS = {"first": ("yes", "no", "maybe maybe"), "second": ("red", "blue tree")}
 T5 = {
     "d_model": 32,
     "d_kv": 16,
@@ -40,7 +40,7 @@ DECODER = {
 
 
 @dataclass(frozen=True)
-class Writer:
+class Architecture:
     """One architecture to build tiny models of.
 
     Attributes:
@@ -52,10 +52,10 @@ class Writer:
     settings: Mapping[str, Any]
 
 
-WRITERS = {
-    "t5": Writer("t5", T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True}),
+TEXT_GENERATORS = {
+    "t5": Architecture("t5", T5 | {"feed_forward_proj": "relu", "tie_word_embeddings": True}),
     # As FLAN-T5: gated, with an output layer of its own; and fewer decoder blocks than encoder's.
-    "flan-t5": Writer(
+    "flan-t5": Architecture(
         "t5",
         T5
         | {
@@ -65,43 +65,49 @@ WRITERS = {
             "num_decoder_layers": 2,
         },
     ),
-    "llama": Writer("llama", DECODER | {"tie_word_embeddings": False}),
-    "qwen2": Writer("qwen2", DECODER | {"tie_word_embeddings": True}),
-    "qwen3": Writer("qwen3", DECODER | {"head_dim": 16, "tie_word_embeddings": True}),
-    "mistral": Writer("mistral", DECODER | {"sliding_window": None, "tie_word_embeddings": False}),
+    "llama": Architecture("llama", DECODER | {"tie_word_embeddings": False}),
+    "qwen2": Architecture("qwen2", DECODER | {"tie_word_embeddings": True}),
+    "qwen3": Architecture("qwen3", DECODER | {"head_dim": 16, "tie_word_embeddings": True}),
+    "mistral": Architecture(
+        "mistral", DECODER | {"sliding_window": None, "tie_word_embeddings": False}
+    ),
 }
 
 
 @dataclass(frozen=True)
-class TinyWriters(TinyFolder):
+class TinyTextGenerators(TinyFolder):
     """Where the tiny models and data of one architecture are."""
 
-    writer: Writer
+    architecture: Architecture
 
     def load(self, folder: Path) -> Any:
         """A folder's model as ``transformers`` loads it."""
-        return model_class(self.writer).from_pretrained(folder).eval()
+        return model_class(self.architecture).from_pretrained(folder).eval()
 
 
-def model_class(writer: Writer) -> Any:
+def model_class(architecture: Architecture) -> Any:
     """The auto class of its models."""
-    return AutoModelForSeq2SeqLM if writer.model_type == "t5" else AutoModelForCausalLM
+    return AutoModelForSeq2SeqLM if architecture.model_type == "t5" else AutoModelForCausalLM
 
 
-def build_tiny_text_generators(folder: Path, writer: Writer, **settings: Any) -> TinyWriters:
+def build_tiny_text_generators(
+    folder: Path, architecture: Architecture, **settings: Any
+) -> TinyTextGenerators:
     """Write base, experts, data and recipe into an existing folder.
 
     Args:
         folder: that exists.
-        writer: what to build.
-        settings: of the config, instead of the writer's.
+        architecture: what to build.
+        settings: of the config, instead of the architecture's.
     """
-    made = TinyWriters(folder, replace(writer, settings={**writer.settings, **settings}))
+    made = TinyTextGenerators(
+        folder, replace(architecture, settings={**architecture.settings, **settings})
+    )
     _write_models(made)
-    _write_tokenizer(made.base, writer.model_type)
+    _write_tokenizer(made.base, architecture.model_type)
     rng = np.random.default_rng(0)
     tasks = {}
-    for task, answers in WRITER_TASKS.items():
+    for task, answers in TEXT_TASKS.items():
         tasks[task] = {
             "expert": f"experts/{task}",
             "prompt": {"template": f"{task} : {{text}} {{more}} :", "answers": list(answers)},
@@ -118,16 +124,16 @@ def build_tiny_text_generators(folder: Path, writer: Writer, **settings: Any) ->
     return made
 
 
-def _write_models(made: TinyWriters) -> None:
+def _write_models(made: TinyTextGenerators) -> None:
     torch.manual_seed(0)
-    settings = dict(made.writer.settings) | {
-        "vocab_size": BYTE_PAIRS if made.writer.model_type == "qwen2" else len(TOKENS),
+    settings = dict(made.architecture.settings) | {
+        "vocab_size": BYTE_PAIRS if made.architecture.model_type == "qwen2" else len(TOKENS),
         "pad_token_id": 0,
         "eos_token_id": 1,
     }
-    config = AutoConfig.for_model(made.writer.model_type, **settings)
-    base = model_class(made.writer).from_config(config)
-    separate = not made.writer.settings["tie_word_embeddings"]
+    config = AutoConfig.for_model(made.architecture.model_type, **settings)
+    base = model_class(made.architecture).from_config(config)
+    separate = not made.architecture.settings["tie_word_embeddings"]
     with torch.no_grad():
         if separate:
             weight = base.get_input_embeddings().weight
@@ -146,7 +152,7 @@ def _write_models(made: TinyWriters) -> None:
     file.write_text(json.dumps(told))
     _save(base, made.base, once=True)
     start = {name: value.clone() for name, value in base.state_dict().items()}
-    for task in WRITER_TASKS:
+    for task in TEXT_TASKS:
         base.load_state_dict(start)
         with torch.no_grad():
             for parameter in base.parameters():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_text_generators import WRITER_TASKS, WRITERS, build_tiny_text_generators
+from tiny_text_generators import TEXT_GENERATORS, TEXT_TASKS, build_tiny_text_generators
 from torch import Tensor
 
 from epmq_deploy.data.loading import load_samples
@@ -26,7 +26,7 @@ Case = tuple[Any, tuple[TextGenerationGraph, ...], list[Sequence[tuple[Tensor, .
 
 def case_of(folder: Path, name: str) -> Case:
     """The family, the graphs, each one's calls, and the recipe of a tiny model."""
-    models = build_tiny_text_generators(folder, WRITERS[name])
+    models = build_tiny_text_generators(folder, TEXT_GENERATORS[name])
     family, recipe = family_of(models.base), load_recipe(models.recipe)
     example = family.example_inputs(models.base, 2)
     found = parity_inputs(recipe.tasks, family, models.base, example)
@@ -45,7 +45,7 @@ def run(graph: TextGenerationGraph, call: tuple[Tensor, ...]) -> Tensor:
 def test_an_encoder_decoder_s_calls_are_one_answer_being_written(tmp_path: Path, name: str) -> None:
     family, graphs, calls, recipe = case_of(tmp_path, name)
     folder = tmp_path / "base"
-    for index, task in enumerate(WRITER_TASKS):
+    for index, task in enumerate(TEXT_TASKS):
         given = recipe.tasks[task]
         samples = load_samples(task, given.calibration, family, prompt=given.prompt, limit=4)
         pairs = samples.inputs(0, 4)
@@ -71,7 +71,7 @@ def test_an_encoder_decoder_s_calls_are_one_answer_being_written(tmp_path: Path,
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_decoder_s_calls_begin_without_a_past_and_go_on(tmp_path: Path, name: str) -> None:
     family, (graph,), (calls,), recipe = case_of(tmp_path, name)
-    for index, task in enumerate(WRITER_TASKS):
+    for index, task in enumerate(TEXT_TASKS):
         given = recipe.tasks[task]
         samples = load_samples(task, given.calibration, family, prompt=given.prompt, limit=4)
         ids, mask, *_ = family.collate(tmp_path / "base", samples.inputs(0, 4))
@@ -102,7 +102,7 @@ def test_long_texts_are_cut(tmp_path: Path, name: str, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_texts_need_no_answers(tmp_path: Path, name: str) -> None:
-    models = build_tiny_text_generators(tmp_path, WRITERS[name])
+    models = build_tiny_text_generators(tmp_path, TEXT_GENERATORS[name])
     family, recipe = family_of(models.base), load_recipe(models.recipe)
     example = family.example_inputs(models.base, 2)
     without = {
