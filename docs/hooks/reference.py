@@ -126,8 +126,8 @@ def targets_page() -> str:
         (
             f"`{name}`",
             ", ".join(f"`{each}`" for each in target.formats),
-            target.requires,
-            target.why,
+            _constraints(target),
+            f"{target.why} {target.unverified and f'Not verified: {target.unverified}'}",
         )
         for name, target in TARGETS.items()
     ]
@@ -144,6 +144,18 @@ def targets_page() -> str:
             ),
         ]
     )
+
+
+def _constraints(target: Any) -> str:
+    """Return what a target's kernels take, in a few words."""
+    limits = [f"{' and '.join(map(str, target.widths))} bits"]
+    if target.blocks:
+        limits.append(f"groups of {' or '.join(map(str, target.blocks))}")
+    if target.whole_blocks:
+        limits.append("groups that divide a layer's inputs")
+    if target.symmetric:
+        limits.append("`symmetric: true`")
+    return ", ".join(limits)
 
 
 def _method_sections(methods: Mapping[str, Method], shared: type[Options]) -> Iterator[str]:
@@ -218,7 +230,7 @@ def _default(field: FieldInfo) -> str:
 def _flag(parameter: Any) -> list[str]:
     names = [*parameter.opts, *parameter.secondary_opts]
     if parameter.param_type_name == "argument":
-        names = [str(parameter.human_readable_name).upper()]
+        names = [str(parameter.name).upper()]
     text = getattr(parameter, "help", "") or ""
     return [", ".join(f"`{name}`" for name in names), text]
 

@@ -1,40 +1,22 @@
 """Every tutorial runs as it stands, on tiny models under the names that it uses."""
 
 import json
-import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import run
+from fenced_blocks import DOCS, blocks_of
 from safetensors.torch import load_file, save_file
 from tiny_families import ARCHITECTURES, FAMILY_TASKS, build_tiny_models
 from tiny_text import build_tiny_text
 from tiny_text_generators import WRITERS, build_tiny_text_generators
 
-DOCS = Path(__file__).parents[2] / "docs"
 ZOO = Path(str(files("epmq_deploy") / "zoo"))
-FENCE = re.compile(r"^```(\w+)(?: title=\"(.+?)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a page."""
-
-    language: str
-    file: str
-    text: str
-
-
-def blocks_of(page: str) -> Iterator[Block]:
-    """Blocks with a language, in order."""
-    for language, file, text in FENCE.findall((DOCS / page).read_text()):
-        yield Block(language, file, text)
 
 
 def execute(page: str) -> int:
