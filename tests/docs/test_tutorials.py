@@ -14,7 +14,7 @@ from fenced_blocks import DOCS, blocks_of
 from safetensors.torch import load_file, save_file
 from tiny_families import ARCHITECTURES, FAMILY_TASKS, build_tiny_models
 from tiny_text import build_tiny_text
-from tiny_text_generators import WRITERS, build_tiny_text_generators
+from tiny_text_generators import TEXT_GENERATORS, build_tiny_text_generators
 
 ZOO = Path(str(files("epmq_deploy") / "zoo"))
 
@@ -85,7 +85,7 @@ def images(folder: Path) -> None:
 
 def text_generators(folder: Path) -> None:
     """A small FLAN-T5 with two experts that answer no or yes."""
-    tiny = build_tiny_text_generators(folder, WRITERS["flan-t5"])
+    tiny = build_tiny_text_generators(folder, TEXT_GENERATORS["flan-t5"])
     (folder / "base").rename(folder / "flan-t5")
     (folder / "data").mkdir()
     for old, new in (("first", "cola"), ("second", "sst2")):

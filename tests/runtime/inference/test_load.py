@@ -210,7 +210,7 @@ def test_takes_the_graph_that_was_recommended_and_none_where_none_was(
     with pytest.raises(RecipeError, match=r"eval\.json: no low-bit graph to deploy.*format="):
         load(tmp_path)
     (tmp_path / "eval.json").write_text('{"rows": [')
-    with pytest.raises(RecipeError, match=r"eval\.json is damaged.*--overwrite, or .*format="):
+    with pytest.raises(RecipeError, match=r"eval\.json is damaged.*overwrite it, or .*format="):
         load(tmp_path)
     assert load(tmp_path, format="qdq").tasks == load(images).tasks
 
