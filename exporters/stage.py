@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -113,34 +113,28 @@ def export(
     refuse_existing(output, "export", overwrite=overwrite, source=quantized)
     check_export(recipe.export)
     options = recipe.export
-    made = open_output(quantized, "quantize")
-    mark, inputs = export_fingerprint(recipe, made.fingerprint)
-    merged = quantized / MERGED_FOLDER
-    family = family_of(merged)
+    source = open_output(quantized, "quantize")
+    identity, inputs = export_fingerprint(recipe, source.fingerprint)
+    family = family_of(quantized / MERGED_FOLDER)
     check_demo(options, family)
     if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
-        check_unchanged(open_sources(recipe), made)
+        check_unchanged(open_sources(recipe), source)
     with atomic_folder(output) as folder:
-        place = folder / GRAPHS_FOLDER
-        place.mkdir()
-        written = _write(recipe, made, quantized, place, device=device, progress=progress)
+        written = _write(recipe, source, quantized, folder, device=device, progress=progress)
         # Sessions need the memory that the model took.
         release_memory()
         graphs = [[verify_graph(graph) for graph in of_part] for of_part in written.graphs]
         parities = _parities(graphs, written, options)
-        heads = written.heads
-        classes = {name: class_names(recipe.tasks[name], head) for name, head in heads.items()}
-        ModelFolder.at(merged).copy_settings(folder)
-        if heads:
-            save_heads(folder, heads)
-        # The evaluation's page shows how each layer fared.
-        shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
+        classes = {
+            name: class_names(recipe.tasks[name], head) for name, head in written.heads.items()
+        }
+        _add_files(folder, quantized, written.heads)
         if options.demo:
             shown = next(graph for graph in graphs[0] if graph.format == chosen_formats(options)[0])
             write_demo(folder, family, classes, shown.path, options)
         details = ExportDetails(
-            merge=made.details.merge,
-            target=asdict(TARGETS.named(options.target)) if options.target else None,
+            merge=source.details.merge,
+            target=TARGETS.named(options.target).recorded() if options.target else None,
             classes=classes,
             graphs=tuple(
                 _entry(graph, parities[graph.path], folder, options)
@@ -153,13 +147,22 @@ def export(
         )
         _explain_target(options)
         manifest = ExportManifest(
-            fingerprint=mark, recipe=recipe, inputs=inputs | made.models, details=details
+            fingerprint=identity, recipe=recipe, inputs=inputs | source.models, details=details
         )
         return finish_output(folder, manifest)
 
 
+def _add_files(folder: Path, quantized: Path, heads: Mapping[str, TaskHead]) -> None:
+    """Add what stands next to the graphs: the model's settings, heads, the layers' report."""
+    ModelFolder.at(quantized / MERGED_FOLDER).copy_settings(folder)
+    if heads:
+        save_heads(folder, heads)
+    # The evaluation's page shows how each layer fared.
+    shutil.copyfile(quantized / REPORT_FILE, folder / REPORT_FILE)
+
+
 def _explain_target(options: ExportOptions) -> None:
-    """Why a target's formats and constraints are what they are, and what is not known for sure."""
+    """Log why a target's formats and constraints are what they are, and what is not verified."""
     if options.target is None:
         return
     target = TARGETS.named(options.target)
@@ -170,28 +173,30 @@ def _explain_target(options: ExportOptions) -> None:
 
 def _write(
     recipe: Recipe,
-    made: QuantizeManifest,
+    source: QuantizeManifest,
     quantized: Path,
-    place: Path,
+    folder: Path,
     *,
     device: torch.device | None,
     progress: Progress,
 ) -> _Written:
-    """Write all graphs into a folder; the model is in memory no longer than this takes."""
+    """Write all graphs below a folder; the model is in memory no longer than this takes."""
+    graphs_folder = folder / GRAPHS_FOLDER
+    graphs_folder.mkdir()
     options, merged = recipe.export, quantized / MERGED_FOLDER
     family = family_of(merged)
     layers, replaced = load_artifact(quantized)
     with eager_free():
         backbone = family.load(merged)
-        source = ModelFolder.at(merged)
-        map_weights(backbone, Checkpoint.open(source, family.canonical_key, family.tied).tensors)
+        checkpoint = Checkpoint.open(ModelFolder.at(merged), family.canonical_key, family.tied)
+        map_weights(backbone, checkpoint.tensors)
     groups = tuple(group for block in family.blocks(backbone) for group in block.groups)
     inside = {name for group in groups for name in group.layers}
     grids = {
         name: LayerGrid.of(layer, outer=name not in inside)
         for name, layer in by_kind(backbone, layers)[0].items()
     }
-    check_target(options, grids, made.recipe.quantize)
+    check_target(options, grids, source.recipe.quantize)
     with release_weights_after_use(backbone):
         parts, heads = parts_of(
             recipe.tasks, family, backbone, merged, device=device, progress=progress
@@ -204,7 +209,7 @@ def _write(
             part.layers_of(layers),
             replaced,
             chosen_formats(options),
-            place,
+            graphs_folder,
             opset=options.opset,
             accuracy_level=options.accuracy_level,
             two_bit_containers=chosen_two_bit_containers(options),

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.exporters.targets import TARGETS
+from epmq_deploy.exporters.targets.base import WebRuntime
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
 from epmq_deploy.models.image_inputs import image_processor
@@ -24,11 +26,7 @@ from epmq_deploy.runtime.ort.graph_runs import session_config
 DEMO_FOLDER = "demo"
 _PAGE = ("index.html", "app.js", "classifier.js", "files.js", "images.js", "texts.js")
 _RUNTIME, _TOKENIZERS = "onnxruntime-web", "@huggingface/tokenizers"
-# Per target: the module that is imported, and what it loads.
-_MODULES = {
-    "webgpu": ("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify"),
-    "wasm": ("ort.wasm.min.mjs", "ort-wasm-simd-threaded"),
-}
+_WITHOUT_DEMO = {"export.demo": False}
 _RESAMPLING = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
@@ -49,10 +47,15 @@ def check_demo(options: ExportOptions, family: ModelFamily) -> None:
         return
     if generates_text(family):
         raise RecipeError(
-            "export.demo: the page classifies, and this model generates text; leave it out"
+            "export.demo: the page classifies, and this model generates text; leave it out",
+            options=_WITHOUT_DEMO,
         )
-    if options.target not in _MODULES:
-        raise RecipeError(f"export.demo needs export.target {' or '.join(_MODULES)}")
+    if _web_runtime(options) is None:
+        browsers = [target.name for target in TARGETS.values() if target.web is not None]
+        raise RecipeError(
+            f"export.demo needs export.target {' or '.join(browsers)}",
+            options={"export.target": None},
+        )
     folder = _libraries(options)
     pinned = _pinned()
     wrong = [name for name, version in pinned.items() if _installed(folder, name) != version]
@@ -60,7 +63,8 @@ def check_demo(options: ExportOptions, family: ModelFamily) -> None:
         packages = " ".join(f"{name}@{version}" for name, version in pinned.items())
         raise RecipeError(
             f"export.demo: {' and '.join(wrong)} not found in {folder} in the version needed; run\n"
-            f"  npm install --ignore-scripts --prefix {folder} {packages}"
+            f"  npm install --ignore-scripts --prefix {folder} {packages}",
+            options={"export.demo_libraries": None},
         )
 
 
@@ -81,7 +85,9 @@ def check_demo_model(
     if not options.demo:
         return
     if not tasks:
-        raise RecipeError("export.demo: no task has a head, so there is nothing to show")
+        raise RecipeError(
+            "export.demo: no task has a head, so there is nothing to show", options=_WITHOUT_DEMO
+        )
     if isinstance(family, TextClassifierFamily):
         _fast_tokenizer(folder, family)
     else:
@@ -107,17 +113,18 @@ def write_demo(
     Raises:
         RecipeError: the model's preprocessing has no counterpart in the page.
     """
-    assert options.target is not None, "check_demo has made sure"
+    web = _web_runtime(options)
+    assert web is not None, "check_demo has made sure"
     target = folder / DEMO_FOLDER
     (target / "vendor").mkdir(parents=True)
     for name in _PAGE:
         (target / name).write_bytes(_source(name))
-    module, loaded = _MODULES[options.target]
-    needed = [f"{_RUNTIME}/dist/{name}" for name in (module, f"{loaded}.mjs", f"{loaded}.wasm")]
+    libraries = (web.module, f"{web.binary}.mjs", f"{web.binary}.wasm")
+    needed = [f"{_RUNTIME}/dist/{name}" for name in libraries]
     settings: dict[str, Any] = {
         "modality": family.modality,
         "provider": options.target,
-        "library": f"vendor/{module}",
+        "library": f"vendor/{web.module}",
         "graph": f"../{graph.relative_to(folder).as_posix()}",
         "external_data": [file.name for file in graph.parent.glob(f"{graph.name}_data")],
         "session_config": _nested(session_config(options.accuracy_level)),
@@ -158,7 +165,8 @@ def image_settings(folder: Path) -> dict[str, Any]:
         problems.append(f"crop_size {crop} beyond size {size}, which pads")
     if problems:
         raise RecipeError(
-            f"export.demo: the page cannot preprocess images with {', '.join(problems)}"
+            f"export.demo: the page cannot preprocess images with {', '.join(problems)}",
+            options=_WITHOUT_DEMO,
         )
     normalize = processor.get("do_normalize")
     return {
@@ -186,7 +194,10 @@ def _text_settings(folder: Path, family: TextClassifierFamily, target: Path) -> 
 def _fast_tokenizer(folder: Path, family: TextClassifierFamily) -> Any:
     tokenizer = family.tokenizer(folder)
     if not tokenizer.is_fast:
-        raise RecipeError(f"export.demo: {type(tokenizer).__name__} has no form the page can run")
+        raise RecipeError(
+            f"export.demo: {type(tokenizer).__name__} has no form the page can run",
+            options=_WITHOUT_DEMO,
+        )
     return tokenizer
 
 
@@ -195,11 +206,16 @@ def _nested(entries: Mapping[str, str]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for entry, value in entries.items():
         *path, last = entry.split(".")
-        place = nested
+        level = nested
         for part in path:
-            place = place.setdefault(part, {})
-        place[last] = value
+            level = level.setdefault(part, {})
+        level[last] = value
     return nested
+
+
+def _web_runtime(options: ExportOptions) -> WebRuntime | None:
+    """Return what the page runs the target's graphs with; None if the target is no browser."""
+    return None if options.target is None else TARGETS.named(options.target).web
 
 
 def _libraries(options: ExportOptions) -> Path:
@@ -207,8 +223,8 @@ def _libraries(options: ExportOptions) -> Path:
 
 
 def _pinned() -> dict[str, str]:
-    found: dict[str, str] = json.loads(_source("package.json"))["dependencies"]
-    return found
+    versions: dict[str, str] = json.loads(_source("package.json"))["dependencies"]
+    return versions
 
 
 def _source(name: str) -> bytes:

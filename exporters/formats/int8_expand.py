@@ -90,12 +90,12 @@ def int8_passes(plans: Mapping[str, Int8Plan]) -> list[ir.passes.InPlacePass]:
 
 def _expansion(node: ir.Node) -> tuple[ir.Node, int | None] | None:
     """Return the expanding product of a MatMulInteger's weight and, where it is cut, its length."""
-    made = weight_source(node)
+    source = weight_source(node)
     columns = None
-    if made is not None and made.op_type == "Slice":
-        columns = int(constant(made, 2)[0])  # type: ignore[index]
-        made = producer(made.inputs[0])
-    product = None if made is None else producer(made.inputs[0])
+    if source is not None and source.op_type == "Slice":
+        columns = int(constant(source, 2)[0])  # type: ignore[index]
+        source = producer(source.inputs[0])
+    product = None if source is None else producer(source.inputs[0])
     return (
         (product, columns) if product is not None and product.op_type == "QLinearMatMul" else None
     )

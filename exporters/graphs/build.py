@@ -1,6 +1,6 @@
 """Export a merged model and its quantized layers as ONNX graphs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -95,10 +95,10 @@ def write_graphs(
         file_limit=file_limit,
     )
 
-    traced = opset or TRACED_OPSET
-    graph = trace(export_copy(model), example_inputs, traced)
     floats = [fmt for fmt in chosen if not fmt.low_bit and fmt.name != FP32_FORMAT]
     plans.setdefault(FP32_FORMAT, FormatPlan())
+    traced = opset or TRACED_OPSET
+    graph = trace(export_copy(model), example_inputs, traced)
     written = [
         write(graph.clone(), fmt, plans[fmt.name], {}, {})
         for fmt in (*formats_of([FP32_FORMAT]), *floats)
@@ -110,23 +110,38 @@ def write_graphs(
     twin = swapped_copy(model, packed, rows, replaced, accuracy_level)
     graph = trace(twin, example_inputs, traced)
     del twin, packed
-    for fmt in quantized:
-        # A copy shares the tensors, so that each format lowers the same codes.
-        lowered = graph if fmt is quantized[-1] else graph.clone()
-        if two_bits and fmt.stores_two_bits:
-            NarrowToTwoBits()(lowered)
-        written.append(write(lowered, fmt, plans[fmt.name], linear, rows))
-        del lowered
-        release_memory()
+    write_low_bit = partial(write, linear=linear, rows=rows)
+    written += _write_quantized(graph, quantized, plans, write_low_bit, two_bits=two_bits)
     del graph
     release_memory()
     return tuple(written)
 
 
+def _write_quantized(
+    graph: ir.Model,
+    formats: Sequence[GraphFormat],
+    plans: Mapping[str, FormatPlan],
+    write: Callable[[ir.Model, GraphFormat, FormatPlan], WrittenGraph],
+    *,
+    two_bits: bool,
+) -> list[WrittenGraph]:
+    """Lower one graph to every low-bit format and write each; the last one takes the graph."""
+    written = []
+    for fmt in formats:
+        # A copy shares the tensors, so that each format lowers the same codes.
+        lowered = graph if fmt is formats[-1] else graph.clone()
+        if two_bits and fmt.stores_two_bits:
+            NarrowToTwoBits()(lowered)
+        written.append(write(lowered, fmt, plans[fmt.name]))
+        del lowered
+        release_memory()
+    return written
+
+
 def by_kind(
     backbone: nn.Module, layers: Mapping[str, QuantizedLinear]
 ) -> tuple[dict[str, QuantizedLinear], dict[str, QuantizedLinear]]:
-    """Linear layers, and those with one scale per row; what the model lacks is left for checks."""
+    """Return linear layers, and those with one scale per row; the checks find what is missing."""
     modules = dict(backbone.named_modules())
     rows = {
         name: layer

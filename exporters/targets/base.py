@@ -1,9 +1,23 @@
 """What a deployment target is: formats, what its kernels take, and why."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from epmq_deploy.exporters.packing.packed_linear import container_bits
 from epmq_deploy.exporters.targets.layer_grid import LayerGrid
+
+
+@dataclass(frozen=True)
+class WebRuntime:
+    """The build of onnxruntime-web that runs a browser target's graphs.
+
+    Attributes:
+        module: file that a page imports.
+        binary: stem of the ``.mjs`` and ``.wasm`` files that the module loads.
+    """
+
+    module: str
+    binary: str
 
 
 @dataclass(frozen=True)
@@ -23,6 +37,7 @@ class Target:
         symmetric: whether zero points are refused.
         two_bit_containers: whether its kernels take 2-bit codes in 2 bits.
         unverified: what is not known for sure, because no such device was available.
+        web: what a page runs its graphs with; None if it is no browser.
     """
 
     name: str
@@ -34,6 +49,13 @@ class Target:
     symmetric: bool = False
     two_bit_containers: bool = False
     unverified: str = ""
+    web: WebRuntime | None = None
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what an export's manifest says of it: all but what a page runs it with."""
+        attributes = asdict(self)
+        del attributes["web"]
+        return attributes
 
     def refuses_width(self, grid: LayerGrid) -> bool:
         """Whether codes are stored in more bits than its kernels take."""

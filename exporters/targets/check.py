@@ -44,23 +44,23 @@ def check_target(
 
 def _problems(target: Target, layers: Mapping[str, LayerGrid]) -> list[str]:
     """Return what keeps layers from running there, one clause per kind."""
-    found = []
+    problems = []
     if wide := [name for name, grid in layers.items() if target.refuses_width(grid)]:
-        found.append(f"{_named(wide)} stored in 8 bits, it takes {_either(target.widths)}")
+        problems.append(f"{_named(wide)} stored in 8 bits, it takes {_either(target.widths)}")
     if sizes := [name for name, grid in layers.items() if target.refuses_block(grid)]:
         blocks = _blocks(sizes, layers)
-        found.append(
+        problems.append(
             f"{_named(sizes)} stored in blocks of {blocks}, it takes {_either(target.blocks)}"
         )
     if ragged := [name for name, grid in layers.items() if target.refuses_tail(grid)]:
         inputs = _either(sorted({layers[name].in_features for name in ragged}))
-        found.append(
+        problems.append(
             f"{_named(ragged)} stored in blocks of {_blocks(ragged, layers)}, which do not "
             f"divide {inputs} inputs"
         )
     if shifted := [name for name, grid in layers.items() if target.refuses_zero_points(grid)]:
-        found.append(f"{_named(shifted)} stored with zero points, it takes none")
-    return found
+        problems.append(f"{_named(shifted)} stored with zero points, it takes none")
+    return problems
 
 
 def fitting(
@@ -100,13 +100,13 @@ def fitting(
 
 def _unfit(target: Target, layers: Mapping[str, LayerGrid], options: QuantizeOptions) -> list[str]:
     """Layers that cannot run there although quantized with these options."""
-    found = []
+    unfit = []
     for name, grid in layers.items():
-        own = options if grid.outer else options.for_layer(name)
-        bits = grid.bits if grid.outer else options.fixed_bits(name) or _bits(grid, own)
-        if target.refuses(grid.made_with(bits, own)):
-            found.append(name)
-    return found
+        layer_options = options if grid.outer else options.for_layer(name)
+        bits = grid.bits if grid.outer else options.fixed_bits(name) or _bits(grid, layer_options)
+        if target.refuses(grid.with_options(bits, layer_options)):
+            unfit.append(name)
+    return unfit
 
 
 def _bits(grid: LayerGrid, options: QuantizeOptions) -> int:
@@ -125,23 +125,23 @@ def _with(
         return options
     budgeted = options.target_bits is not None or options.target_size is not None
     if name == "bits" and budgeted:
-        own = [layer for layer in layers if options.fixed_bits(layer)]
-        if len(own) < len(layers):
-            # Those without bits of their own.
+        fixed = [layer for layer in layers if options.fixed_bits(layer)]
+        if len(fixed) < len(layers):
+            # The budget decides the bits of the others.
             target = {"target_bits": float(value), "target_size": None}
             options = options.model_copy(update=target)
-        if not own:
+        if not fixed:
             return options
-        layers = own
-    giving = [pattern for pattern, own in options.layers.items() if name in own.given]
+        layers = fixed
+    giving = [pattern for pattern, given in options.layers.items() if name in given.given]
     matched = {
         layer: [pattern for pattern in giving if fnmatchcase(layer, pattern)] for layer in layers
     }
-    patterns = {pattern for found in matched.values() for pattern in found}
+    patterns = {pattern for matches in matched.values() for pattern in matches}
     update: dict[str, Any] = {} if all(matched.values()) else {name: value}
     update["layers"] = {
-        pattern: own.model_copy(update={name: value}) if pattern in patterns else own
-        for pattern, own in options.layers.items()
+        pattern: given.model_copy(update={name: value}) if pattern in patterns else given
+        for pattern, given in options.layers.items()
     }
     return options.model_copy(update=update)
 

@@ -44,7 +44,7 @@ class LayerGrid:
         block = block_size_for(columns if group_size == -1 else group_size, columns)
         return cls(bits, block, columns, symmetric and bits == container_bits(bits), outer)
 
-    def made_with(self, bits: int, options: QuantizeOptions) -> "LayerGrid":
+    def with_options(self, bits: int, options: QuantizeOptions) -> "LayerGrid":
         """Return the grid for the same layer with so many bits and other options."""
         return self.stored(
             bits, options.group_size, options.symmetric, self.in_features, self.outer
@@ -70,7 +70,9 @@ def planned_grids(
         return grids
     for name in sorted(inside):
         if not options.skips(name):
-            own = options.for_layer(name)
+            chosen = options.for_layer(name)
             columns = model.get_parameter(f"{name}.weight").shape[1]
-            grids[name] = LayerGrid.stored(own.bits, own.group_size, own.symmetric, columns, False)
+            grids[name] = LayerGrid.stored(
+                chosen.bits, chosen.group_size, chosen.symmetric, columns, False
+            )
     return grids

@@ -1,6 +1,6 @@
 """CPUs in the browser, with onnxruntime-web."""
 
-from epmq_deploy.exporters.targets.base import Target
+from epmq_deploy.exporters.targets.base import Target, WebRuntime
 
 TARGET = Target(
     name="wasm",
@@ -9,4 +9,5 @@ TARGET = Target(
         "in WebAssembly MatMulNBits unpacks its weights on every run; int8-expand does so once "
         "and multiplies in int8."
     ),
+    web=WebRuntime("ort.wasm.min.mjs", "ort-wasm-simd-threaded"),
 )

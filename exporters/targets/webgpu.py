@@ -1,6 +1,6 @@
 """GPUs in the browser, with onnxruntime-web."""
 
-from epmq_deploy.exporters.targets.base import Target
+from epmq_deploy.exporters.targets.base import Target, WebRuntime
 
 TARGET = Target(
     name="webgpu",
@@ -12,4 +12,5 @@ TARGET = Target(
     ),
     two_bit_containers=True,
     unverified="GPUs; older versions of onnxruntime-web take 4 bits only.",
+    web=WebRuntime("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify"),
 )

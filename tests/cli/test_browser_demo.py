@@ -302,7 +302,7 @@ def test_texts_bring_their_tokenizer(texts_model: Path, stand_ins: Path, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--target", "cpu"], "export.demo needs export.target webgpu or wasm"),
+        (["--target", "cpu"], "export.demo needs export.target wasm or webgpu"),
         ([], "export.demo needs export.target"),
         (["--target", "webgpu"], "npm install --ignore-scripts --prefix"),
     ],

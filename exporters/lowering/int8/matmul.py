@@ -38,7 +38,7 @@ class Emitter:
     Attributes:
         graph: what initializers are added to.
         name: the layer's dotted name; values and nodes are named after it.
-        nodes: made so far, in order.
+        nodes: the new ones so far, in order.
     """
 
     graph: ir.Graph
@@ -83,8 +83,7 @@ class Emitter:
         """All outputs of a new node, which is called like the first unless it has a name."""
         outputs = [ir.Value(name=f"{self.name}.{suffix}") for suffix in suffixes]
         name = name or outputs[0].name
-        made = ir.node(op_type, inputs, attributes or {}, name=name, outputs=outputs)
-        self.nodes.append(made)
+        self.nodes.append(ir.node(op_type, inputs, attributes or {}, name=name, outputs=outputs))
         return outputs
 
 
@@ -109,8 +108,9 @@ def quantize_input(emit: Emitter, x: ir.Value, span: tuple[float, float] | None)
     """Quantize activations per tensor, in the range given or in that of each run."""
     if span is None:
         suffixes = ("input", "input_scale", "input_zero_point")
-        made = emit.values("DynamicQuantizeLinear", [x], suffixes, name=f"{emit.name}.quantize")
-        values, scale_value, zero_value = made
+        values, scale_value, zero_value = emit.values(
+            "DynamicQuantizeLinear", [x], suffixes, name=f"{emit.name}.quantize"
+        )
         return QuantizedInput(values, scale_value, zero_value, fixed=False)
     scale, zero_point = activation_grid(span)
     grid = (
@@ -146,8 +146,8 @@ def multiply(emit: Emitter, x: QuantizedInput, weight: ir.Value, scales: ir.Valu
 def weight_source(node: ir.Node) -> ir.Node | None:
     """Return the node that makes a multiplying node's int8 weight; None for any other."""
     weight = node.inputs[1] if node.op_type in ("MatMul", "MatMulInteger") else None
-    made = None if weight is None else weight.producer()
-    if made is not None and node.op_type == "MatMul":
-        held = made.inputs[0] if made.op_type == "DequantizeLinear" else None
-        made = None if held is None else held.producer()
-    return made
+    source = None if weight is None else weight.producer()
+    if source is not None and node.op_type == "MatMul":
+        codes = source.inputs[0] if source.op_type == "DequantizeLinear" else None
+        source = None if codes is None else codes.producer()
+    return source

@@ -25,13 +25,13 @@ def divide_input(graph: ir.Graph, factors: Mapping[ir.Node, Tensor | None]) -> N
             None for none.
     """
     # Groups may read one value: cross attention of all blocks that of the encoder.
-    wanted: dict[tuple[ir.Value, int], list[ir.Node]] = {}
-    given = {id(found): found for found in factors.values() if found is not None}
-    for node, found in factors.items():
-        if found is not None and node.inputs[0] is not None:
-            wanted.setdefault((node.inputs[0], id(found)), []).append(node)
-    for (value, key), nodes in wanted.items():
-        reciprocals = (1 / given[key]).numpy()
+    readers: dict[tuple[ir.Value, int], list[ir.Node]] = {}
+    divisors = {id(divisor): divisor for divisor in factors.values() if divisor is not None}
+    for node, divisor in factors.items():
+        if divisor is not None and node.inputs[0] is not None:
+            readers.setdefault((node.inputs[0], id(divisor)), []).append(node)
+    for (value, key), nodes in readers.items():
+        reciprocals = (1 / divisors[key]).numpy()
         norm = _norm_for(value, nodes)
         if norm is None:
             _insert_mul(graph, value, nodes, reciprocals)
@@ -53,10 +53,10 @@ def _norm_for(value: ir.Value, nodes: Iterable[ir.Node]) -> ir.Node | None:
 
 def _gains(norm: ir.Node) -> list[int]:
     """Return the inputs to divide: all that a norm has, or the constant one of a product."""
-    places = [place for place in _GAINS[norm.op_type] if place < len(norm.inputs)]
+    indices = [index for index in _GAINS[norm.op_type] if index < len(norm.inputs)]
     if norm.op_type != "Mul":
-        return places
-    return [place for place in places if _is_constant(norm.inputs[place])]
+        return indices
+    return [index for index in indices if _is_constant(norm.inputs[index])]
 
 
 def _is_constant(value: ir.Value | None) -> bool:
@@ -78,7 +78,7 @@ def _insert_mul(
     name = f"{nodes[0].name}.smooth"
     tensor = add_initializer(graph, ir.Tensor(reciprocals, name=f"{name}_factors"))
     output = ir.Value(name=f"{name}_input")
-    made = ir.node("Mul", [value, tensor], name=name, outputs=[output])
-    graph.insert_before(nodes[0], made)
+    product = ir.node("Mul", [value, tensor], name=name, outputs=[output])
+    graph.insert_before(nodes[0], product)
     for node in nodes:
         node.replace_input_with(0, output)
