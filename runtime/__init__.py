@@ -1,8 +1,39 @@
-"""Running exported graphs in onnxruntime: in applications (`load`), and to evaluate them."""
+"""Running exported graphs in onnxruntime: in applications (`load`), and to evaluate them.
 
-from epmq_deploy.runtime.inference.base import DeployedModel
-from epmq_deploy.runtime.inference.classifier import Prediction
-from epmq_deploy.runtime.inference.load import load
-from epmq_deploy.runtime.inference.text_generation import Answer, DeployedTextGenerator
+Rooms: `ort` creates and runs sessions, `evaluation` measures, `report` shows what was measured,
+`inference` serves applications. Names are imported when first used.
+"""
 
-__all__ = ["Answer", "DeployedModel", "DeployedTextGenerator", "Prediction", "load"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from epmq_deploy.runtime.inference.base import DeployedModel
+    from epmq_deploy.runtime.inference.classifier import Prediction
+    from epmq_deploy.runtime.inference.load import load
+    from epmq_deploy.runtime.inference.text_generation import Answer, DeployedTextGenerator
+    from epmq_deploy.runtime.stage import evaluate
+
+_MODULE_OF = {
+    "Answer": "inference.text_generation",
+    "DeployedModel": "inference.base",
+    "DeployedTextGenerator": "inference.text_generation",
+    "Prediction": "inference.classifier",
+    "evaluate": "stage",
+    "load": "inference.load",
+}
+
+__all__ = [
+    "Answer",
+    "DeployedModel",
+    "DeployedTextGenerator",
+    "Prediction",
+    "evaluate",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -108,3 +108,9 @@ def test_every_name_can_be_used() -> None:
         assert getattr(epmq, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = epmq.nothing
+
+
+def test_sessions_alone_load_no_torch() -> None:
+    code = "import sys, epmq_deploy.runtime.ort; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

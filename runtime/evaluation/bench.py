@@ -59,6 +59,7 @@ class Bench:
                 "bytes": sum(entry.bytes for entry in entries),
                 "timings": tuple(timings[name]),
                 "footprint": footprints[name],
+                "low_bit": entries[0].low_bit,
             }
             for name, entries in self.formats.items()
         }
@@ -108,7 +109,7 @@ class Bench:
         return self.scorer.batch(next(iter(self.samples.values())), 0, size)
 
     def _few(self) -> Iterator[tuple[Tensor, ...]]:
-        """Some samples of every task, each a batch of its own."""
+        """Yield some samples of every task, each a batch of its own."""
         for chosen in self.samples.values():
             for index in range(min(self.options.diagnose_samples, len(chosen))):
                 yield self.scorer.batch(chosen, index, 1)

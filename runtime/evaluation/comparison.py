@@ -56,7 +56,7 @@ def compare(
     same: Mapping[str, Booleans],
     margin: float,
 ) -> tuple[dict[str, Difference], Difference]:
-    """A graph against the reference, by task and on average over tasks.
+    """Return a graph against the reference, by task and on average over tasks.
 
     Intervals are those of a paired bootstrap, stratified by task.
 

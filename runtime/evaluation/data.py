@@ -15,7 +15,7 @@ from epmq_deploy.recipe import Recipe, Task
 def evaluation_samples(
     recipe: Recipe, family: ModelFamily, folder: Path, heads: Mapping[str, TaskHead] | None = None
 ) -> dict[str, Samples]:
-    """The evaluation samples of every task, loaded and checked; one of each is decoded.
+    """Return the evaluation samples of every task, loaded and checked; one of each is decoded.
 
     Args:
         recipe: tasks and options.
@@ -58,7 +58,7 @@ def _classes(
     folder: Path,
     heads: Mapping[str, TaskHead] | None,
 ) -> int | None:
-    """Number of classes of a task's head; None where that is not known yet.
+    """Return number of classes of a task's head; None where that is not known yet.
 
     Raises:
         RecipeError: there is no head, or its expert's cannot be read.

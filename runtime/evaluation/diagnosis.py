@@ -156,12 +156,12 @@ def _noises(values: LayerValues, wanted: LayerValues, runs: Any) -> tuple[LayerN
 
 
 def _unsmoothed(inputs: Array, factors: Array | None) -> Array:
-    """What a layer would have received had its input, ``[..., K]``, not been divided."""
+    """Return what a layer would have received had its input, ``[..., K]``, not been divided."""
     return inputs if factors is None else inputs * factors[: inputs.shape[-1]]
 
 
 def _laid_out(wanted: Array, found: Array) -> Array:
-    """A convolution's ``[B, N, h, w]`` as ``[B, h * w, N]`` where patches are multiplied."""
+    """Return a convolution's ``[B, N, h, w]`` as ``[B, h * w, N]`` where patches are multiplied."""
     if wanted.ndim == 4 and found.ndim == 3:
         return wanted.reshape(*wanted.shape[:2], -1).swapaxes(1, 2)
     return wanted

@@ -28,7 +28,7 @@ from epmq_deploy.runtime.ort.sessions import by_format
 
 
 def eval_fingerprint(recipe: Recipe, exported: str) -> str:
-    """What decides an evaluation of an export of that fingerprint; gates are no part of it."""
+    """Return the fingerprint of evaluating that export; gates have no part in it."""
     inputs = {"export": exported}
     for name, task in recipe.tasks.items():
         if task.evaluation is not None:
@@ -38,7 +38,7 @@ def eval_fingerprint(recipe: Recipe, exported: str) -> str:
 
 
 def gates_of(options: EvalOptions) -> Gates:
-    """The gates among the options."""
+    """Return the gates among the options."""
     return Gates(options.max_drop, options.max_latency_ratio, options.max_size)
 
 

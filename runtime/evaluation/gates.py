@@ -47,7 +47,7 @@ def check_gates(report: EvalReport) -> None:
 
 
 def recommend(report: EvalReport) -> Recommendation | None:
-    """The fastest low-bit graph that meets all gates, the smallest of those equally fast.
+    """Return the fastest low-bit graph that meets all gates, the smallest of those equally fast.
 
     Graphs are equally fast where intervals of their latencies overlap, or there were too few runs
     for any; of graphs of equal size the first counts.
@@ -137,17 +137,17 @@ def _reason(report: EvalReport, best: Row, passing: list[Row], equal: list[Row])
 
 
 def verdicts(report: EvalReport) -> dict[str, str]:
-    """What is said of each graph's average accuracy, by the graph's name."""
+    """Return what is said of each graph's average accuracy, by the graph's name."""
     return {row.name: described(row) for row in report.rows if row.against_average is not None}
 
 
 def advice(report: EvalReport) -> str:
-    """What to deploy, in a sentence."""
+    """Return what to deploy, in a sentence."""
     return str(recommend(report) or NONE_RECOMMENDED)
 
 
 def described(row: Row) -> str:
-    """The verdict on a graph's average accuracy in words, with its interval."""
+    """Return the verdict on a graph's average accuracy in words, with its interval."""
     if row.against_average is None:
         return ""
     found = row.against_average

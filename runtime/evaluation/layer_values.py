@@ -70,7 +70,7 @@ class LayerValues:
 
     @contextmanager
     def saved(self) -> Iterator[Path]:
-        """The graph as a file, for as long as the block runs."""
+        """Yield the graph as a file, for as long as the block runs."""
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.onnx"
             # Apart, because protobuf refuses files beyond 2 GiB.
@@ -115,7 +115,7 @@ def tap(file: Path, names: Collection[str], inputs_of: Collection[str] = ()) -> 
 
 
 def _layer(node: ir.Node, product: ir.Value, read: str | None) -> Layer:
-    """A layer by the node of its name and the value its multiplication gives."""
+    """Return a layer by the node of its name and the value its multiplication gives."""
     output, bias = product, None
     users = [use.node for use in product.uses()]
     if len(users) == 1 and users[0].op_type == "Add":
@@ -144,7 +144,7 @@ def _factors(node: ir.Node) -> Array | None:
 
 
 def _input(name: str, product: ir.Value) -> str | None:
-    """The value that a layer quantizes or multiplies, where it is none of the graph's inputs."""
+    """Return the value that a layer takes; None where it is the graph's input."""
     producer = product.producer()
     waiting = [] if producer is None else [producer]
     while waiting:

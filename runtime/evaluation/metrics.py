@@ -39,11 +39,11 @@ class Score(ABC):
 
     @abstractmethod
     def draws(self, rng: np.random.Generator) -> Floats:
-        """The score of ``RESAMPLES`` bootstrap samples, 1 at best."""
+        """Return the score of ``RESAMPLES`` bootstrap samples, 1 at best."""
 
     @abstractmethod
     def gains(self, reference: "Score", rng: np.random.Generator) -> Floats:
-        """What ``RESAMPLES`` bootstrap samples gain on a score of the same kind and samples."""
+        """Return what ``RESAMPLES`` bootstrap samples gain on a score of the same samples."""
 
     @abstractmethod
     def p_value(self, reference: "Score", gains: Floats) -> float:
@@ -68,22 +68,22 @@ class Accuracy(Score):
 
     @property
     def percent(self) -> float:
-        """See base."""
+        """Return the share of correct predictions."""
         return 100.0 * float(self.correct.mean())
 
     @property
     def interval(self) -> Interval:
-        """See base."""
+        """Return the interval of the score."""
         return wilson(int(self.correct.sum()), len(self.correct))
 
     def draws(self, rng: np.random.Generator) -> Floats:
-        """See base."""
+        """Return scores of bootstrap samples."""
         count = len(self.correct)
         share = (int(self.correct.sum()) + 0.5) / (count + 1)
         return rng.binomial(count, share, RESAMPLES) / count
 
     def gains(self, reference: Score, rng: np.random.Generator) -> Floats:
-        """See base."""
+        """Return gains of bootstrap samples."""
         gained, lost = self._discordant(reference)
         count = len(self.correct)
         shares = np.array([gained + 0.5, lost + 0.5, count - gained - lost + 1]) / (count + 2)
@@ -91,11 +91,11 @@ class Accuracy(Score):
         return np.asarray((outcomes[:, 0] - outcomes[:, 1]) / count)
 
     def p_value(self, reference: Score, gains: Floats) -> float:
-        """See base; exact, from the counts alone."""
+        """Return the p-value; exact, from the counts alone."""
         return mcnemar(*self._discordant(reference))
 
     def _discordant(self, reference: Score) -> tuple[int, int]:
-        """Samples that only this model, and only the reference, predicts correctly."""
+        """Return samples that only this model, and only the reference, predicts correctly."""
         assert isinstance(reference, Accuracy), "scores of one task are of one kind"
         ours, theirs = self.correct, reference.correct
         return int((ours & ~theirs).sum()), int((theirs & ~ours).sum())

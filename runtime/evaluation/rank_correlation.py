@@ -49,18 +49,18 @@ class RankCorrelation(Score):
 
     @property
     def interval(self) -> Interval:
-        """See base."""
+        """Return the interval of the score."""
         return percentiles(self.draws(np.random.default_rng(_SEED)))
 
     def draws(self, rng: np.random.Generator) -> Floats:
-        """See base."""
+        """Return scores of bootstrap samples."""
         blocks = _resampled(len(self.truth), 0, rng)
         return np.concatenate(
             [correlations(counts, self.predicted, self.truth) for counts in blocks]
         )
 
     def gains(self, reference: Score, rng: np.random.Generator) -> Floats:
-        """See base."""
+        """Return gains of bootstrap samples."""
         assert isinstance(reference, RankCorrelation), "scores of one task are of one kind"
         ours, theirs = self.predicted, reference.predicted
         ours = np.append(ours, [np.inf, np.median(ours)])
@@ -74,7 +74,7 @@ class RankCorrelation(Score):
         )
 
     def p_value(self, reference: Score, gains: Floats) -> float:
-        """See base; of the bootstrap."""
+        """Return the p-value; of the bootstrap."""
         return bootstrap_p_value(gains)
 
 

@@ -12,8 +12,8 @@ from epmq_deploy.runtime.ort.footprint import Footprint
 
 EXPERTS = "experts"
 REFERENCE = "fp32"
-# What low-bit graphs are compared with; never held against gates or recommended.
-REFERENCES = (EXPERTS, REFERENCE, "fp16")
+# The references of reports that do not say which rows are low-bit: those of earlier versions.
+_FORMER_REFERENCES = (EXPERTS, REFERENCE, "fp16")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Row:
         bytes: size of the files, external data included.
         timings: by batch size and threads, in the order asked for.
         footprint: load time and memory.
+        low_bit: whether it is a low-bit graph, held against gates and recommended; others are
+            references. None in reports of earlier versions.
     """
 
     name: str
@@ -44,6 +46,12 @@ class Row:
     bytes: int | None = None
     timings: tuple[Timing, ...] = ()
     footprint: Footprint | None = None
+    low_bit: bool | None = None
+
+    @property
+    def is_candidate(self) -> bool:
+        """Whether it is a low-bit graph."""
+        return self.name not in _FORMER_REFERENCES if self.low_bit is None else self.low_bit
 
     @property
     def average(self) -> float:
@@ -116,13 +124,13 @@ class EvalReport:
         return "accuracy or score" if self.other_metrics else "accuracy"
 
     def row(self, name: str) -> Row:
-        """The row of a format or of the experts."""
+        """Return the row of a format or of the experts."""
         return next(row for row in self.rows if row.name == name)
 
     @property
     def candidates(self) -> tuple[Row, ...]:
         """The low-bit graphs."""
-        return tuple(row for row in self.rows if row.name not in REFERENCES)
+        return tuple(row for row in self.rows if row.is_candidate)
 
     def drop(self, row: Row) -> float | None:
         """Points of average accuracy lost against fp32 merged; None for the experts."""

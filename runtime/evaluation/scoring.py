@@ -81,11 +81,11 @@ class Scorer(ABC, Generic[Model, Family]):
 
     @abstractmethod
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
-        """What models run on: samples from ``start`` on, and again from the first at their end."""
+        """Return model inputs: samples from ``start`` on, and again from the first at the end."""
 
 
 def raw_samples(samples: Samples, start: int, size: int) -> list[Any]:
-    """Inputs from ``start`` on, and again from the first at their end."""
+    """Return inputs from ``start`` on, and again from the first at their end."""
     rows = [index % len(samples) for index in range(start, start + size)]
     return [samples.inputs(row, row + 1)[0] for row in rows]
 
@@ -103,7 +103,7 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
     experts: ExpertBackbone | None = None
 
     def open(self, threads: int | None) -> Mapping[str, Graph]:
-        """See base."""
+        """Open every format."""
         return {
             entry.format: Graph.exported(
                 self.folder, entry, provider=self.provider, threads=threads
@@ -112,7 +112,7 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
         }
 
     def predict(self, models: Mapping[str, Graph], task: str, samples: Samples) -> TaskPredictions:
-        """See base. Each sample is decoded once."""
+        """Return predictions; each sample is decoded once."""
         expert = self.experts.become(task) if self.experts else None
         names = [*([EXPERTS] if expert else []), *models]
         classes: dict[str, list[Predicted]] = {name: [] for name in names}
@@ -127,5 +127,5 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
         return TaskPredictions(samples.labels().numpy(), predicted)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
-        """See base."""
+        """Return a batch of samples."""
         return self.family.collate(self.folder, raw_samples(samples, start, size))

@@ -28,7 +28,7 @@ class NumberPredictions(TaskPredictions):
     """Numbers, as texts."""
 
     def score(self, model: str) -> RankCorrelation:
-        """See base."""
+        """Return the score."""
         return RankCorrelation(_numbers(self.predicted[model]), _numbers(self.truth))
 
 
@@ -46,11 +46,11 @@ class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
 
     @property
     def special_tokens(self) -> SpecialTokens:
-        """See base."""
+        """Return the ids that steer generation."""
         return self.family.special_tokens(self.folder)
 
     def open(self, threads: int | None) -> Mapping[str, TextWriter]:
-        """See base."""
+        """Open every format."""
         return {
             name: open_writer(
                 self.family,
@@ -66,7 +66,7 @@ class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
     def predict(
         self, models: Mapping[str, TextWriter], task: str, samples: Samples
     ) -> TaskPredictions:
-        """See base; answers as `normalised`."""
+        """Return predictions; answers as `normalised`."""
         expert = self.experts.become(task) if self.experts else None
         names = [*([EXPERTS] if expert else []), *models]
         written: dict[str, list[str]] = {name: [] for name in names}
@@ -89,7 +89,7 @@ class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
         return kind(np.array(list(map(normalised, truth))), found)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
-        """See base; with the number of tokens to write, that of the longest wanted answer.
+        """Return a batch of texts with the number of tokens of the longest expected answer.
 
         So that formats are timed on the same work, whatever they would write.
         """
@@ -101,7 +101,7 @@ class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
 
 
 def normalised(text: str) -> str:
-    """An answer without what does not count: case, and how words are spaced."""
+    """Return an answer without what does not count: case, and how words are spaced."""
     return " ".join(text.split()).casefold()
 
 
@@ -127,7 +127,7 @@ def open_writer(
     threads: int | None,
     max_tokens: int,
 ) -> TextWriter:
-    """What writes with the graphs of one format.
+    """Return what writes with the graphs of one format.
 
     Args:
         family: of the model.

@@ -62,7 +62,7 @@ class DeployedModel(ABC):
 
     @abstractmethod
     def _sample(self, item: Any, tasks: Sequence[str]) -> Any:
-        """An input as ``_answers`` takes it.
+        """Return an input as ``_answers`` takes it.
 
         Raises:
             ValueError: the model cannot take it.
@@ -71,7 +71,7 @@ class DeployedModel(ABC):
 
     @abstractmethod
     def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Any]]:
-        """What the model says of a batch of samples, by task."""
+        """Return what the model says of a batch of samples, by task."""
 
     def _read(self, inputs: Sequence[Any], tasks: Sequence[str]) -> list[Any]:
         samples, problems = [], []
@@ -86,7 +86,7 @@ class DeployedModel(ABC):
 
 
 def text_of(item: Any) -> str:
-    """An input that is a text.
+    """Return an input that is a text.
 
     Raises:
         ValueError: it is none.

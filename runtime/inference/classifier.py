@@ -80,7 +80,7 @@ class DeployedClassifier(DeployedModel):
 
 
 def _image(item: Any) -> Image.Image:
-    """An image the way up its camera says, as evaluation reads it."""
+    """Return an image the way up its camera says, as evaluation reads it."""
     if isinstance(item, Image.Image):
         return ImageOps.exif_transpose(item)
     if isinstance(item, np.ndarray):

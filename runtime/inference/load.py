@@ -82,7 +82,7 @@ def load(
 
 
 def _recommended(folder: Path, entries: Mapping[str, Sequence[GraphEntry]]) -> str:
-    """The format the evaluation in the folder recommends, or the first low-bit one there is."""
+    """Return the format that the evaluation recommends, or else the first low-bit one."""
     from epmq_deploy.runtime.evaluation.gates import NONE_RECOMMENDED, recommend
     from epmq_deploy.runtime.report.json_report import read_report
 

@@ -67,7 +67,7 @@ class DeployedTextGenerator(DeployedModel):
         self._scores = scores
 
     def write(self, texts: str | Sequence[str]) -> Any:
-        """What the model writes when it reads texts as they are, without any task's prompt.
+        """Return what the model writes when it reads texts as they are, without any task's prompt.
 
         Args:
             texts: one or several.
@@ -86,7 +86,7 @@ class DeployedTextGenerator(DeployedModel):
         return written[0] if isinstance(texts, str) else written
 
     def _sample(self, item: Any, tasks: Sequence[str]) -> Any:
-        """What is read for each task; the text itself without any."""
+        """Return what is read for each task; the text itself without any."""
         if not tasks:
             return text_of(item)
         return {name: _filled(self._templates[name], item, name) for name in tasks}
@@ -125,7 +125,7 @@ def _answer(text: str, labels: tuple[str, ...], scores: npt.NDArray[np.float32] 
 
 
 def _template(task: Task, family: TextGenerationFamily) -> str:
-    """The task in words; without a prompt the data's input column alone."""
+    """Return the task in words; without a prompt the data's input column alone."""
     if task.prompt is not None and task.prompt.template is not None:
         return task.prompt.template
     source = task.evaluation or task.calibration
@@ -134,7 +134,7 @@ def _template(task: Task, family: TextGenerationFamily) -> str:
 
 
 def _filled(template: str, item: Any, task: str) -> str:
-    """A template with a text in its only column, or with texts by column."""
+    """Return a template with a text in its only column, or with texts by column."""
     columns = dict.fromkeys(template_columns(template))
     if not isinstance(item, Mapping):
         if len(columns) > 1:

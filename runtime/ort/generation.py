@@ -69,7 +69,7 @@ class TextWriter(ABC):
         """Logits ``[B, V]`` of what follows a token, int64 ``[B, 1]``, and values for the next."""
 
     def write(self, ids: npt.ArrayLike, mask: npt.ArrayLike, length: int | None = None) -> Array:
-        """The likeliest token after the other, int64 ``[B, length]``; padding behind each end.
+        """Return the likeliest tokens, int64 ``[B, length]``, right-padded behind each end.
 
         Args:
             ids: int64 ``[B, T]``.
@@ -110,7 +110,7 @@ class TextWriter(ABC):
         return np.stack(found, axis=1)
 
     def run(self, inputs: Sequence[npt.ArrayLike], outputs: object = None) -> Mapping[str, Array]:
-        """A whole answer, for timing: ``inputs`` are token ids, mask and number of tokens."""
+        """Return a whole answer, for timing; ``inputs`` are ids, mask and number of tokens."""
         ids, mask, length = inputs
         return {"answers": self.write(ids, mask, int(np.asarray(length)))}
 
@@ -139,11 +139,11 @@ class EncoderDecoderWriter(TextWriter):
 
     @property
     def provider(self) -> str:
-        """See base."""
+        """The execution provider of all graphs."""
         return self._encoder.provider
 
     def begin(self, ids: Array, mask: Array) -> tuple[Array, Values]:
-        """See base."""
+        """Run the prompt and return logits and caches."""
         read = self._encoder.compute({"input_ids": ids, "attention_mask": mask})
         assert self._special.start is not None, "an encoder-decoder has one"
         begun = {
@@ -155,7 +155,7 @@ class EncoderDecoderWriter(TextWriter):
         return logits, {"encoder_attention_mask": mask, **present}
 
     def go_on(self, token: Array, values: Values) -> tuple[Array, Values]:
-        """See base."""
+        """Run one more token and return logits and caches."""
         logits, present = _answer(self._further, {"input_ids": token, **values})
         # Keys and values of cross attention stay.
         return logits, values | present
@@ -176,11 +176,11 @@ class CausalWriter(TextWriter):
 
     @property
     def provider(self) -> str:
-        """See base."""
+        """The execution provider of all graphs."""
         return self._graph.provider
 
     def begin(self, ids: Array, mask: Array) -> tuple[Array, Values]:
-        """See base; texts are filled up in front."""
+        """Run the prompt and return logits and caches; texts are left-padded."""
         empty = {
             name: np.zeros((len(ids), shape[1], 0, shape[3]), dtype=np.float32)
             for name, shape in self._graph.input_shapes.items()
@@ -191,7 +191,7 @@ class CausalWriter(TextWriter):
         return self._run(ids, mask, positions, empty)
 
     def go_on(self, token: Array, values: Values) -> tuple[Array, Values]:
-        """See base."""
+        """Run one more token and return logits and caches."""
         mask = np.concatenate([values["attention_mask"], np.ones_like(token)], axis=1)
         return self._run(token, mask, mask.sum(axis=1, keepdims=True) - 1, values)
 
@@ -202,7 +202,7 @@ class CausalWriter(TextWriter):
 
 
 def text_writer(graphs: Sequence[Computes], special: SpecialTokens, max_tokens: int) -> TextWriter:
-    """What writes with the graphs of one format, given in the order they run."""
+    """Return what writes with the graphs of one format, given in the order they run."""
     if len(graphs) == 1:
         return CausalWriter(graphs[0], special, max_tokens)
     encoder, first, further = graphs

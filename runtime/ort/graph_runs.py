@@ -34,7 +34,7 @@ def session_config(accuracy_level: int) -> dict[str, str]:
 def run_graph(
     path: Path, accuracy_level: int, batches: Iterable[tuple[Tensor, ...]]
 ) -> list[dict[str, np.ndarray]]:
-    """What onnxruntime computes on the processor for each batch, by output, in their order.
+    """Return what onnxruntime computes on the processor for each batch, by output, in their order.
 
     Raises:
         NumericsError: onnxruntime cannot load or run the graph.

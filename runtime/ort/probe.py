@@ -53,7 +53,7 @@ def _run(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:
 
 
 def _writing(special: Mapping[str, Any]) -> Callable[[list[ort.InferenceSession], list[Any]], None]:
-    """What writes an answer with all graphs."""
+    """Return what writes an answer with all graphs."""
     text_writer = runpy.run_path(str(_GENERATION))["text_writer"]
 
     def write(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:

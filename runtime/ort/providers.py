@@ -43,7 +43,7 @@ def provider_named(name: str) -> str:
 
 
 def check_used(session: ort.InferenceSession, file: str, wanted: str, *, strict: bool) -> str:
-    """The provider that runs a session's graph.
+    """Return the provider that runs a session's graph.
 
     Args:
         session: created with ``RECORD_ASSIGNMENT`` on.

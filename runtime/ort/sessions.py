@@ -66,7 +66,7 @@ class Graph:
     def exported(
         cls, folder: Path, entry: GraphEntry, *, provider: str, threads: int | None
     ) -> "Graph":
-        """A graph of an export, with the session options it was exported for.
+        """Return a graph of an export, with the session options it was exported for.
 
         Args:
             folder: of the export.

@@ -187,3 +187,10 @@ def test_markdown_has_a_column_per_model_and_marks_what_is_significant() -> None
     assert any("traffic\\_signs" in line for line in table)
     assert any("worse than fp32 merged by 20.00 points [" in line for line in lines)
     assert "deploy onnx/model_equal.onnx" in lines[-1]
+
+
+def test_only_low_bit_graphs_are_held_against_gates() -> None:
+    rows = [replace(row, low_bit=row.name == "better") for row in REPORT.rows]
+    assert [row.name for row in replace(REPORT, rows=tuple(rows)).candidates] == ["better"]
+    # Reports of earlier versions name their references alone.
+    assert {row.name for row in REPORT.candidates} == {"better", "faster", "equal", "worse"}
