@@ -9,7 +9,7 @@ import typer
 from epmq_deploy.cli.evaluate import show_report
 from epmq_deploy.cli.flags import with_flags
 from epmq_deploy.cli.options import CommonOptions
-from epmq_deploy.cli.process import silence_onnxruntime
+from epmq_deploy.cli.process import free_memory_eagerly, silence_onnxruntime
 from epmq_deploy.cli.run import Assignments, assign
 from epmq_deploy.recipe import load_recipe
 
@@ -34,6 +34,7 @@ def command(
 
     terminal = common.terminal()
     silence_onnxruntime()
+    free_memory_eagerly()
     with as_file(files("epmq_deploy") / "zoo") as zoo:
         recipe = assign(load_recipe(zoo / "recipe.yaml"), assignments or [])
         report = run(

@@ -20,7 +20,7 @@ from epmq_deploy.runtime.evaluation.rank_correlation import RankCorrelation
 from epmq_deploy.runtime.evaluation.report import EXPERTS
 from epmq_deploy.runtime.evaluation.scoring import Predicted, Scorer, TaskPredictions, raw_samples
 from epmq_deploy.runtime.evaluation.significance import Floats
-from epmq_deploy.runtime.ort.generation import TextWriter, text_writer
+from epmq_deploy.runtime.ort.generation import TextGenerator, text_generator
 from epmq_deploy.runtime.ort.sessions import Graph, by_format
 
 
@@ -33,7 +33,7 @@ class NumberPredictions(TaskPredictions):
 
 
 @dataclass(frozen=True)
-class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
+class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
     """Lets models write the answers, greedily.
 
     Attributes:
@@ -49,10 +49,10 @@ class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
         """Return the ids that steer generation."""
         return self.family.special_tokens(self.folder)
 
-    def open(self, threads: int | None) -> Mapping[str, TextWriter]:
+    def open(self, threads: int | None) -> Mapping[str, TextGenerator]:
         """Open every format."""
         return {
-            name: open_writer(
+            name: open_text_generator(
                 self.family,
                 self.folder,
                 graphs,
@@ -64,7 +64,7 @@ class TextScorer(Scorer[TextWriter, TextGenerationFamily]):
         }
 
     def predict(
-        self, models: Mapping[str, TextWriter], task: str, samples: Samples
+        self, models: Mapping[str, TextGenerator], task: str, samples: Samples
     ) -> TaskPredictions:
         """Return predictions; answers as `normalised`."""
         expert = self.experts.become(task) if self.experts else None
@@ -118,7 +118,7 @@ def _number(text: str) -> float:
     return number if math.isfinite(number) else -math.inf
 
 
-def open_writer(
+def open_text_generator(
     family: TextGenerationFamily,
     folder: Path,
     entries: Sequence[GraphEntry],
@@ -126,7 +126,7 @@ def open_writer(
     provider: str,
     threads: int | None,
     max_tokens: int,
-) -> TextWriter:
+) -> TextGenerator:
     """Return what writes with the graphs of one format.
 
     Args:
@@ -140,7 +140,7 @@ def open_writer(
     graphs = [
         Graph.exported(folder, entry, provider=provider, threads=threads) for entry in entries
     ]
-    return text_writer(graphs, family.special_tokens(folder), max_tokens)
+    return text_generator(graphs, family.special_tokens(folder), max_tokens)
 
 
 def answer_ids(

@@ -15,7 +15,7 @@ from epmq_deploy.artifacts.manifest import GraphEntry, read_manifest
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.text_generation.base import generates_text
-from epmq_deploy.runtime.evaluation.text_scoring import open_writer
+from epmq_deploy.runtime.evaluation.text_scoring import open_text_generator
 from epmq_deploy.runtime.inference.base import DeployedModel
 from epmq_deploy.runtime.inference.classifier import LOGITS, DeployedClassifier
 from epmq_deploy.runtime.inference.text_generation import DeployedTextGenerator
@@ -67,7 +67,7 @@ def load(
         raise RecipeError(f"{place} has no graph of format {format!r}; it has {', '.join(formats)}")
     if generates_text(family):
         longest = made.recipe.eval.max_tokens if max_tokens is None else max_tokens
-        writer = open_writer(
+        writer = open_text_generator(
             family, place, chosen, provider=provider, threads=threads, max_tokens=longest
         )
         return DeployedTextGenerator(

@@ -14,7 +14,7 @@ from epmq_deploy.recipe import Task
 from epmq_deploy.recipe.prompt import Prompt, template_columns
 from epmq_deploy.runtime.evaluation.text_scoring import answer_ids, normalised
 from epmq_deploy.runtime.inference.base import DeployedModel, text_of
-from epmq_deploy.runtime.ort.generation import TextWriter
+from epmq_deploy.runtime.ort.generation import TextGenerator
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DeployedTextGenerator(DeployedModel):
 
     def __init__(
         self,
-        writer: TextWriter,
+        writer: TextGenerator,
         family: TextGenerationFamily,
         folder: Path,
         tasks: Mapping[str, Task],

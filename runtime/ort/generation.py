@@ -35,7 +35,7 @@ class Computes(Protocol):
         """All outputs by name, from arrays by input name."""
 
 
-class TextWriter(ABC):
+class TextGenerator(ABC):
     """The graphs of one format, which together write texts.
 
     Args:
@@ -115,7 +115,7 @@ class TextWriter(ABC):
         return {"answers": self.write(ids, mask, int(np.asarray(length)))}
 
 
-class EncoderDecoderWriter(TextWriter):
+class EncoderDecoderGenerator(TextGenerator):
     """Three graphs: cross attention's keys and values are computed once, by the second.
 
     Args:
@@ -161,7 +161,7 @@ class EncoderDecoderWriter(TextWriter):
         return logits, values | present
 
 
-class CausalWriter(TextWriter):
+class CausalGenerator(TextGenerator):
     """One graph, whose past is empty when it reads the text.
 
     Args:
@@ -201,12 +201,14 @@ class CausalWriter(TextWriter):
         return logits, {"attention_mask": mask, **present}
 
 
-def text_writer(graphs: Sequence[Computes], special: SpecialTokens, max_tokens: int) -> TextWriter:
+def text_generator(
+    graphs: Sequence[Computes], special: SpecialTokens, max_tokens: int
+) -> TextGenerator:
     """Return what writes with the graphs of one format, given in the order they run."""
     if len(graphs) == 1:
-        return CausalWriter(graphs[0], special, max_tokens)
+        return CausalGenerator(graphs[0], special, max_tokens)
     encoder, first, further = graphs
-    return EncoderDecoderWriter(encoder, first, further, special, max_tokens)
+    return EncoderDecoderGenerator(encoder, first, further, special, max_tokens)
 
 
 def _answer(graph: Computes, feed: Values) -> tuple[Array, Values]:

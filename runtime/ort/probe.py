@@ -54,12 +54,14 @@ def _run(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:
 
 def _writing(special: Mapping[str, Any]) -> Callable[[list[ort.InferenceSession], list[Any]], None]:
     """Return what writes an answer with all graphs."""
-    text_writer = runpy.run_path(str(_GENERATION))["text_writer"]
+    text_generator = runpy.run_path(str(_GENERATION))["text_generator"]
 
     def write(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:
         ids, mask, length = arrays
         graphs = [_Graph(session) for session in sessions]
-        text_writer(graphs, SimpleNamespace(**special), int(length)).write(ids, mask, int(length))
+        text_generator(graphs, SimpleNamespace(**special), int(length)).write(
+            ids, mask, int(length)
+        )
 
     return write
 

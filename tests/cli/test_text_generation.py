@@ -32,7 +32,7 @@ from epmq_deploy.recipe.prompt import Prompt
 from epmq_deploy.runtime import Answer, DeployedTextGenerator, load
 from epmq_deploy.runtime.evaluation import bench
 from epmq_deploy.runtime.evaluation.text_scoring import TextScorer, normalised
-from epmq_deploy.runtime.ort.generation import TextWriter
+from epmq_deploy.runtime.ort.generation import TextGenerator
 
 # Tracing takes seconds a block, so there are few.
 T5_BLOCKS = {"num_layers": 1, "num_decoder_layers": 1}
@@ -75,7 +75,7 @@ class Chain:
         """The same graphs, as the library reads them."""
         return read_manifest(self.exported, "export").details.graphs
 
-    def writer(self, name: str) -> TextWriter:
+    def writer(self, name: str) -> TextGenerator:
         scorer = TextScorer(self.family, self.exported, self.entries, "cpu", 4, TOKENS)
         return scorer.open(1)[name]
 
@@ -191,7 +191,7 @@ def test_every_step_has_the_logits_of_a_pass_without_cache(chain: Chain, name: s
     assert np.allclose(steps, logits, atol=2e-3 * float(logits.std()))
 
 
-def logits_of_steps(chain: Chain, model: Any, writer: TextWriter) -> tuple[Any, Any]:
+def logits_of_steps(chain: Chain, model: Any, writer: TextGenerator) -> tuple[Any, Any]:
     """Ten steps with answers that do not end, and one forward pass over all of them."""
     family = chain.family
     ids, mask = family.prompts(chain.exported, TEXTS)
