@@ -18,7 +18,8 @@ from epmq_deploy.recipe import Recipe, load_recipe, override
 
 if TYPE_CHECKING:
     from epmq_deploy.runtime.evaluation.report import EvalReport
-    from epmq_deploy.runtime.inference.base import DeployedModel
+    from epmq_deploy.runtime.inference.classifier import ExportedClassifier
+    from epmq_deploy.runtime.inference.text_generation import ExportedTextGenerator
 
 AnyPath = str | os.PathLike[str]
 
@@ -228,22 +229,46 @@ def check_gates(report: "EvalReport") -> None:
     check_gates(report)
 
 
-def load(exported: AnyPath, **options: Any) -> "DeployedModel":
+def load(
+    exported: AnyPath,
+    *,
+    format: str | None = None,
+    provider: str = "auto",
+    threads: int | None = None,
+    batch_size: int = 32,
+    max_tokens: int | None = None,
+    scores: bool = True,
+) -> "ExportedClassifier | ExportedTextGenerator":
     """Open an exported model in an application.
 
     Args:
         exported: output of ``export``, or its folder.
-        **options: see ``epmq_deploy.runtime.load``: ``format``, ``provider``, ``threads``,
-            ``batch_size``, ``max_tokens``, ``scores``.
+        format: graphs to run, e.g. ``matmulnbits``; default: those the evaluation recommends, or
+            the first low-bit ones where nothing was evaluated.
+        provider: onnxruntime's execution provider; ``auto`` is CUDA if available, else the CPU.
+        threads: intra-op threads; default: onnxruntime's own choice.
+        batch_size: inputs per run.
+        max_tokens: longest generated text; default: that of the evaluation.
+        scores: for text generation, compute probabilities of a task's answers, which takes a step
+            for each of their tokens.
 
     Raises:
         RecipeError: not an export, no such format, an evaluation that is damaged or recommends no
-            graph, or the provider is not available or not really used.
+            graph, an option the model has no use for, or the provider is not available or not
+            really used.
         NumericsError: onnxruntime cannot load the graph.
     """
     from epmq_deploy.runtime.inference.load import load
 
-    return load(Path(exported), **options)
+    return load(
+        Path(exported),
+        format=format,
+        provider=provider,
+        threads=threads,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        scores=scores,
+    )
 
 
 def _recipe(

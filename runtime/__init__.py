@@ -8,16 +8,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from epmq_deploy.runtime.inference.base import DeployedModel
-    from epmq_deploy.runtime.inference.classifier import Prediction
+    from epmq_deploy.runtime.inference.base import ExportedModel
+    from epmq_deploy.runtime.inference.classifier import ExportedClassifier, Prediction
     from epmq_deploy.runtime.inference.load import load
-    from epmq_deploy.runtime.inference.text_generation import Answer, DeployedTextGenerator
+    from epmq_deploy.runtime.inference.text_generation import Answer, ExportedTextGenerator
     from epmq_deploy.runtime.stage import evaluate
 
 _MODULE_OF = {
     "Answer": "inference.text_generation",
-    "DeployedModel": "inference.base",
-    "DeployedTextGenerator": "inference.text_generation",
+    "ExportedClassifier": "inference.classifier",
+    "ExportedModel": "inference.base",
+    "ExportedTextGenerator": "inference.text_generation",
     "Prediction": "inference.classifier",
     "evaluate": "stage",
     "load": "inference.load",
@@ -25,15 +26,25 @@ _MODULE_OF = {
 
 __all__ = [
     "Answer",
-    "DeployedModel",
-    "DeployedTextGenerator",
+    "ExportedClassifier",
+    "ExportedModel",
+    "ExportedTextGenerator",
     "Prediction",
     "evaluate",
     "load",
 ]
 
+# Deprecated names.
+_RENAMED = {
+    "DeployedClassifier": "ExportedClassifier",
+    "DeployedModel": "ExportedModel",
+    "DeployedTextGenerator": "ExportedTextGenerator",
+    "DeployedWriter": "ExportedTextGenerator",
+}
+
 
 def __getattr__(name: str) -> Any:
+    name = _RENAMED.get(name, name)
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

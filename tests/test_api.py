@@ -47,7 +47,10 @@ def chain(tiny: TinyZoo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert merged.manifest.details.method == recipe.merge.method
     assert {graph.format for graph in exported.manifest.graphs} >= {"fp32", "int8-expand"}
     assert set(report.samples) == set(TASKS)
-    assert set(model(torch.zeros(16, 16, 3, dtype=torch.uint8).numpy())) == set(TASKS)
+    image = torch.zeros(16, 16, 3, dtype=torch.uint8).numpy()
+    assert set(model.predict(image)) == set(model(image)) == set(TASKS)
+    (first, second) = model.predict_batch([image, image], tasks=["red"])
+    assert first["red"].label == second["red"].label == model.predict(image)["red"].label
     return Path(out)
 
 
@@ -114,3 +117,10 @@ def test_sessions_alone_load_no_torch() -> None:
     code = "import sys, epmq_deploy.runtime.ort; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_former_names_of_exported_models_still_work() -> None:
+    from epmq_deploy import runtime
+
+    assert runtime.DeployedModel is runtime.ExportedModel
+    assert runtime.DeployedWriter is runtime.ExportedTextGenerator

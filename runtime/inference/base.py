@@ -3,15 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from epmq_deploy.errors import MismatchError
 
+Result = TypeVar("Result")
 
-class DeployedModel(ABC):
+
+class ExportedModel(ABC, Generic[Result]):
     """The graphs of one format with their preprocessing; see `epmq_deploy.runtime.load`.
 
     Attributes:
@@ -29,36 +31,41 @@ class DeployedModel(ABC):
         self.provider = provider
         self._batch_size = batch_size
 
-    def __call__(self, inputs: Any, tasks: Sequence[str] | None = None) -> Any:
-        """Classify, or answer in words.
+    def predict(self, item: Any, tasks: Sequence[str] | None = None) -> dict[str, Result]:
+        """Return what the model says of one input, by task.
 
         Args:
-            inputs: one input or a sequence of them. Images are PIL images, files (path or text) or
-                uint8 arrays ``[H, W]`` or ``[H, W, 3]``; texts are texts. Where a task is put into
-                words by a prompt, a text takes the place of its only column; texts by column where
-                it has several.
-            tasks: names of the tasks wanted; all when absent.
-
-        Returns:
-            A ``Prediction`` by task (an ``Answer`` of models that write texts), or a list of such
-            dictionaries for a sequence of inputs.
+            item: an image (PIL, a file's path, or a uint8 array ``[H, W]`` or ``[H, W, 3]``) or a
+                text. For a task with a prompt, the text takes the place of its only column; give a
+                dictionary of texts by column where it has several.
+            tasks: names of the tasks to answer; default: all.
 
         Raises:
-            MismatchError: an unknown task, or inputs the model cannot take; names every one.
+            MismatchError: an unknown task, or an input the model cannot take; names every one.
         """
-        wanted = self.tasks if tasks is None else tuple(tasks)
-        unknown = [name for name in wanted if name not in self.tasks]
+        return self.predict_batch([item], tasks)[0]
+
+    def predict_batch(
+        self, items: Iterable[Any], tasks: Sequence[str] | None = None
+    ) -> list[dict[str, Result]]:
+        """Return what the model says of several inputs; see ``predict``."""
+        names = self.tasks if tasks is None else tuple(tasks)
+        unknown = [name for name in names if name not in self.tasks]
         if unknown:
             known = ", ".join(self.tasks)
             raise MismatchError(
                 "tasks", [f"no task {name!r}; there is {known}" for name in unknown]
             )
-        several = _is_sequence(inputs)
-        samples = self._read(list(inputs) if several else [inputs], wanted)
-        found: list[dict[str, Any]] = []
+        samples = self._read(list(items), names)
+        results: list[dict[str, Result]] = []
         for start in range(0, len(samples), self._batch_size):
-            found += self._answers(samples[start : start + self._batch_size], wanted)
-        return found if several else found[0]
+            results += self._answers(samples[start : start + self._batch_size], names)
+        return results
+
+    def __call__(self, inputs: Any, tasks: Sequence[str] | None = None) -> Any:
+        """Call ``predict`` for one input, ``predict_batch`` for a sequence of them."""
+        several = _is_sequence(inputs)
+        return self.predict_batch(inputs, tasks) if several else self.predict(inputs, tasks)
 
     @abstractmethod
     def _sample(self, item: Any, tasks: Sequence[str]) -> Any:
@@ -70,7 +77,7 @@ class DeployedModel(ABC):
         """
 
     @abstractmethod
-    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Result]]:
         """Return what the model says of a batch of samples, by task."""
 
     def _read(self, inputs: Sequence[Any], tasks: Sequence[str]) -> list[Any]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from epmq_deploy.models import ModelFamily
-from epmq_deploy.runtime.inference.base import DeployedModel, text_of
+from epmq_deploy.runtime.inference.base import ExportedModel, text_of
 from epmq_deploy.runtime.ort.sessions import Graph
 
 LOGITS = "logits_"
@@ -34,7 +34,7 @@ class Prediction:
     labels: tuple[str, ...]
 
 
-class DeployedClassifier(DeployedModel):
+class ExportedClassifier(ExportedModel[Prediction]):
     """One graph of an export with its preprocessing.
 
     Args:
@@ -63,7 +63,7 @@ class DeployedClassifier(DeployedModel):
         read: Callable[[Any], Any] = text_of if self._family.modality == "text" else _image
         return read(item)
 
-    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Prediction]]:
         batch = self._family.collate(self._folder, samples)
         logits = self._graph.run(batch, [LOGITS + name for name in tasks])
         return [

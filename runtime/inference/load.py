@@ -16,9 +16,8 @@ from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.runtime.evaluation.text_scoring import open_text_generator
-from epmq_deploy.runtime.inference.base import DeployedModel
-from epmq_deploy.runtime.inference.classifier import LOGITS, DeployedClassifier
-from epmq_deploy.runtime.inference.text_generation import DeployedTextGenerator
+from epmq_deploy.runtime.inference.classifier import LOGITS, ExportedClassifier
+from epmq_deploy.runtime.inference.text_generation import ExportedTextGenerator
 from epmq_deploy.runtime.ort.providers import AUTO
 from epmq_deploy.runtime.ort.sessions import Graph, by_format
 
@@ -32,7 +31,7 @@ def load(
     batch_size: int = 32,
     max_tokens: int | None = None,
     scores: bool = True,
-) -> DeployedModel:
+) -> ExportedClassifier | ExportedTextGenerator:
     """Open an exported model.
 
     Args:
@@ -70,7 +69,7 @@ def load(
         writer = open_text_generator(
             family, place, chosen, provider=provider, threads=threads, max_tokens=longest
         )
-        return DeployedTextGenerator(
+        return ExportedTextGenerator(
             writer, family, place, made.recipe.tasks, batch_size, scores=scores
         )
     if max_tokens is not None or not scores:
@@ -78,7 +77,7 @@ def load(
     graph = Graph.exported(place, chosen[0], provider=provider, threads=threads)
     if not any(name.startswith(LOGITS) for name in graph.output_names):
         raise RecipeError(f"{place / chosen[0].file} gives no logits of any task")
-    return DeployedClassifier(graph, family, place, made.details.classes, batch_size)
+    return ExportedClassifier(graph, family, place, made.details.classes, batch_size)
 
 
 def _recommended(folder: Path, entries: Mapping[str, Sequence[GraphEntry]]) -> str:

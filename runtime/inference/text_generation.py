@@ -13,7 +13,7 @@ from epmq_deploy.models.text_generation.base import TextGenerationFamily
 from epmq_deploy.recipe import Task
 from epmq_deploy.recipe.prompt import Prompt, template_columns
 from epmq_deploy.runtime.evaluation.text_scoring import answer_ids, normalised
-from epmq_deploy.runtime.inference.base import DeployedModel, text_of
+from epmq_deploy.runtime.inference.base import ExportedModel, text_of
 from epmq_deploy.runtime.ort.generation import TextGenerator
 
 
@@ -38,7 +38,7 @@ class Answer:
     labels: tuple[str, ...] | None
 
 
-class DeployedTextGenerator(DeployedModel):
+class ExportedTextGenerator(ExportedModel[Answer]):
     """The graphs of one format, which write texts together.
 
     Args:
@@ -91,7 +91,7 @@ class DeployedTextGenerator(DeployedModel):
             return text_of(item)
         return {name: _filled(self._templates[name], item, name) for name in tasks}
 
-    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Answer]]:
         by_task = {
             name: self._of_task(name, [sample[name] for sample in samples]) for name in tasks
         }

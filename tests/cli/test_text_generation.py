@@ -29,7 +29,7 @@ from epmq_deploy.quantization.methods.epmq import PRESETS
 from epmq_deploy.quantization.sequential import apply_quantized
 from epmq_deploy.recipe import Task, load_recipe, override
 from epmq_deploy.recipe.prompt import Prompt
-from epmq_deploy.runtime import Answer, DeployedTextGenerator, load
+from epmq_deploy.runtime import Answer, ExportedTextGenerator, load
 from epmq_deploy.runtime.evaluation import bench
 from epmq_deploy.runtime.evaluation.text_scoring import TextScorer, normalised
 from epmq_deploy.runtime.ort.generation import TextGenerator
@@ -303,7 +303,7 @@ def test_an_application_gets_what_evaluation_counts(chain: Chain, name: str) -> 
 
 def test_raw_texts_are_answered_as_transformers_answers_them(chain: Chain) -> None:
     model = load(chain.exported, format="fp32", max_tokens=TOKENS)
-    assert isinstance(model, DeployedTextGenerator)
+    assert isinstance(model, ExportedTextGenerator)
     merged, tokenizer = chain.model("fp32"), chain.family.tokenizer(chain.exported)
     expected = []
     for text in TEXTS:
@@ -353,18 +353,18 @@ def test_a_written_answer_is_the_label_it_equals(chain: Chain) -> None:
     """But for case and spaces; its score is that label's."""
     tasks = load_recipe(chain.models.recipe).tasks
     writer = chain.writer("matmulnbits")
-    plain = DeployedTextGenerator(writer, chain.family, chain.exported, tasks, 4, scores=False)
+    plain = ExportedTextGenerator(writer, chain.family, chain.exported, tasks, 4, scores=False)
     text = next(answer for sample in TEXTS if (answer := plain.write(sample)))
     sample = next(sample for sample in TEXTS if plain.write(sample) == text)
     labels = ("no", f"  {text.upper()}", "yes")
     tasks["first"] = Task(expert="x", prompt=Prompt(template="{it}", answers=labels))
-    answer = DeployedTextGenerator(writer, chain.family, chain.exported, tasks, 4, scores=True)(
+    answer = ExportedTextGenerator(writer, chain.family, chain.exported, tasks, 4, scores=True)(
         sample, tasks=["first"]
     )["first"]
     assert (answer.text, answer.label, answer.labels) == (text, labels[1], labels)
     assert answer.score == answer.scores[1]
     tasks["first"] = Task(expert="x")
-    free = DeployedTextGenerator(writer, chain.family, chain.exported, tasks, 4, scores=True)
+    free = ExportedTextGenerator(writer, chain.family, chain.exported, tasks, 4, scores=True)
     answer = free(sample, tasks=["first"])["first"]
     assert answer == Answer(text, None, None, None, None)
 
@@ -372,7 +372,7 @@ def test_a_written_answer_is_the_label_it_equals(chain: Chain) -> None:
 @pytest.mark.parametrize("chain", ["llama"], indirect=True)
 def test_texts_that_do_not_fit_a_task_are_named(chain: Chain) -> None:
     model = load(chain.exported)
-    assert isinstance(model, DeployedTextGenerator)
+    assert isinstance(model, ExportedTextGenerator)
     with pytest.raises(MismatchError, match="'first' reads text and more; give a dictionary"):
         model("red")
     with pytest.raises(MismatchError, match=r"input 1: .*'second' reads more, which is not given"):
