@@ -6,7 +6,10 @@ functions: importing this file loads none of them.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -36,3 +39,61 @@ def has_bfloat16_units() -> bool:
 
     avx512, amx = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
     return bool(avx512 or amx)
+
+
+def tensor_version(tensor: "Tensor") -> int:
+    """Return how often a tensor was changed in place.
+
+    ``Tensor._version`` is what autograd goes by; checked with torch 2.13.
+    """
+    return int(tensor._version)
+
+
+def classifier_modalities(model_type: object) -> set[str]:
+    """Return what ``transformers``' classifiers of a model type read: ``text``, ``image``.
+
+    Empty where there is no plain ``AutoModel`` of that type. The tables are not documented; checked
+    with transformers 5.23.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    if model_type not in auto.MODEL_MAPPING_NAMES:
+        return set()
+    tables = {
+        "text": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "image": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    return {modality for modality, names in tables.items() if model_type in names}
+
+
+def weight_renamings(model: Any) -> tuple[Any, ...] | None:
+    """Return ``transformers``' steps from names in files to those of the loaded model.
+
+    None where its files store several of its tensors as one. Not documented; checked with
+    transformers 5.23.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    current = get_model_conversion_mapping(model, add_legacy=False)
+    if not all(isinstance(step, WeightRenaming) for step in current):
+        return None
+    steps = get_model_conversion_mapping(model)
+    return tuple(step for step in steps if isinstance(step, WeightRenaming))
+
+
+def renamed(name: str, renamings: tuple[Any, ...]) -> str:
+    """Return the loaded model's name for a stored tensor; see ``weight_renamings``."""
+    from transformers.core_model_loading import apply_renamings
+
+    return str(apply_renamings(name, list(renamings)))
+
+
+def runs_on_pillow(processor: Any) -> bool:
+    """Return whether an image processor of ``transformers`` computes with Pillow.
+
+    The backends' module is not documented; checked with transformers 5.23.
+    """
+    from transformers.image_processing_backends import PilBackend
+
+    return isinstance(processor, PilBackend)

@@ -1,9 +1,18 @@
 """Interfaces of other libraries that they do not promise to keep are still there."""
 
 import torch
+from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import BaseModelOutput
 
-from epmq_deploy.compat import has_bfloat16_units, map_instances
+from epmq_deploy.compat import (
+    classifier_modalities,
+    has_bfloat16_units,
+    map_instances,
+    renamed,
+    runs_on_pillow,
+    tensor_version,
+    weight_renamings,
+)
 
 
 def test_instances_are_mapped_inside_nested_containers() -> None:
@@ -20,3 +29,34 @@ def test_instances_are_mapped_inside_nested_containers() -> None:
 
 def test_processors_say_whether_they_multiply_bfloat16() -> None:
     assert has_bfloat16_units() in (True, False)
+
+
+def test_tensors_count_changes_in_place() -> None:
+    tensor = torch.ones(2)
+    before = tensor_version(tensor)
+    tensor.add_(1)
+    assert tensor_version(tensor) == before + 1
+
+
+def test_model_types_say_what_their_classifiers_read() -> None:
+    assert classifier_modalities("electra") == {"text"}
+    assert classifier_modalities("vit") == {"image"}
+    assert classifier_modalities("no such model") == set()
+
+
+def test_names_in_files_become_those_of_the_loaded_model() -> None:
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
+    model = ViTForImageClassification(ViTConfig(**shape, intermediate_size=8, patch_size=4))
+    renamings = weight_renamings(model)
+    assert renamings is not None
+    names = dict(model.named_parameters())
+    stored = "vit.encoder.layer.0.attention.attention.query.weight"
+    assert renamed(stored, renamings) in names
+    assert all(renamed(name, renamings) == name for name in names)
+
+
+def test_processors_say_whether_they_run_on_pillow() -> None:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    assert runs_on_pillow(CLIPImageProcessorPil())
+    assert not runs_on_pillow(object())

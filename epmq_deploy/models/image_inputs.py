@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.checkpoints.model_folder import ModelFolder
+from epmq_deploy.compat import runs_on_pillow
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.inputs import ModelInputs
 
@@ -69,7 +70,6 @@ def image_processor(folder: Path) -> Any:
         RecipeError: there are no settings for one, or none that runs on Pillow.
     """
     from transformers import AutoImageProcessor
-    from transformers.image_processing_backends import PilBackend
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     file = folder / "preprocessor_config.json"
@@ -85,6 +85,6 @@ def image_processor(folder: Path) -> Any:
         )
     except (ValueError, ImportError, OSError) as error:
         raise RecipeError(f"{file}: {str(error).splitlines()[0]}") from error
-    if not isinstance(processor, PilBackend):
+    if not runs_on_pillow(processor):
         raise RecipeError(f"{file}: {type(processor).__name__} does not run on Pillow")
     return processor

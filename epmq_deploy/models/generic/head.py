@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from epmq_deploy.compat import classifier_modalities, renamed, weight_renamings
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.encoders.classifier import HeadLayout
 from epmq_deploy.models.head import ACTIVATIONS
@@ -61,10 +62,7 @@ class Anatomy:
 
     def rename(self, key: str) -> str:
         """Return the loaded encoder's name for a stored tensor."""
-        from transformers.core_model_loading import apply_renamings
-
-        key = apply_renamings(key, list(self.renamings))
-        return key.removeprefix(self.prefix)
+        return renamed(key, self.renamings).removeprefix(self.prefix)
 
 
 class NotUnderstood(Exception):  # noqa: N818 - becomes a RecipeError that names the folder
@@ -130,18 +128,14 @@ def _check_without_pooler(encoder: nn.Module, inputs: Mapping[str, Tensor], hidd
 
 
 def _modality(config: Mapping[str, Any]) -> Literal["text", "image"]:
-    from transformers.models.auto import modeling_auto as auto
-
-    kind = config.get("model_type")
-    text = kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-    image = kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    if kind not in auto.MODEL_MAPPING_NAMES or text == image:
+    modalities = classifier_modalities(config.get("model_type"))
+    if len(modalities) != 1:
         raise NotUnderstood(
             "transformers has no AutoModel with one classifier, of texts or of images, for it"
         )
     if config.get("is_encoder_decoder") or config.get("is_decoder"):
         raise NotUnderstood("it is a decoder, not an encoder alone")
-    return "text" if text else "image"
+    return "text" if "text" in modalities else "image"
 
 
 def _build(config: Mapping[str, Any], modality: str) -> Any:
@@ -283,17 +277,10 @@ def _positions(encoder: nn.Module, config: Mapping[str, Any]) -> int:
 
 
 def _renamings(model: Any, encoder: nn.Module) -> tuple[Any, ...]:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
-
-    mapping = get_model_conversion_mapping(model)
-    own = get_model_conversion_mapping(model, add_legacy=False)
-    if not all(isinstance(step, WeightRenaming) for step in own):
+    renamings = weight_renamings(model)
+    if renamings is None:
         raise NotUnderstood("its files hold several of its tensors as one")
-    renamings = tuple(step for step in mapping if isinstance(step, WeightRenaming))
     # What is stored under the loaded model's names, as merged models are, must stay as it is.
-    if any(
-        apply_renamings(name, list(renamings)) != name for name, _ in encoder.named_parameters()
-    ):
+    if any(renamed(name, renamings) != name for name, _ in encoder.named_parameters()):
         raise NotUnderstood("the names of its tensors in files and in the loaded model overlap")
     return renamings

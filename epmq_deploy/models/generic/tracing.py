@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from epmq_deploy.compat import tensor_version
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import Block, Group
 from epmq_deploy.models.modules import first_input
@@ -195,7 +196,7 @@ def _alike(one: Any, other: Any) -> bool:
 
 
 def _identity(tensor: Tensor) -> _Identity:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor_version(tensor)
 
 
 def _groups(block: str, trace: _Trace) -> list[Group]:
