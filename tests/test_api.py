@@ -85,7 +85,9 @@ def test_run_skips_what_the_stages_wrote(
 
 
 def test_a_wrong_option_is_one_sentence(chain: Path, tmp_path: Path) -> None:
-    with pytest.raises(epmq.RecipeError, match=r"bitz: no such option; allowed here: .*bits"):
+    with pytest.raises(
+        epmq.RecipeError, match=r"bitz: no such option; allowed here: .*bits.*; did you mean bits\?"
+    ):
         epmq.quantize(chain / "merged", tmp_path / "out", bitz=4)
     with pytest.raises(epmq.RecipeError, match="already exists; choose another output"):
         epmq.quantize(chain / "merged", chain / "quantized")

@@ -1,5 +1,7 @@
 """Describing what is wrong with a recipe, in the user's words."""
 
+from difflib import get_close_matches
+
 from pydantic import (
     ValidationError,
 )
@@ -29,7 +31,10 @@ def describe(error: ValidationError) -> list[str]:
         key = ".".join(str(part) for part in (path[:1] + path[2:] if tagged else path))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            message = f"no such option; allowed here: {', '.join(_allowed_keys(path))}"
+            keys = _allowed_keys(path)
+            message = f"no such option; allowed here: {', '.join(keys)}"
+            if close := get_close_matches(str(path[-1]), keys, n=1):
+                message += f"; did you mean {close[0]}?"
         elif item["type"] == "model_type":
             message = "must be a mapping of options"
         elif item["type"] == "union_tag_invalid":
