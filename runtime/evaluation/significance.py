@@ -4,6 +4,7 @@ scipy and statsmodels are imported where they are needed: an application that on
 imports this module too.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,7 +36,9 @@ def wilson(hits: int, count: int) -> Interval:
         hits: correct predictions.
         count: all predictions, at least 1.
     """
-    from statsmodels.stats.proportion import proportion_confint
+    with warnings.catch_warnings():
+        # Importing statsmodels adds warning filters for the whole process.
+        from statsmodels.stats.proportion import proportion_confint
 
     low, high = proportion_confint(hits, count, alpha=1 - CONFIDENCE, method="wilson")
     # Exactly 0 and 100 where no prediction, or every one, was correct.
@@ -59,7 +62,8 @@ def mcnemar(gained: int, lost: int) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for looking at all of them (Holm, Scand. J. Statist. 6, 1979)."""
-    from statsmodels.stats.multitest import multipletests
+    with warnings.catch_warnings():
+        from statsmodels.stats.multitest import multipletests
 
     return (
         [float(value) for value in multipletests(p_values, method="holm")[1]]
