@@ -103,7 +103,9 @@ def test_gates_are_for_the_caller_to_hold(chain: Path, tmp_path: Path) -> None:
 def test_importing_it_loads_nothing_heavy() -> None:
     heavy = ("torch", "onnxruntime", "onnx", "transformers", "pydantic", "numpy")
     code = f"import sys, epmq_deploy; print([name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -117,7 +119,9 @@ def test_every_name_can_be_used() -> None:
 
 def test_sessions_alone_load_no_torch() -> None:
     code = "import sys, epmq_deploy.runtime.ort; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 

@@ -32,10 +32,10 @@ METHOD = MergeMethod(
 
 def epmq(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line where another package is installed."""
-    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     code = "import sys; from epmq_deploy.cli.main import main; main(sys.argv[1:])"
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-P", "-c", code, *arguments],
         capture_output=True,
         text=True,
         check=False,

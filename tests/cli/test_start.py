@@ -26,7 +26,7 @@ ANSWERED_AT_ONCE = (
 def in_new_process(code: str, **environment: str) -> str:
     """Run code in a Python of its own; what it printed last."""
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         capture_output=True,
         text=True,
         check=True,
@@ -105,7 +105,7 @@ def test_quiet_and_loud_commands_do_not_disturb_each_other(
 def test_shells_complete_choices(words: str, expected: list[str]) -> None:
     code = "import sys; sys.argv = ['epmq']; from epmq_deploy.cli.main import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-P", "-c", code],
         capture_output=True,
         text=True,
         check=True,

@@ -38,10 +38,10 @@ def site(tmp_path: Path) -> Path:
 
 def epmq(site: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line where the examples are installed."""
-    path = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
     code = "import sys; from epmq_deploy.cli.main import main; main(sys.argv[1:])"
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-P", "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
         check=False,
