@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.evaluate import show_report
 from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
 from epmq_deploy.cli.options import CommonOptions
@@ -36,18 +37,22 @@ def command(
       epmq run recipe.yaml -o out --set quantize.bits=3,eval.max_drop=1 --overwrite
     """
     terminal = common.terminal()
-    changed = assign(load_recipe(recipe), assignments or [])
+    run_recipe(assign(load_recipe(recipe), assignments or []), output, common, terminal)
+
+
+def run_recipe(recipe: Recipe, output: Path, common: CommonOptions, terminal: Terminal) -> None:
+    """Run all stages of a recipe, print the report, then check its gates.
+
+    Raises:
+        EpmqError: see ``epmq_deploy.run``; no low-bit graph meets all gates.
+    """
     # After the recipe was read, so that a wrong one is refused at once.
     from epmq_deploy.pipeline import run
 
     silence_onnxruntime()
     free_memory_eagerly()
     report = run(
-        changed,
-        output,
-        overwrite=common.overwrite,
-        device=common.device,
-        progress=terminal,
+        recipe, output, overwrite=common.overwrite, device=common.device, progress=terminal
     )
     show_report(report, terminal)
 

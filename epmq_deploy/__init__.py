@@ -12,9 +12,9 @@
 Importing this package loads neither torch nor onnxruntime; names are imported when first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from epmq_deploy.lazy import exports
 from epmq_deploy.version import __version__
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ _MODULES = {
     "epmq_deploy.recipe": ("DataSource", "Head", "Recipe", "Task", "load_recipe"),
     "epmq_deploy.runtime.evaluation.report": ("EvalReport",),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__getattr__ = exports(__name__, _MODULES)
 
 __all__ = [
     "DataSource",
@@ -86,12 +86,6 @@ __all__ = [
     "quantize",
     "run",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,7 @@ lines read therefore begins so::
 A file that imports torch in the usual way works just as well and makes every command start later.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,23 @@ def submodules(package: str) -> Callable[[str], ModuleType]:
             if error.name != module:
                 raise
             raise AttributeError(f"module {package!r} has no attribute {name!r}") from error
+
+    return load
+
+
+def exports(package: str, names_of: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
+    """Return a ``__getattr__`` for a package that imports its public names when first used.
+
+    Args:
+        package: dotted name of the package.
+        names_of: names by the dotted name of the module that defines them.
+    """
+    module_of = {name: module for module, names in names_of.items() for name in names}
+
+    def load(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(module_of[name]), name)
 
     return load
 

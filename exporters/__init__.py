@@ -9,8 +9,9 @@ run, ``browser`` writes a page that runs a graph, and ``stage`` is the export st
 Names are imported when they are first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from epmq_deploy.lazy import exports
 
 if TYPE_CHECKING:
     from epmq_deploy.exporters.formats import (
@@ -32,7 +33,7 @@ _MODULES = {
     "epmq_deploy.exporters.verification.graphs": ("ExportedGraph", "verify_graph"),
     "epmq_deploy.runtime.ort.graph_runs": ("session_config",),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__getattr__ = exports(__name__, _MODULES)
 
 __all__ = [
     "FP32_FORMAT",
@@ -46,12 +47,6 @@ __all__ = [
     "verify_graph",
     "write_graphs",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -4,8 +4,9 @@ Rooms: `ort` creates and runs sessions, `evaluation` measures, `report` shows wh
 `inference` serves applications. Names are imported when first used.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from epmq_deploy.lazy import exports
 
 if TYPE_CHECKING:
     from epmq_deploy.runtime.inference.base import ExportedModel
@@ -14,15 +15,16 @@ if TYPE_CHECKING:
     from epmq_deploy.runtime.inference.text_generation import Answer, ExportedTextGenerator
     from epmq_deploy.runtime.stage import evaluate
 
-_MODULE_OF = {
-    "Answer": "inference.text_generation",
-    "ExportedClassifier": "inference.classifier",
-    "ExportedModel": "inference.base",
-    "ExportedTextGenerator": "inference.text_generation",
-    "Prediction": "inference.classifier",
-    "evaluate": "stage",
-    "load": "inference.load",
-}
+_load = exports(
+    __name__,
+    {
+        "epmq_deploy.runtime.inference.base": ("ExportedModel",),
+        "epmq_deploy.runtime.inference.classifier": ("ExportedClassifier", "Prediction"),
+        "epmq_deploy.runtime.inference.load": ("load",),
+        "epmq_deploy.runtime.inference.text_generation": ("Answer", "ExportedTextGenerator"),
+        "epmq_deploy.runtime.stage": ("evaluate",),
+    },
+)
 
 __all__ = [
     "Answer",
@@ -44,7 +46,4 @@ _RENAMED = {
 
 
 def __getattr__(name: str) -> Any:
-    name = _RENAMED.get(name, name)
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    return _load(_RENAMED.get(name, name))
