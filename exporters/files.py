@@ -73,16 +73,16 @@ def outline(model: ir.Model) -> onnx.ModelProto:
 def weightless(model: ir.Model) -> onnx.ModelProto:
     """Return a model as protobuf, in which large tensors are inputs of their type and shape."""
     proto = outline(model)
-    kept = []
+    small = []
     for tensor in proto.graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             proto.graph.input.append(
                 onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
             )
         else:
-            kept.append(tensor)
+            small.append(tensor)
     del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
+    proto.graph.initializer.extend(small)
     return proto
 
 

@@ -321,13 +321,13 @@ def _read(folder: Path, stage: str) -> dict[str, Any]:
         raise RecipeError(f"{folder}: no {MANIFEST}; expected the output of `epmq {stage}`")
     try:
         content = json.loads(file.read_text())
-        writer, layout = content["stage"], content["format_version"]
+        written_by, layout = content["stage"], content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{file}: not a manifest of epmq-deploy") from error
     if layout != FORMAT_VERSION:
         raise RecipeError(f"{file}: layout {layout}, this version reads {FORMAT_VERSION}")
-    if writer != stage:
+    if written_by != stage:
         raise RecipeError(
-            f"{folder} is the output of `epmq {writer}`, expected that of `epmq {stage}`"
+            f"{folder} is the output of `epmq {written_by}`, expected that of `epmq {stage}`"
         )
     return dict(content)

@@ -130,11 +130,11 @@ def swapped_copy(
 
 
 def _replace(backbone: nn.Module, name: str, stand_in: nn.Module) -> None:
-    """Put a module in the place of another, in all the places that one has."""
+    """Put a module in the place of another, at every path of that one."""
     old = backbone.get_submodule(name)
-    places = [place for place, one in backbone.named_modules(remove_duplicate=False) if one is old]
-    for place in places:
-        parent, leaf = _parent(backbone, place)
+    paths = [path for path, one in backbone.named_modules(remove_duplicate=False) if one is old]
+    for path in paths:
+        parent, leaf = _parent(backbone, path)
         setattr(parent, leaf, stand_in)
 
 

@@ -144,7 +144,7 @@ class DecoderGraph(EncoderDecoderGraph):
         layers = zip(
             cache.self_attention_cache.layers, cache.cross_attention_cache.layers, strict=True
         )
-        parts = (part for own, across in layers for part in _both(own, across))
+        parts = (part for pair in layers for part in _both(*pair))
         return (logits, *parts)
 
     def example_inputs(self) -> tuple[Tensor, ...]:
@@ -189,7 +189,7 @@ class DecoderWithPastGraph(EncoderDecoderGraph):
         # Only its length is read.
         unread = past[2].new_zeros(()).expand(mask.shape[0], mask.shape[1], 1)
         logits = _decoded(self.backbone, mask, ids, unread, cache)
-        parts = (part for own in cache.self_attention_cache.layers for part in _both(own))
+        parts = _both(*cache.self_attention_cache.layers)
         return (logits, *parts)
 
     def example_inputs(self) -> tuple[Tensor, ...]:
@@ -315,11 +315,11 @@ def _decoded(backbone: nn.Module, mask: Tensor, ids: Tensor, hidden: Tensor, cac
 
 
 def _encoder_decoder_cache(
-    own: list[tuple[Tensor, Tensor]], across: list[tuple[Tensor, Tensor]]
+    self_layers: list[tuple[Tensor, Tensor]], cross_layers: list[tuple[Tensor, Tensor]]
 ) -> Any:
     from transformers import EncoderDecoderCache
 
-    return EncoderDecoderCache(filled_cache(own), filled_cache(across))
+    return EncoderDecoderCache(filled_cache(self_layers), filled_cache(cross_layers))
 
 
 def _both(*layers: Any) -> tuple[Tensor, ...]:

@@ -73,8 +73,8 @@ class FuseAttention(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace them."""
-        known = model.graph.opset_imports[""] >= ATTENTION_OPSET
-        return ir.passes.PassResult(model, modified=known and fuse_attention(model.graph) > 0)
+        available = model.graph.opset_imports[""] >= ATTENTION_OPSET
+        return ir.passes.PassResult(model, modified=available and fuse_attention(model.graph) > 0)
 
 
 def fuse_attention(graph: ir.Graph) -> int:
@@ -83,8 +83,8 @@ def fuse_attention(graph: ir.Graph) -> int:
     Returns:
         How many were replaced.
     """
-    found = list(_all(graph))
-    for attention in found:
+    attentions = list(_all(graph))
+    for attention in attentions:
         old = attention.output.outputs[0]
         counts = {"q_num_heads": attention.heads, "kv_num_heads": attention.heads}
         node = ir.node("Attention", attention.inputs, {**counts, "scale": attention.scale})
@@ -92,12 +92,12 @@ def fuse_attention(graph: ir.Graph) -> int:
         ir.convenience.replace_nodes_and_values(
             graph, attention.output, [attention.output], [node], [old], node.outputs
         )
-    return len(found)
+    return len(attentions)
 
 
 def _all(graph: ir.Graph) -> Iterator[_Attention]:
-    found = (_around(node) for node in graph if node.op_type == "Softmax")
-    return (attention for attention in found if attention is not None)
+    candidates = (_around(node) for node in graph if node.op_type == "Softmax")
+    return (attention for attention in candidates if attention is not None)
 
 
 def _around(softmax: ir.Node) -> _Attention | None:

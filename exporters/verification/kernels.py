@@ -194,8 +194,8 @@ def _differences(stored: QuantizedLinear, solved: QuantizedLinear) -> list[str]:
     parts = [] if torch.equal(stored.codes, solved.codes.cpu()) else ["codes"]
     columns = solved.in_features
     for part in ("scales", "zero_points"):
-        ours = expand_groups(getattr(solved, part).cpu(), solved.group_size, columns)
-        theirs = expand_groups(getattr(stored, part), stored.group_size, columns)
-        if not torch.equal(theirs, ours):
+        from_solver = expand_groups(getattr(solved, part).cpu(), solved.group_size, columns)
+        in_file = expand_groups(getattr(stored, part), stored.group_size, columns)
+        if not torch.equal(in_file, from_solver):
             parts.append(part)
     return parts

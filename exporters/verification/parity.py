@@ -57,7 +57,7 @@ def parity_inputs(
         folder: a model folder with preprocessor or tokenizer.
         example: what to take where no task has data; said in a warning.
     """
-    found, missing = [], {}
+    calibration_batches, missing = [], {}
     for name, task in tasks.items():
         if task.calibration is None:
             missing[name] = "no calibration data in the recipe"
@@ -74,11 +74,11 @@ def parity_inputs(
             if isinstance(samples, TextSamples) and samples.lacks_labels:
                 # Texts are compared; what is written behind them may be anything.
                 samples = replace(samples, pseudo_labels=dict.fromkeys(samples.indices, ""))
-            found += list(batches(samples, family, folder, _SAMPLES))
+            calibration_batches += list(batches(samples, family, folder, _SAMPLES))
         except EpmqError as error:
             missing[name] = str(error)
-    if found:
-        return ParityInputs("calibration", found, missing)
+    if calibration_batches:
+        return ParityInputs("calibration", calibration_batches, missing)
     reasons = "; ".join(f"task {name!r}: {reason}" for name, reason in missing.items())
     log.warning("graphs are compared with torch on made-up inputs only: %s", reasons)
     return ParityInputs("example", [example], missing)
@@ -108,12 +108,12 @@ def measure_parity(
     """
     actual = run_graph(graph.path, accuracy_level, inputs)
     outputs = list(actual[0])
-    ours = [_rows([found[name] for found in actual]) for name in outputs]
-    theirs = [_rows([part.numpy() for part in parts]) for parts in zip(*expected, strict=True)]
+    computed = [_rows([run[name] for run in actual]) for name in outputs]
+    reference = [_rows([part.numpy() for part in parts]) for parts in zip(*expected, strict=True)]
     (fmt,) = formats_of([graph.format])
     integer = fmt.low_bit and accuracy_level == INT8_LEVEL
     tolerance = max(fmt.tolerance, INT8_TOLERANCE) if integer else fmt.tolerance
-    pairs = list(zip(ours, theirs, strict=True))
+    pairs = list(zip(computed, reference, strict=True))
     hits = [
         one.argmax(1) == other.argmax(1)
         for name, (one, other) in zip(outputs, pairs, strict=True)
@@ -140,5 +140,7 @@ def _rows(batches: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
 
 
-def _relative(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.linalg.norm(ours - theirs) / max(float(np.linalg.norm(theirs)), 1e-30))
+def _relative(computed: np.ndarray, reference: np.ndarray) -> float:
+    return float(
+        np.linalg.norm(computed - reference) / max(float(np.linalg.norm(reference)), 1e-30)
+    )

@@ -65,15 +65,15 @@ class Bench:
         }
 
     def _timings(self) -> dict[str, list[Timing]]:
-        found: dict[str, list[Timing]] = {name: [] for name in self.formats}
+        timings: dict[str, list[Timing]] = {name: [] for name in self.formats}
         inputs = [self._batch(size) for size in self.options.latency_batches]
         settings = [(threads, batch) for threads in self.threads for batch in inputs]
         for threads, batch in self.progress.track(settings, "timing", total=len(settings)):
             models = self.scorer.open(threads)
             timed = measure_latency(models, REFERENCE, batch, threads, self.options.latency_runs)
             for name, timing in timed.items():
-                found[name].append(timing)
-        return found
+                timings[name].append(timing)
+        return timings
 
     def _footprints(self) -> dict[str, Footprint]:
         one = [value.numpy() for value in self._batch(1)]
@@ -91,7 +91,7 @@ class Bench:
                 special_tokens=self.scorer.special_tokens,
             )
             measured[name].append(footprint)
-        return {name: median_footprint(found) for name, found in measured.items()}
+        return {name: median_footprint(footprints) for name, footprints in measured.items()}
 
     def diagnoses(self) -> dict[str, Diagnosis]:
         """Layers of the low-bit graphs against those of fp32 merged, one graph a format."""

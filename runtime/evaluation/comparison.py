@@ -100,5 +100,5 @@ def _mean_over(draws: list[Floats]) -> Floats:
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = list(values)
-    return sum(found) / len(found)
+    numbers = list(values)
+    return sum(numbers) / len(numbers)

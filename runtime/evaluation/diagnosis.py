@@ -76,9 +76,9 @@ class _Ratio:
     def __init__(self) -> None:
         self._signal = self._noise = 0.0
 
-    def add(self, found: Array, wanted: Array) -> None:
-        self._signal += float(np.square(wanted, dtype=np.float64).sum())
-        self._noise += float(np.square(found.astype(np.float64) - wanted).sum())
+    def add(self, actual: Array, expected: Array) -> None:
+        self._signal += float(np.square(expected, dtype=np.float64).sum())
+        self._noise += float(np.square(actual.astype(np.float64) - expected).sum())
 
     @property
     def decibels(self) -> float:
@@ -115,20 +115,22 @@ def diagnose(
         MismatchError: a graph has no layer that fp32 merged has too.
     """
     names = {name: quantized_layers(file) for name, file in files.items()}
-    wanted = tap(fp32, {layer for layers in names.values() for layer in layers})
-    reference = _graph(wanted, fp32, session)
-    outputs = [reference.run(inputs) for inputs in samples]
+    reference_values = tap(fp32, {layer for layers in names.values() for layer in layers})
+    reference = _graph(reference_values, fp32, session)
+    expected = [reference.run(inputs) for inputs in samples]
     diagnoses = {}
     for name, file in files.items():
-        linear = {key for key, place in wanted.layers.items() if isinstance(place, FloatLayer)}
-        values = tap(file, wanted.layers.keys() & set(names[name]), linear)
+        linear = {
+            key for key, layer in reference_values.layers.items() if isinstance(layer, FloatLayer)
+        }
+        values = tap(file, reference_values.layers.keys() & set(names[name]), linear)
         if not values.layers:
             raise MismatchError(
                 "diagnosis", [f"{file}: no layer is named as in {fp32}; export it again"]
             )
         graph = _graph(values, file, {**session, "session_config": session_configs[name]})
-        found = (graph.run(inputs) for inputs in samples)
-        noises = _noises(values, wanted, zip(found, outputs, strict=True))
+        actual = (graph.run(inputs) for inputs in samples)
+        noises = _noises(values, reference_values, zip(actual, expected, strict=True))
         missing = tuple(layer for layer in names[name] if layer not in values.layers)
         diagnoses[name] = Diagnosis(noises, _blamed(noises), missing, len(samples))
     return diagnoses
@@ -139,19 +141,23 @@ def _graph(values: LayerValues, file: Path, session: Mapping[str, Any]) -> Graph
         return Graph(tapped, name=str(file), **session)
 
 
-def _noises(values: LayerValues, wanted: LayerValues, runs: Any) -> tuple[LayerNoise, ...]:
-    total = {name: _Ratio() for name in values.layers}
-    own = {name: _Ratio() for name in values.layers}
-    for found, reference in runs:
-        for name, place in values.layers.items():
-            goal, output = wanted.layers[name], found[place.output]
-            total[name].add(output, _laid_out(reference[goal.output], output))
-            if isinstance(goal, FloatLayer) and place.input is not None:
-                own[name].add(output, goal.apply(_unsmoothed(found[place.input], place.factors)))
+def _noises(
+    values: LayerValues, reference_values: LayerValues, runs: Any
+) -> tuple[LayerNoise, ...]:
+    cumulative = {name: _Ratio() for name in values.layers}
+    alone = {name: _Ratio() for name in values.layers}
+    for actual, expected in runs:
+        for name, layer in values.layers.items():
+            reference_layer, output = reference_values.layers[name], actual[layer.output]
+            cumulative[name].add(output, _laid_out(expected[reference_layer.output], output))
+            if isinstance(reference_layer, FloatLayer) and layer.input is not None:
+                alone[name].add(
+                    output, reference_layer.apply(_unsmoothed(actual[layer.input], layer.factors))
+                )
             else:
-                own[name].add(output, _laid_out(reference[goal.output], output))
+                alone[name].add(output, _laid_out(expected[reference_layer.output], output))
     return tuple(
-        LayerNoise(name, total[name].decibels, own[name].decibels) for name in values.layers
+        LayerNoise(name, cumulative[name].decibels, alone[name].decibels) for name in values.layers
     )
 
 
@@ -160,11 +166,11 @@ def _unsmoothed(inputs: Array, factors: Array | None) -> Array:
     return inputs if factors is None else inputs * factors[: inputs.shape[-1]]
 
 
-def _laid_out(wanted: Array, found: Array) -> Array:
+def _laid_out(expected: Array, actual: Array) -> Array:
     """Return a convolution's ``[B, N, h, w]`` as ``[B, h * w, N]`` where patches are multiplied."""
-    if wanted.ndim == 4 and found.ndim == 3:
-        return wanted.reshape(*wanted.shape[:2], -1).swapaxes(1, 2)
-    return wanted
+    if expected.ndim == 4 and actual.ndim == 3:
+        return expected.reshape(*expected.shape[:2], -1).swapaxes(1, 2)
+    return expected
 
 
 def _blamed(noises: Sequence[LayerNoise]) -> tuple[str, ...]:

@@ -64,18 +64,18 @@ def measure(
         MismatchError: no fp32 graph, or see `evaluation_samples`; all at once.
     """
     progress = progress or NoProgress()
-    made = open_output(exported, "export")
+    manifest = open_output(exported, "export")
     family = family_of(exported)
     heads = {} if generates_text(family) else load_heads(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
-    formats = by_format(made.graphs)
+    formats = by_format(manifest.graphs)
     if REFERENCE not in formats:
         raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
     options, asked = recipe.eval, provider or recipe.eval.provider
-    experts = _experts(recipe, made, device or torch.device("cpu"))
+    experts = _experts(recipe, manifest, device or torch.device("cpu"))
     if experts is not None and heads:
         heads = heads_of_experts(recipe.tasks, experts.sources, heads, experts.device)
-    scorer = _scorer(options, family, exported, made.graphs, asked, heads, experts)
+    scorer = _scorer(options, family, exported, manifest.graphs, asked, heads, experts)
     bench = Bench(exported, formats, scorer, samples, options, asked, progress)
     models = scorer.open(bench.threads[0])
     predictions = {
@@ -94,10 +94,14 @@ def measure(
         provider=used,
         gates=gates_of(options),
         margin=options.margin,
-        fingerprint=eval_fingerprint(recipe, made.fingerprint),
+        fingerprint=eval_fingerprint(recipe, manifest.fingerprint),
         diagnoses=bench.diagnoses() if options.diagnose else {},
-        metrics={task: found.score(REFERENCE).metric for task, found in predictions.items()},
-        hub_metrics={task: item.score(REFERENCE).hub_name for task, item in predictions.items()},
+        metrics={
+            task: predicted.score(REFERENCE).metric for task, predicted in predictions.items()
+        },
+        hub_metrics={
+            task: predicted.score(REFERENCE).hub_name for task, predicted in predictions.items()
+        },
         layers=tuple(load_reports(exported)) if (exported / REPORT_FILE).is_file() else (),
     )
 
@@ -113,12 +117,12 @@ def row_of(
         margin: points that may be lost and still count as no worse.
         costs: the row's other attributes.
     """
-    scores = {task: found.score(name) for task, found in predictions.items()}
+    scores = {task: predicted.score(name) for task, predicted in predictions.items()}
     accuracy = {task: score.percent for task, score in scores.items()}
     intervals = {task: score.interval for task, score in scores.items()}
     if name not in (EXPERTS, REFERENCE):
-        reference = {task: found.score(REFERENCE) for task, found in predictions.items()}
-        same = {task: found.same(name, REFERENCE) for task, found in predictions.items()}
+        reference = {task: predicted.score(REFERENCE) for task, predicted in predictions.items()}
+        same = {task: predicted.same(name, REFERENCE) for task, predicted in predictions.items()}
         against, average = compare(scores, reference, same, margin)
         costs |= {"against": against, "against_average": average}
     return Row(name, accuracy, intervals, average_interval(scores), **costs)
@@ -141,9 +145,11 @@ def _scorer(
     return ClassScorer(family, exported, graphs, provider, size, heads, experts)
 
 
-def _experts(recipe: Recipe, made: ExportManifest, device: torch.device) -> ExpertBackbone | None:
+def _experts(
+    recipe: Recipe, manifest: ExportManifest, device: torch.device
+) -> ExpertBackbone | None:
     if not recipe.eval.experts:
         return None
     sources = open_sources(recipe)
-    check_unchanged(sources, made)
+    check_unchanged(sources, manifest)
     return ExpertBackbone(sources, device)

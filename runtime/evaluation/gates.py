@@ -41,8 +41,8 @@ def check_gates(report: EvalReport) -> None:
     Raises:
         GateError: none does; lists every miss.
     """
-    found = [_misses(report, row) for row in report.candidates]
-    if found and all(found):
+    missed = [_misses(report, row) for row in report.candidates]
+    if missed and all(missed):
         raise GateError(f"gates missed: {'; '.join(misses(report))}")
 
 
@@ -70,33 +70,37 @@ def recommend(report: EvalReport) -> Recommendation | None:
 
 
 def _misses(report: EvalReport, row: Row) -> list[str]:
-    gates, found = report.gates, []
+    gates, sentences = report.gates, []
     drop = report.drop(row)
     if gates.max_drop is not None and drop is not None and drop > gates.max_drop + _ROUNDING:
         interval = ""
         if row.against_average is not None:
             seen = row.against_average.interval
             interval = f" (95% interval {-seen.high:.2f} to {-seen.low:.2f})"
-        found.append(
+        sentences.append(
             f"{row.name} lost {drop:.2f} points{interval} against fp32 merged, "
             f"allowed {gates.max_drop:g} (eval.max_drop)"
         )
     if gates.max_latency_ratio is not None and _ratio(row) > gates.max_latency_ratio:
-        found.append(
+        sentences.append(
             f"{row.name} takes {_ratio(row):.2f} of fp32 merged's time, "
             f"allowed {gates.max_latency_ratio:g} (eval.max_latency_ratio)"
         )
     megabytes = (row.bytes or 0) / 1e6
     if gates.max_size is not None and megabytes > gates.max_size:
-        found.append(
+        sentences.append(
             f"{row.name} has {megabytes:.2f} MB, allowed {gates.max_size:g} (eval.max_size)"
         )
-    return found
+    return sentences
 
 
 def _clearly_worse(report: EvalReport, row: Row) -> bool:
-    found = row.against_average
-    return found is not None and found.verdict == "worse" and found.points < -report.margin
+    comparison = row.against_average
+    return (
+        comparison is not None
+        and comparison.verdict == "worse"
+        and comparison.points < -report.margin
+    )
 
 
 def _ratio(row: Row) -> float:
@@ -106,8 +110,8 @@ def _ratio(row: Row) -> float:
 
 def _slower(row: Row, fastest: Row) -> bool:
     """Whether a graph is for sure slower than the fastest one."""
-    own, other = row.timings[0].ratio_interval, fastest.timings[0].ratio_interval
-    if own is None or other is None or own.low <= other.high:
+    interval, fastest_interval = row.timings[0].ratio_interval, fastest.timings[0].ratio_interval
+    if interval is None or fastest_interval is None or interval.low <= fastest_interval.high:
         return False
     return _ratio(row) > _ratio(fastest) * _TIE
 
@@ -117,17 +121,17 @@ def _reason(report: EvalReport, best: Row, passing: list[Row], equal: list[Row])
     limits = (gates.max_drop, gates.max_latency_ratio, gates.max_size)
     met = "" if limits == (None, None, None) else "meets the gates, "
     if len(report.candidates) == 1:
-        place = "the only low-bit graph"
+        rank = "the only low-bit graph"
     elif len(passing) == 1:
-        place = "the only one that qualifies"
+        rank = "the only one that qualifies"
     elif len(equal) == 1:
-        place = "the fastest"
+        rank = "the fastest"
     else:
         # Of graphs that are equal in size as well, the first was taken.
-        place = "the smallest of those equally fast"
+        rank = "the smallest of those equally fast"
     fp32 = report.row("fp32").bytes or 1
     parts = [
-        f"{met}{place}",
+        f"{met}{rank}",
         f"{_ratio(best):.2f} of fp32 merged's time",
         f"{(best.bytes or 0) / fp32:.2f} of its size",
     ]
@@ -150,13 +154,15 @@ def described(row: Row) -> str:
     """Return the verdict on a graph's average accuracy in words, with its interval."""
     if row.against_average is None:
         return ""
-    found = row.against_average
-    low, high = found.interval.low, found.interval.high
-    if found.verdict == "better":
-        return f"better than fp32 merged by {found.points:.2f} points [{low:.1f}, {high:.1f}]"
-    if found.verdict == "worse":
-        return f"worse than fp32 merged by {-found.points:.2f} points [{-high:.1f}, {-low:.1f}]"
-    seen = f"({found.points:+.2f} points [{low:.1f}, {high:.1f}])"
-    if found.verdict == "no worse":
-        return f"no worse than fp32 merged {seen}"
-    return f"not told apart from fp32 merged {seen}"
+    comparison = row.against_average
+    low, high = comparison.interval.low, comparison.interval.high
+    if comparison.verdict == "better":
+        return f"better than fp32 merged by {comparison.points:.2f} points [{low:.1f}, {high:.1f}]"
+    if comparison.verdict == "worse":
+        return (
+            f"worse than fp32 merged by {-comparison.points:.2f} points [{-high:.1f}, {-low:.1f}]"
+        )
+    difference = f"({comparison.points:+.2f} points [{low:.1f}, {high:.1f}])"
+    if comparison.verdict == "no worse":
+        return f"no worse than fp32 merged {difference}"
+    return f"not told apart from fp32 merged {difference}"

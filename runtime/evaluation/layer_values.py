@@ -89,8 +89,8 @@ def tap(file: Path, names: Collection[str], inputs_of: Collection[str] = ()) -> 
 
     Args:
         file: an exported graph.
-        names: layers whose outputs are wanted.
-        inputs_of: linear layers whose inputs are wanted as well.
+        names: layers whose outputs are asked for.
+        inputs_of: linear layers whose inputs are asked for as well.
     """
     model = ir.load(file)
     graph = model.graph
@@ -103,12 +103,12 @@ def tap(file: Path, names: Collection[str], inputs_of: Collection[str] = ()) -> 
             layers[name] = _layer(
                 node, product, _input(name, product) if name in inputs_of else None
             )
-    known = {str(value.name) for value in (*graph.outputs, *graph.inputs)}
+    readable = {str(value.name) for value in (*graph.outputs, *graph.inputs)}
     for layer in layers.values():
-        for wanted in (layer.input, layer.output):
-            if wanted is not None and wanted not in known:
-                known.add(wanted)
-                value = values[wanted]
+        for tensor in (layer.input, layer.output):
+            if tensor is not None and tensor not in readable:
+                readable.add(tensor)
+                value = values[tensor]
                 value.type = ir.TensorType(ir.DataType.FLOAT)
                 graph.outputs.append(value)
     return LayerValues(model, layers)
@@ -150,17 +150,17 @@ def _input(name: str, product: ir.Value) -> str | None:
     while waiting:
         node = waiting.pop()
         for value in node.inputs:
-            made_by = None if value is None else value.producer()
-            if value is None or made_by is None:
+            source = None if value is None else value.producer()
+            if value is None or source is None:
                 continue
             # What is quantized is the input as it was smoothed. Layers that share an input share
             # both nodes, which one of them gives its name.
-            quantizing = made_by.op_type in _QUANTIZING
-            own = str(made_by.name) == name or str(made_by.name).startswith(f"{name}.")
-            if own and not quantizing:
-                waiting.append(made_by)
+            quantizing = source.op_type in _QUANTIZING
+            of_this_layer = str(source.name) == name or str(source.name).startswith(f"{name}.")
+            if of_this_layer and not quantizing:
+                waiting.append(source)
                 continue
-            read = made_by.inputs[0] if quantizing else value
+            read = source.inputs[0] if quantizing else value
             return None if read is None or read.producer() is None else str(read.name)
     return None
 

@@ -106,11 +106,11 @@ def correlations(counts: Floats, first: Floats, second: Floats) -> Floats:
 def _ranks(counts: Floats, values: Floats) -> Floats:
     """Mean rank of each value in each sample, ``[R, n]``."""
     order = np.argsort(values, kind="stable")
-    _, starts, place = np.unique(values[order], return_index=True, return_inverse=True)
+    _, starts, position = np.unique(values[order], return_index=True, return_inverse=True)
     equal = np.add.reduceat(counts[:, order], starts, axis=1)
     means = equal.cumsum(axis=1) - (equal - 1) / 2
     ranks = np.empty_like(counts)
-    ranks[:, order] = means[:, place]
+    ranks[:, order] = means[:, position]
     return ranks
 
 

@@ -83,10 +83,10 @@ def median_interval(values: Sequence[float]) -> Interval | None:
 
     if len(values) < _FEWEST:
         return None
-    found = quantile_test(values, q=0, p=0.5).confidence_interval(CONFIDENCE)
-    if np.isnan(found.low) or np.isnan(found.high):
+    interval = quantile_test(values, q=0, p=0.5).confidence_interval(CONFIDENCE)
+    if np.isnan(interval.low) or np.isnan(interval.high):
         return Interval(float(min(values)), float(max(values)))
-    return Interval(float(found.low), float(found.high))
+    return Interval(float(interval.low), float(interval.high))
 
 
 def bootstrap_p_value(gains: Floats) -> float:

@@ -69,24 +69,26 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
         """Return predictions; answers as `normalised`."""
         expert = self.experts.become(task) if self.experts else None
         names = [*([EXPERTS] if expert else []), *models]
-        written: dict[str, list[str]] = {name: [] for name in names}
+        generated: dict[str, list[str]] = {name: [] for name in names}
         truth: list[str] = []
         for start in range(0, len(samples), self.batch_size):
             pairs = samples.inputs(start, min(start + self.batch_size, len(samples)))
             truth += [pair.answer for pair in pairs]
             texts = [pair.text for pair in pairs]
             prompts = self.family.prompts(self.folder, texts)
-            for name, writer in models.items():
-                answers = torch.from_numpy(writer.write(*prompts))
-                written[name] += self.family.decode(self.folder, answers)
+            for name, generator in models.items():
+                answers = torch.from_numpy(generator.write(*prompts))
+                generated[name] += self.family.decode(self.folder, answers)
             if expert is not None:
-                written[EXPERTS] += self.family.generate(
+                generated[EXPERTS] += self.family.generate(
                     expert, self.folder, texts, self.max_tokens
                 )
-        found = {name: np.array(list(map(normalised, texts))) for name, texts in written.items()}
+        predicted = {
+            name: np.array(list(map(normalised, texts))) for name, texts in generated.items()
+        }
         assert isinstance(samples, TextSamples), "of a family that writes texts"
         kind = TaskPredictions if samples.prompt_format.decimals is None else NumberPredictions
-        return kind(np.array(list(map(normalised, truth))), found)
+        return kind(np.array(list(map(normalised, truth))), predicted)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """Return a batch of texts with the number of tokens of the longest expected answer.

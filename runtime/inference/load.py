@@ -57,27 +57,27 @@ def load(
         raise RecipeError(
             "; ".join(f"{name} is {count}; give 1 or more" for name, count in wrong.items())
         )
-    place = Path(folder)
-    made = read_manifest(place, "export")
-    family = family_of(place)
-    formats = by_format(made.graphs)
-    chosen = formats.get(format or _recommended(place, formats))
+    path = Path(folder)
+    manifest = read_manifest(path, "export")
+    family = family_of(path)
+    formats = by_format(manifest.graphs)
+    chosen = formats.get(format or _recommended(path, formats))
     if chosen is None:
-        raise RecipeError(f"{place} has no graph of format {format!r}; it has {', '.join(formats)}")
+        raise RecipeError(f"{path} has no graph of format {format!r}; it has {', '.join(formats)}")
     if generates_text(family):
-        longest = made.recipe.eval.max_tokens if max_tokens is None else max_tokens
-        writer = open_text_generator(
-            family, place, chosen, provider=provider, threads=threads, max_tokens=longest
+        longest = manifest.recipe.eval.max_tokens if max_tokens is None else max_tokens
+        generator = open_text_generator(
+            family, path, chosen, provider=provider, threads=threads, max_tokens=longest
         )
         return ExportedTextGenerator(
-            writer, family, place, made.recipe.tasks, batch_size, scores=scores
+            generator, family, path, manifest.recipe.tasks, batch_size, scores=scores
         )
     if max_tokens is not None or not scores:
-        raise RecipeError(f"{place} classifies; max_tokens and scores are for models that write")
-    graph = Graph.exported(place, chosen[0], provider=provider, threads=threads)
+        raise RecipeError(f"{path} classifies; max_tokens and scores are for models that write")
+    graph = Graph.exported(path, chosen[0], provider=provider, threads=threads)
     if not any(name.startswith(LOGITS) for name in graph.output_names):
-        raise RecipeError(f"{place / chosen[0].file} gives no logits of any task")
-    return ExportedClassifier(graph, family, place, made.details.classes, batch_size)
+        raise RecipeError(f"{path / chosen[0].file} gives no logits of any task")
+    return ExportedClassifier(graph, family, path, manifest.details.classes, batch_size)
 
 
 def _recommended(folder: Path, entries: Mapping[str, Sequence[GraphEntry]]) -> str:

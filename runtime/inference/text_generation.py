@@ -42,7 +42,7 @@ class ExportedTextGenerator(ExportedModel[Answer]):
     """The graphs of one format, which write texts together.
 
     Args:
-        writer: the graphs.
+        generator: the graphs.
         family: of the model.
         folder: of the export.
         tasks: the recipe's.
@@ -52,7 +52,7 @@ class ExportedTextGenerator(ExportedModel[Answer]):
 
     def __init__(
         self,
-        writer: TextGenerator,
+        generator: TextGenerator,
         family: TextGenerationFamily,
         folder: Path,
         tasks: Mapping[str, Task],
@@ -60,8 +60,8 @@ class ExportedTextGenerator(ExportedModel[Answer]):
         *,
         scores: bool,
     ) -> None:
-        super().__init__(tuple(tasks), writer.provider, batch_size)
-        self._writer, self._family, self._folder = writer, family, folder
+        super().__init__(tuple(tasks), generator.provider, batch_size)
+        self._generator, self._family, self._folder = generator, family, folder
         self._templates = {name: _template(task, family) for name, task in tasks.items()}
         self._labels = {name: (task.prompt or Prompt()).answers for name, task in tasks.items()}
         self._scores = scores
@@ -79,11 +79,11 @@ class ExportedTextGenerator(ExportedModel[Answer]):
             MismatchError: an input is no text; names every one.
         """
         read = self._read([texts] if isinstance(texts, str) else list(texts), ())
-        written: list[str] = []
+        generated: list[str] = []
         for start in range(0, len(read), self._batch_size):
             prompts = self._family.prompts(self._folder, read[start : start + self._batch_size])
-            written += self._decode(self._writer.write(*prompts))
-        return written[0] if isinstance(texts, str) else written
+            generated += self._decode(self._generator.write(*prompts))
+        return generated[0] if isinstance(texts, str) else generated
 
     def _sample(self, item: Any, tasks: Sequence[str]) -> Any:
         """Return what is read for each task; the text itself without any."""
@@ -100,16 +100,16 @@ class ExportedTextGenerator(ExportedModel[Answer]):
     def _of_task(self, task: str, texts: Sequence[str]) -> list[Answer]:
         labels = self._labels[task]
         ids, mask = self._family.prompts(self._folder, texts)
-        begun = self._writer.begin(ids.numpy(), mask.numpy())
-        written = self._decode(self._writer.write_on(*begun))
+        begun = self._generator.begin(ids.numpy(), mask.numpy())
+        generated = self._decode(self._generator.write_on(*begun))
         if labels is None:
-            return [Answer(text, None, None, None, None) for text in written]
-        scores: Sequence[npt.NDArray[np.float32] | None] = [None] * len(written)
+            return [Answer(text, None, None, None, None) for text in generated]
+        scores: Sequence[npt.NDArray[np.float32] | None] = [None] * len(generated)
         if self._scores:
             answers = answer_ids(self._family, self._folder, labels)
-            found = self._writer.likelihoods(*begun, answers)
-            scores = list(np.exp(found).astype(np.float32))
-        return [_answer(text, labels, row) for text, row in zip(written, scores, strict=True)]
+            logarithms = self._generator.likelihoods(*begun, answers)
+            scores = list(np.exp(logarithms).astype(np.float32))
+        return [_answer(text, labels, row) for text, row in zip(generated, scores, strict=True)]
 
     def _decode(self, ids: npt.NDArray[np.int64]) -> list[str]:
         return self._family.decode(self._folder, torch.from_numpy(ids))

@@ -99,15 +99,16 @@ class TextGenerator(ABC):
             values: likewise.
             answers: token ids of each, without its end.
         """
-        found = []
+        likelihoods = []
         for answer in answers:
-            ahead, kept, total = _log_softmax(logits), values, np.zeros(len(logits))
+            following, state, total = _log_softmax(logits), values, np.zeros(len(logits))
             for token in answer:
-                total = total + ahead[:, token]
-                following, kept = self.go_on(np.full((len(logits), 1), token), kept)
-                ahead = _log_softmax(following)
-            found.append(total + np.logaddexp.reduce(ahead[:, list(self._special.end)], axis=1))
-        return np.stack(found, axis=1)
+                total = total + following[:, token]
+                next_logits, state = self.go_on(np.full((len(logits), 1), token), state)
+                following = _log_softmax(next_logits)
+            ends = following[:, list(self._special.end)]
+            likelihoods.append(total + np.logaddexp.reduce(ends, axis=1))
+        return np.stack(likelihoods, axis=1)
 
     def run(self, inputs: Sequence[npt.ArrayLike], outputs: object = None) -> Mapping[str, Array]:
         """Return a whole answer, for timing; ``inputs`` are ids, mask and number of tokens."""
@@ -213,13 +214,13 @@ def text_generator(
 
 def _answer(graph: Computes, feed: Values) -> tuple[Array, Values]:
     """Logits of the last token, and keys and values as the next run takes them."""
-    found = graph.compute({name: feed[name] for name in graph.input_shapes})
+    outputs = graph.compute({name: feed[name] for name in graph.input_shapes})
     present = {
         name.replace(_PRESENT, _PAST, 1): value
-        for name, value in found.items()
+        for name, value in outputs.items()
         if name.startswith(_PRESENT)
     }
-    return found["logits"][:, -1], present
+    return outputs["logits"][:, -1], present
 
 
 def _log_softmax(logits: Array) -> Array:

@@ -41,17 +41,17 @@ def run_graph(
     """
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder) / "inputs", Path(folder) / "outputs"
-        for place in (inputs, outputs):
-            place.mkdir()
+        for directory in (inputs, outputs):
+            directory.mkdir()
         for index, batch in enumerate(batches):
             np.savez(inputs / f"{index}.npz", *(value.numpy() for value in batch))
         task = Task(str(path), session_config(accuracy_level), None, str(inputs), str(outputs))
         _work(path, task)
-        found = []
+        results = []
         for index in range(len(list(outputs.iterdir()))):
             with np.load(outputs / f"{index}.npz") as stored:
-                found.append(dict(stored))
-        return found
+                results.append(dict(stored))
+        return results
 
 
 def write_optimized(path: Path, accuracy_level: int, output: Path) -> None:

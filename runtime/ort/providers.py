@@ -42,13 +42,13 @@ def provider_named(name: str) -> str:
     raise RecipeError(f"provider {name!r} is not in this onnxruntime; it has {short} (or auto)")
 
 
-def check_used(session: ort.InferenceSession, file: str, wanted: str, *, strict: bool) -> str:
+def check_used(session: ort.InferenceSession, file: str, requested: str, *, strict: bool) -> str:
     """Return the provider that runs a session's graph.
 
     Args:
         session: created with ``RECORD_ASSIGNMENT`` on.
         file: the graph's, for messages.
-        wanted: onnxruntime's name of the provider it was created for.
+        requested: onnxruntime's name of the provider it was created for.
         strict: whether another one is an error; a warning otherwise.
 
     Raises:
@@ -56,12 +56,12 @@ def check_used(session: ort.InferenceSession, file: str, wanted: str, *, strict:
             run elsewhere.
     """
     used = str(session.get_providers()[0])
-    if used != wanted:
+    if used != requested:
         problem = (
-            f"provider {wanted} could not be started, as its libraries or its device are missing"
+            f"provider {requested} could not be started, as its libraries or its device are missing"
         )
-    elif wanted != _CPU and (elsewhere := _heavy_elsewhere(session, wanted)):
-        problem = f"{file}: provider {wanted} leaves {', '.join(elsewhere)} to others"
+    elif requested != _CPU and (elsewhere := _heavy_elsewhere(session, requested)):
+        problem = f"{file}: provider {requested} leaves {', '.join(elsewhere)} to others"
     else:
         return used
     if strict:
@@ -70,18 +70,18 @@ def check_used(session: ort.InferenceSession, file: str, wanted: str, *, strict:
     return used
 
 
-def _heavy_elsewhere(session: ort.InferenceSession, wanted: str) -> list[str]:
+def _heavy_elsewhere(session: ort.InferenceSession, requested: str) -> list[str]:
     """Types and numbers of multiplying nodes that another provider runs."""
-    found: dict[str, int] = {}
-    for part in _parts_elsewhere(session, wanted):
+    counts: dict[str, int] = {}
+    for part in _parts_elsewhere(session, requested):
         for node in part.get_nodes():
             if any(kind in node.op_type for kind in _HEAVY):
-                found[node.op_type] = found.get(node.op_type, 0) + 1
-    return [f"{count} {kind}" for kind, count in sorted(found.items())]
+                counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return [f"{count} {kind}" for kind, count in sorted(counts.items())]
 
 
 def _parts_elsewhere(
-    session: ort.InferenceSession, wanted: str
+    session: ort.InferenceSession, requested: str
 ) -> Iterable["ort.OrtEpAssignedSubgraph"]:
     parts = session.get_provider_graph_assignment_info()
-    return (part for part in parts if part.ep_name != wanted)
+    return (part for part in parts if part.ep_name != requested)

@@ -48,15 +48,15 @@ class Graph:
         options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
         for key, value in (session_config or {}).items():
             options.add_session_config_entry(key, value)
-        wanted = provider_named(provider)
+        requested = provider_named(provider)
         named = name or str(file)
         try:
             # It prints when it falls back, which is noticed below; stdout is for results.
             with contextlib.redirect_stdout(io.StringIO()):
-                self._session = ort.InferenceSession(file, options, providers=[wanted])
+                self._session = ort.InferenceSession(file, options, providers=[requested])
         except Exception as error:  # onnxruntime raises many types
             raise NumericsError(f"{named}: onnxruntime cannot load it ({error})") from error
-        self.provider = check_used(self._session, named, wanted, strict=provider != AUTO)
+        self.provider = check_used(self._session, named, requested, strict=provider != AUTO)
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
         # Open axes by their names.

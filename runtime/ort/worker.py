@@ -50,8 +50,8 @@ def work(task: Task) -> None:
     for file in Path(task.inputs).iterdir():
         with np.load(file) as stored:
             arrays = [stored[key] for key in stored.files]
-        found = session.run(outputs, dict(zip(names, arrays, strict=True)))
-        np.savez(Path(task.outputs) / file.name, **dict(zip(outputs, found, strict=True)))
+        results = session.run(outputs, dict(zip(names, arrays, strict=True)))
+        np.savez(Path(task.outputs) / file.name, **dict(zip(outputs, results, strict=True)))
 
 
 if __name__ == "__main__":

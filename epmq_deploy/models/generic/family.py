@@ -81,21 +81,21 @@ class GenericFamily(ClassifierFamily):
         """
         device = next(model.parameters()).device
         inputs = [value.to(device) for value in self.example_inputs(self._folder, 2)]
-        found = find_blocks(
+        blocks = find_blocks(
             model, lambda: self.embed(model, *inputs), first_token=self.reads_one_token
         )
         if not self._warned:
-            groups = [group for block in found for group in block.groups]
+            groups = [group for block in blocks for group in block.groups]
             log.warning(
                 "model type %r has no family of its own: found %d blocks with %d groups of linear "
                 "layers, %d of them after a norm; compare the result with the experts",
                 self.name,
-                len(found),
+                len(blocks),
                 len(groups),
                 sum(group.norm is not None for group in groups),
             )
             self._warned = True
-        return found
+        return blocks
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
         """Pool hidden states as the model type's classifiers do."""

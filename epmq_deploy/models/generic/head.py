@@ -213,10 +213,10 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-    made = [place for place, step in enumerate(steps) if step.left is hidden[0]]
-    if not made:
+    indices = [index for index, step in enumerate(steps) if step.left is hidden[0]]
+    if not indices:
         raise NotUnderstood("its last hidden state is no layer's output")
-    after = steps[made[0] + 1 :]
+    after = steps[indices[0] + 1 :]
     tail = [step for step in after if list(step.module.parameters(recurse=False))]
     logits: Tensor = output.logits
     return hidden[0], tail, logits
@@ -258,8 +258,8 @@ def _head(tail: Sequence[_Step], logits: Tensor, prefix: str) -> HeadLayout:
 
 def _pooling(embedding: Tensor, hidden: Tensor, mask: Tensor) -> Pooling:
     for name, pool in POOLINGS.items():
-        made = pool(hidden, mask)
-        if made.shape == embedding.shape and torch.allclose(made, embedding, atol=1e-5):
+        pooled = pool(hidden, mask)
+        if pooled.shape == embedding.shape and torch.allclose(pooled, embedding, atol=1e-5):
             return name
     raise NotUnderstood(
         "its classifier reads neither the first token, nor the mean, nor both side by side"

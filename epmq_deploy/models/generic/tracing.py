@@ -63,19 +63,19 @@ def find_blocks(
 
 def _block_list(model: nn.Module) -> tuple[str, list[str]]:
     """Return the module list whose items, all of one kind, hold most of the linear weights."""
-    found: dict[str, int] = {}
+    weights: dict[str, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len(module) < 2:
             continue
         sizes = [_linear_weights(item) for item in module]
         if len({type(item) for item in module}) == 1 and all(sizes):
-            found[name] = sum(sizes)
-    if not found:
+            weights[name] = sum(sizes)
+    if not weights:
         raise RecipeError(
             f"{type(model).__name__} has no repeated blocks: no list of two or more modules of one "
             "kind with linear layers"
         )
-    root = max(found, key=lambda name: found[name])
+    root = max(weights, key=lambda name: weights[name])
     count = len(model.get_submodule(root))  # type: ignore[arg-type]
     return root, [f"{root}.{index}" for index in range(count)]
 

@@ -163,9 +163,9 @@ def smoothing_factors(inputs: Tensor, weights: Tensor, strength: float) -> Tenso
     """
     tiny = torch.finfo(torch.float32).tiny
     logs = strength * inputs.clamp(min=tiny).log() - (1 - strength) * weights.clamp(min=tiny).log()
-    wanted = (logs - logs.median()).exp().clamp(1 / _SPREAD, _SPREAD)
-    unit = _factor_unit(wanted)
-    return (wanted / unit).round().clamp(1, _FACTOR_LEVELS) * unit
+    factors = (logs - logs.median()).exp().clamp(1 / _SPREAD, _SPREAD)
+    unit = _factor_unit(factors)
+    return (factors / unit).round().clamp(1, _FACTOR_LEVELS) * unit
 
 
 def factor_levels(factors: Tensor) -> tuple[Tensor, float]:
