@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq_deploy.checkpoints.hub import hub_id
+from epmq_deploy.data.image_folder import ImageFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import DataSource
 
@@ -40,6 +41,8 @@ def load_rows(task: str, source: DataSource) -> Any:
             opened = datasets.load_dataset(
                 on_hub.repository, source.subset, revision=on_hub.revision
             )
+        elif (images := ImageFolder.scan(path)).holds_images:
+            return images.split(source.split, where).rows(where)
         else:
             opened = datasets.load_dataset(source.path, source.subset)
     except RecipeError:
