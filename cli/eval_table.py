@@ -61,7 +61,7 @@ class _Models:
         yield Text(
             f"graphs on {self.report.provider}; experts in torch, each on its own task\n"
             "+ and -: significantly better or worse than fp32 merged"
-            + "".join(f"\n{metric}" for metric in self.report.other_metrics),
+            + "".join(f"\n{remark}" for remark in self.report.remarks),
             style="dim italic",
         )
 

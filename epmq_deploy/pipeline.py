@@ -214,7 +214,7 @@ def preflight(recipe: Recipe) -> Sources:
 def _brief(task: Task) -> Task:
     """Return the task with one class name and one template."""
     head = task.head
-    if head is None or head.classes is None:
+    if head is None or head.classes is None or not head.is_zero_shot:
         return task
     brief = head.model_copy(update={"classes": head.classes[:1], "templates": head.templates[:1]})
     return task.model_copy(update={"head": brief})

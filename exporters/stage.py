@@ -21,7 +21,7 @@ from epmq_deploy.artifacts.manifest import (
 from epmq_deploy.artifacts.outputs import finish_output, open_output
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.model_folder import ModelFolder
-from epmq_deploy.data.heads import class_names, heads_sha256, leaves_head_to_expert, save_heads
+from epmq_deploy.data.heads import head_classes, heads_sha256, leaves_head_to_expert, save_heads
 from epmq_deploy.exporters.browser.page import check_demo, check_demo_model, write_demo
 from epmq_deploy.exporters.formats import FORMATS
 from epmq_deploy.exporters.formats.base import ExportContext
@@ -126,7 +126,8 @@ def export(
         graphs = [[verify_graph(graph) for graph in of_part] for of_part in written.graphs]
         parities = _parities(graphs, written, options)
         classes = {
-            name: class_names(recipe.tasks[name], head) for name, head in written.heads.items()
+            name: head_classes(recipe.tasks[name], head).names
+            for name, head in written.heads.items()
         }
         _add_files(folder, quantized, written.heads)
         if options.demo:

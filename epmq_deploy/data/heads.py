@@ -1,7 +1,10 @@
 """Building each task's head, which turns embeddings into logits."""
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,6 +14,7 @@ from torch import Tensor
 from epmq_deploy.artifacts.manifest import fingerprint
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.model_folder import ModelFolder
+from epmq_deploy.data.class_labels import UNNAMED, HeadClasses, listed
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.hashing import file_sha256
 from epmq_deploy.models import ModelFamily, TaskHead
@@ -18,6 +22,8 @@ from epmq_deploy.models.experts import Sources
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Task
+
+log = logging.getLogger(__name__)
 
 HEADS_FILE = "heads.safetensors"
 
@@ -55,11 +61,29 @@ def build_heads(
             problems.append(f"task {name!r}: {error}")
             continue
         if head is not None:
-            problems += [f"task {name!r}: {text}" for text in head.problems(features)]
+            problems += [f"task {name!r}: {text}" for text in _problems(task, head, features)]
             heads[name] = head
     if problems:
         raise MismatchError("heads do not fit", problems)
     return heads
+
+
+def _problems(task: Task, head: TaskHead, features: int) -> list[str]:
+    """Say why a head is not usable for embeddings of width ``features``; empty if it is."""
+    problems = head.problems(features)
+    names = task.head.classes if task.head is not None else None
+    if names is not None and not task.head.is_zero_shot and len(names) != head.classes:
+        problems.append(f"head.classes has {len(names)} names, the head {head.classes} classes")
+    twice = sorted(name for name, count in Counter(names or ()).items() if count > 1)
+    if twice:
+        log.warning(
+            "several classes are called %s; samples of one count as wrong where another is "
+            "predicted",
+            listed(twice),
+        )
+    elif not problems and head.has_equal_rows():
+        problems.append("two classes have the same row in the head and cannot be told apart")
+    return problems
 
 
 def heads_of_experts(
@@ -84,7 +108,8 @@ def heads_of_experts(
         return dict(heads)
     expert_heads = dict(heads)
     for name, task in tasks.items():
-        if name in heads and task.head is not None and task.head.classes is not None:
+        if name in heads and task.head is not None and task.head.is_zero_shot:
+            assert task.head.classes is not None, "zero-shot heads are made of them"
             matrix = sources.family.zero_shot_head(
                 sources.base.folder,
                 task.head.classes,
@@ -147,17 +172,38 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
     return head
 
 
-def class_names(task: Task, head: TaskHead) -> tuple[str, ...] | None:
-    """Return the names of a head's classes in label order: the recipe's, or the expert's.
+def head_classes(task: Task, head: TaskHead | None) -> HeadClasses:
+    """Return number and names of a head's classes in the order of its logits.
 
-    None where there are none; ``transformers`` numbers the classes it knows no names of.
+    Names are the recipe's, or those in the settings of the expert that the head is read from, where
+    ``transformers`` numbers the classes it knows no names of.
+
+    Args:
+        task: the recipe's task.
+        head: the head; None where it is not built yet.
     """
-    if task.head is not None and not task.head.from_expert:
-        return task.head.classes
-    stored = (ModelFolder.open(task.expert).config or {}).get("id2label") or {}
-    names = tuple(str(stored.get(str(index), "")) for index in range(head.classes))
-    numbered = tuple(f"LABEL_{index}" for index in range(head.classes))
-    return names if all(names) and names != numbered else None
+    given = task.head
+    if given is not None and given.classes is not None:
+        return HeadClasses(len(given.classes), given.classes)
+    count = None if head is None else head.classes
+    if head is None or (given is not None and not given.from_expert):
+        return HeadClasses(count)
+    names = _names_in(ModelFolder.open(task.expert).config or {}, head.classes)
+    return HeadClasses(count, names)
+
+
+def _names_in(config: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
+    """Return the names that a ``config.json`` gives its classes; None unless all have one."""
+    stored = config.get("id2label")
+    if not stored:
+        numbers = config.get("label2id")
+        stored = {n: name for name, n in numbers.items()} if isinstance(numbers, dict) else {}
+    if isinstance(stored, list):
+        stored = dict(enumerate(stored))
+    by_number = {str(number): str(name) for number, name in dict(stored).items()}
+    names = tuple(by_number.get(str(index), "") for index in range(count))
+    unnamed = tuple(f"{UNNAMED}{index}" for index in range(count))
+    return names if all(names) and names != unnamed else None
 
 
 def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
@@ -167,7 +213,8 @@ def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) 
         )
     if task.head is None or task.head.from_expert:
         return head_of_expert(task, family, folder)
-    if task.head.classes is not None:
+    if task.head.is_zero_shot:
+        assert task.head.classes is not None, "zero-shot heads are made of them"
         return TaskHead(
             family.zero_shot_head(folder, task.head.classes, task.head.templates, device)
         )

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq_deploy.data.class_labels import ClassLabels, HeadClasses, class_labels
 from epmq_deploy.data.prompts import PromptFormat
 from epmq_deploy.data.rows import first_line
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.models.inputs import ModelInputs
 from epmq_deploy.models.text_generation.base import TextPair
-from epmq_deploy.recipe import DataSource
+from epmq_deploy.recipe import SAME_AS_HEAD, DataSource
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,22 @@ class Samples:
             ) from error
 
     @property
-    def class_names(self) -> list[str] | None:
-        """Return the names that the data give their labels; None where they give none."""
+    def class_names(self) -> Sequence[str] | None:
+        """Return the names of the labels ``0, 1, ...``; None where nothing names them."""
+        given = self.source.label_names
+        if given is not None:
+            return None if given == SAME_AS_HEAD else given
         feature = self.rows.features.get(self.source.label_column)
         return list(feature.names) if hasattr(feature, "names") else None
 
-    def labels(self, classes: int | None = None) -> Tensor:
-        """Return the labels, int64 ``[n]``; booleans are the classes 0 and 1.
+    def labels(self, head: HeadClasses | None = None) -> ClassLabels:
+        """Return the labels as class numbers of a head.
 
         Args:
-            classes: number of the head's classes; None leaves it unchecked.
+            head: the classes to translate to; the data's own numbers where it is None.
 
         Raises:
-            RecipeError: no such column, or values that are not integers or not classes of the head.
+            RecipeError: no such column, or labels that are no classes of the head.
         """
         where, column = f"task {self.task!r}: {self.source.path}", self.source.label_column
         if column is None:
@@ -85,18 +89,10 @@ class Samples:
                 f"{where} has no column {column!r}; it has {', '.join(self.rows.column_names)}"
             )
         values = list(self.rows.select(list(self.indices)).select_columns([column])[column])
-        for row, value in zip(self.indices, values, strict=True):
-            if not isinstance(value, int):
-                raise RecipeError(
-                    f"{where}: column {column!r} must hold integers (the class's place in "
-                    f"head.classes), row {row} holds {value!r}"
-                )
-        low, high = min(values), max(values)
-        if low < 0 or (classes is not None and high >= classes):
-            raise RecipeError(
-                f"{where} has labels {low:d} to {high:d}, but its head has {classes} classes"
-            )
-        return torch.tensor(values, dtype=torch.int64)
+        where = f"{where}: column {column!r}"
+        labels = class_labels(values, self.indices, self.class_names, head or HeadClasses(), where)
+        said = self.source.label_names is not None
+        return ClassLabels(labels.numbers) if said else labels
 
 
 @dataclass(frozen=True)

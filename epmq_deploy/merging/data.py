@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.data.heads import build_heads
+from epmq_deploy.data.class_labels import HeadClasses
+from epmq_deploy.data.heads import build_heads, head_classes
 from epmq_deploy.data.loading import load_calibration
 from epmq_deploy.data.pseudo_labels import (
     generate_pseudo_labels,
@@ -37,6 +38,7 @@ class RecipeData:
         experts: one backbone that takes each expert's weights in turn.
         progress: shows the progress of a long pass.
         details: on the samples, for the manifest.
+        classes: of the heads, by task.
     """
 
     sources: Sources
@@ -45,6 +47,7 @@ class RecipeData:
     experts: ExpertBackbone
     progress: Progress
     details: Mapping[str, Any] = field(default_factory=dict)
+    classes: Mapping[str, HeadClasses] = field(default_factory=dict)
 
     @property
     def family(self) -> ModelFamily:
@@ -69,6 +72,14 @@ class RecipeData:
         if head is not None:
             head = head.to(self.experts.device)
         return predict_logits(self.family, head, self.family.embed(model, *inputs), inputs)
+
+    def class_numbers(self, task: str) -> list[int]:
+        """Return the labels of a task's samples as class numbers of its head.
+
+        Raises:
+            RecipeError: the data have no labels, or they are no classes of the head.
+        """
+        return self.samples[task].labels(self.classes[task]).numbers
 
     def backbone(self) -> nn.Module:
         """Return a new model with the base's weights, float32, on the device."""
@@ -138,4 +149,5 @@ def load_data(
             problems += error.problems
     if problems:
         raise MismatchError(need.purpose, problems)
-    return RecipeData(sources, samples, task_heads, experts, progress)
+    classes = {task: head_classes(recipe.tasks[task], head) for task, head in task_heads.items()}
+    return RecipeData(sources, samples, task_heads, experts, progress, classes=classes)

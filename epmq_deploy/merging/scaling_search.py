@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -45,9 +46,9 @@ def check_objective(data: RecipeData, options: ScaledOptions) -> None:
             subject, ["text-generation models support only the objectives experts and entropy"]
         )
     problems = []
-    for samples in data.samples.values():
+    for task in data.samples:
         try:
-            samples.labels(data.heads[samples.task].classes)
+            data.class_numbers(task)
         except EpmqError as error:
             problems.append(str(error))
     if problems:
@@ -126,7 +127,7 @@ def _loss(data: RecipeData, options: ScaledOptions) -> Callable[[nn.Module], Sco
         ).scores
     labels = {}
     if options.search_objective == "labels":
-        labels = {task: samples.labels() for task, samples in data.samples.items()}
+        labels = {task: torch.tensor(data.class_numbers(task)) for task in data.samples}
 
     def loss(task: str, predicted: PredictedLogits) -> Tensor:
         if task in labels:

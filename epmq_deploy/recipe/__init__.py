@@ -5,6 +5,7 @@ from epmq_deploy.recipe.reading import absolute_paths, load_recipe, parse_comple
 from epmq_deploy.recipe.sections import (
     LABEL_COLUMN,
     OPSETS,
+    SAME_AS_HEAD,
     Base,
     DataSource,
     EvalOptions,
@@ -18,6 +19,7 @@ from epmq_deploy.recipe.sections import (
 __all__ = [
     "LABEL_COLUMN",
     "OPSETS",
+    "SAME_AS_HEAD",
     "Base",
     "DataSource",
     "EvalOptions",

@@ -17,6 +17,8 @@ from epmq_deploy.registry import MERGE_METHODS, QUANTIZATION_METHODS, Method
 
 # Where labels are when nothing else is said.
 LABEL_COLUMN = "label"
+# In place of names: the data number their classes as the head does.
+SAME_AS_HEAD = "same_as_head"
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 # From the first with 4-bit types to the last one that torch's exporter converts graphs with custom
@@ -72,12 +74,22 @@ class DataSource(Options):
         description="column with integer labels, or with answers where the model generates text; "
         "without it the task's expert writes pseudo-labels for its calibration data",
     )
+    label_names: tuple[str, ...] | Literal["same_as_head"] | None = Field(
+        None,
+        description="what the labels 0, 1, ... are called, in the head's words; default: the names "
+        "in the data, and without any the head's numbers; same_as_head: the head's numbers, "
+        "whatever the data call them",
+    )
 
 
 class Head(Options):
     """A task's classifier: class names through the text tower, a ready matrix, or the expert's."""
 
-    classes: tuple[str, ...] | None = Field(None, description="class names in label order")
+    classes: tuple[str, ...] | None = Field(
+        None,
+        description="class names, in the order of the logits; alone they make the classifier, with "
+        "matrix or from_expert they name its classes",
+    )
     templates: tuple[str, ...] = Field(
         ("a photo of a {}.",), description="prompts; {} is replaced by the class name"
     )
@@ -89,14 +101,19 @@ class Head(Options):
         description="the classifier in the expert's checkpoint; the default of all models but CLIP",
     )
 
+    @property
+    def is_zero_shot(self) -> bool:
+        """Whether class names make the classifier."""
+        return self.classes is not None and self.matrix is None and not self.from_expert
+
     @model_validator(mode="after")
     def _one_kind(self) -> "Head":
-        if (self.classes is not None) + (self.matrix is not None) + self.from_expert != 1:
+        if self.matrix is not None and self.from_expert:
+            raise ValueError("matrix and from_expert exclude each other")
+        if self.classes is None and self.matrix is None and not self.from_expert:
             raise ValueError("needs one of classes (with templates), matrix and from_expert: true")
         if not all("{}" in template for template in self.templates):
             raise ValueError("every template needs {} where the class name goes")
-        if self.classes is not None and len(set(self.classes)) < len(self.classes):
-            raise ValueError("class names must differ")
         return self
 
 

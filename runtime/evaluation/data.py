@@ -1,15 +1,19 @@
 """The samples of an evaluation, checked before any work."""
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 
-from epmq_deploy.data.heads import head_of_expert
+from epmq_deploy.data.class_labels import HeadClasses
+from epmq_deploy.data.heads import head_classes, head_of_expert
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.recipe import Recipe, Task
+
+log = logging.getLogger(__name__)
 
 
 def evaluation_samples(
@@ -35,15 +39,18 @@ def evaluation_samples(
             problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
             continue
         try:
-            count = None if generates_text(family) else _classes(name, task, family, folder, heads)
+            classes = (
+                None if generates_text(family) else _classes(name, task, family, folder, heads)
+            )
             samples[name] = load_samples(
                 name, task.evaluation, family, prompt=task.prompt, limit=recipe.eval.max_samples
             )
-            if not generates_text(family):
+            if classes is not None:
                 next(batches(samples[name], family, folder, 1))
-                names = task.head.classes if task.head is not None else None
-                samples[name].labels(count)
-                problems += _order_problems(samples[name], names)
+                assumption = samples[name].labels(classes).assumption
+                # What is assumed when graphs are evaluated stands in the report.
+                if assumption and heads is None:
+                    log.info("%s", assumption)
         except EpmqError as error:
             problems.append(str(error))
     if problems:
@@ -57,8 +64,8 @@ def _classes(
     family: ModelFamily,
     folder: Path,
     heads: Mapping[str, TaskHead] | None,
-) -> int | None:
-    """Return number of classes of a task's head; None where that is not known yet.
+) -> HeadClasses:
+    """Return the classes of a task's head, as far as they are known yet.
 
     Raises:
         RecipeError: there is no head, or its expert's cannot be read.
@@ -67,27 +74,6 @@ def _classes(
         head = head_of_expert(task, family, folder) if heads is None else heads.get(name)
     except EpmqError as error:
         raise RecipeError(f"task {name!r}: {error}") from error
-    if head is not None:
-        return head.classes
-    if task.head is None or heads is not None:
+    if head is None and (task.head is None or heads is not None):
         raise RecipeError(f"task {name!r} has no head (tasks.{name}.head)")
-    return None if task.head.classes is None else len(task.head.classes)
-
-
-def _order_problems(samples: Samples, names: Sequence[str] | None) -> list[str]:
-    """Class names in another order than the data's."""
-    where = f"task {samples.task!r}: {samples.source.path}"
-    stored = samples.class_names
-    if names is None or stored is None:
-        return []
-    ours, theirs = [_plain(name) for name in names], [_plain(name) for name in stored]
-    if ours != theirs and sorted(ours) == sorted(theirs):
-        return [
-            f"{where} numbers its classes {', '.join(stored)}; put tasks.{samples.task}.head."
-            "classes in that order"
-        ]
-    return []
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", " ").strip()
+    return head_classes(task, head)

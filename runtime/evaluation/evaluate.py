@@ -9,7 +9,8 @@ import torch
 
 from epmq_deploy.artifacts.manifest import ExportManifest, GraphEntry, fingerprint
 from epmq_deploy.artifacts.outputs import open_output
-from epmq_deploy.data.heads import heads_of_experts, load_heads
+from epmq_deploy.data.class_labels import HeadClasses
+from epmq_deploy.data.heads import head_classes, heads_of_experts, load_heads
 from epmq_deploy.data.loading import data_sha256
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
@@ -68,6 +69,7 @@ def measure(
     family = family_of(exported)
     heads = {} if generates_text(family) else load_heads(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
+    classes = {task: head_classes(recipe.tasks[task], heads[task]) for task in heads}
     formats = by_format(manifest.graphs)
     if REFERENCE not in formats:
         raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
@@ -75,7 +77,7 @@ def measure(
     experts = _experts(recipe, manifest, device or torch.device("cpu"))
     if experts is not None and heads:
         heads = heads_of_experts(recipe.tasks, experts.sources, heads, experts.device)
-    scorer = _scorer(options, family, exported, manifest.graphs, asked, heads, experts)
+    scorer = _scorer(options, family, exported, manifest.graphs, asked, heads, classes, experts)
     bench = Bench(exported, formats, scorer, samples, options, asked, progress)
     models = scorer.open(bench.threads[0])
     predictions = {
@@ -102,6 +104,11 @@ def measure(
         hub_metrics={
             task: predicted.score(REFERENCE).hub_name for task, predicted in predictions.items()
         },
+        assumptions=tuple(
+            said
+            for task, head in classes.items()
+            if task in samples and (said := samples[task].labels(head).assumption)
+        ),
         layers=tuple(load_reports(exported)) if (exported / REPORT_FILE).is_file() else (),
     )
 
@@ -135,6 +142,7 @@ def _scorer(
     graphs: Sequence[GraphEntry],
     provider: str,
     heads: Mapping[str, TaskHead],
+    classes: Mapping[str, HeadClasses],
     experts: ExpertBackbone | None,
 ) -> Scorer[Any, Any]:
     """How models of this family are scored."""
@@ -142,7 +150,7 @@ def _scorer(
     if generates_text(family):
         longest = options.max_tokens
         return TextScorer(family, exported, graphs, provider, size, longest, experts)
-    return ClassScorer(family, exported, graphs, provider, size, heads, experts)
+    return ClassScorer(family, exported, graphs, provider, size, heads, classes, experts)
 
 
 def _experts(

@@ -100,6 +100,7 @@ class EvalReport:
         layers: how each layer fared in quantization, where the export holds its report.
         metrics: by task, what stands in for accuracy; empty texts where nothing does.
         hub_metrics: by task, the metric as the Hugging Face hub names it.
+        assumptions: a sentence for each task whose labels were taken on trust.
     """
 
     rows: tuple[Row, ...]
@@ -112,11 +113,17 @@ class EvalReport:
     layers: tuple[LayerReport, ...] = ()
     metrics: Mapping[str, str] = field(default_factory=dict)
     hub_metrics: Mapping[str, str] = field(default_factory=dict)
+    assumptions: tuple[str, ...] = ()
 
     @property
     def other_metrics(self) -> tuple[str, ...]:
         """A sentence for each task that is not scored by accuracy."""
         return tuple(f"{task}: {metric}" for task, metric in self.metrics.items() if metric)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What has to be known to read the percentages: other metrics, and what was assumed."""
+        return (*self.other_metrics, *self.assumptions)
 
     @property
     def measure(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.data.accuracy import embeddings
+from epmq_deploy.data.class_labels import HeadClasses
 from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone
@@ -96,10 +97,12 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
 
     Attributes:
         heads: by task, for the experts.
+        classes: of the heads, by task.
         experts: in torch, or None.
     """
 
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
+    classes: Mapping[str, HeadClasses] = field(default_factory=dict)
     experts: ExpertBackbone | None = None
 
     def open(self, threads: int | None) -> Mapping[str, Graph]:
@@ -124,7 +127,8 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
                 logits = self.heads[task](embeddings(expert, self.family, batch))
                 classes[EXPERTS].append(logits.argmax(dim=1).numpy())
         predicted = {name: np.concatenate(parts) for name, parts in classes.items()}
-        return TaskPredictions(samples.labels().numpy(), predicted)
+        truth = np.array(samples.labels(self.classes[task]).numbers)
+        return TaskPredictions(truth, predicted)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """Return a batch of samples."""

@@ -63,7 +63,7 @@ def notes(report: EvalReport) -> list[str]:
         "its own task. \\+ and \\-: significantly better or worse than fp32 merged on that task "
         "(exact McNemar test, where scored by accuracy, otherwise bootstrap; Holm-adjusted, 5%)."
     ]
-    lines += [f"- {_escaped(said)}." for said in report.other_metrics]
+    lines += [f"- {_escaped(said)}." for said in report.remarks]
     lines += [f"- {name}: average accuracy {said}." for name, said in verdicts(report).items()]
     lines += [f"- Gate missed: {text}." for text in misses(report)]
     return [*lines, f"- **{advice(report)}.**"]

@@ -50,7 +50,7 @@ def html_page(report: EvalReport) -> str:
         samples=sum(report.samples.values()),
         provider=report.provider,
         margin=f"{report.margin:g}",
-        other_metrics=report.other_metrics,
+        remarks=report.remarks,
         charts={"accuracy": accuracy, "tradeoff": tradeoff, "layers": layers},
         specs={chart.name: chart.spec for chart in charts},
         accuracy_table=accuracy_table(report),

@@ -39,11 +39,10 @@ def recipe_with(tiny: TinyZoo, target: Path, **changes: object) -> Path:
             "has no column 'truth'; it has image, label",
         ),
         ({"export": {"formats": ["gguf"]}}, 3, "matmulnbits"),
-        ({"tasks__red__head": {"classes": ["a", "b"]}}, 3, "its head has 2 classes"),
         (
-            {"tasks__red__head": {"classes": ["class 1", "class 0", "Class_2"]}},
+            {"tasks__red__head": {"classes": ["a", "b"]}},
             3,
-            "numbers its classes class 0, class 1, class 2; put tasks.red.head.classes",
+            "the data: class 0, class 1, class 2; the head: a, b;",
         ),
         ({"tasks__red__head": {"matrix": "heads/none.safetensors"}}, 3, "none.safetensors"),
         (

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from safetensors.torch import save_file
 from tiny_zoo import FEATURES, TASKS, TinyZoo
 
-from epmq_deploy.data.heads import build_heads, class_names
+from epmq_deploy.data.heads import build_heads, head_classes
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import TaskHead, family_of
 from epmq_deploy.models.text_generation import t5
@@ -60,7 +60,18 @@ def test_experts_without_heads_cannot_give_one(tiny: TinyZoo) -> None:
 
 def test_heads_come_from_one_place(tiny: TinyZoo) -> None:
     with pytest.raises(ValidationError, match="one of classes"):
-        Head(classes=("a", "b"), from_expert=True)
+        Head()
+    with pytest.raises(ValidationError, match="exclude each other"):
+        Head(matrix="head.safetensors", from_expert=True)
+
+
+def test_class_names_beside_a_ready_head_name_its_classes(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "x", "1": "y"}}))
+    head = TaskHead(torch.randn(2, 3))
+    for kind in ({"from_expert": True}, {"matrix": "head.safetensors"}):
+        given = Head.model_validate({"classes": ["a", "b"]} | kind)
+        task = Task(expert=str(tmp_path), head=given)
+        assert head_classes(task, head).names == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -78,13 +89,14 @@ def test_experts_heads_have_the_names_in_their_configs(
     (tmp_path / "config.json").write_text(json.dumps({"id2label": labels} if labels else {}))
     head = TaskHead(torch.randn(2, 3))
     task = Task(expert=str(tmp_path))
-    assert class_names(task, head) == expected
-    assert class_names(task.model_copy(update={"head": Head(from_expert=True)}), head) == expected
+    assert head_classes(task, head).names == expected
+    given = task.model_copy(update={"head": Head(from_expert=True)})
+    assert head_classes(given, head).names == expected
     # A head of the recipe's own has nothing to do with the expert's.
     own = task.model_copy(update={"head": Head(matrix="head.safetensors")})
-    assert class_names(own, head) is None
+    assert head_classes(own, head).names is None
     own = task.model_copy(update={"head": Head(classes=("a", "b"))})
-    assert class_names(own, head) == ("a", "b")
+    assert head_classes(own, head).names == ("a", "b")
 
 
 def test_zero_shot_rows_are_means_of_unit_prompts_times_the_logit_scale() -> None:

@@ -95,7 +95,7 @@ def test_every_kind_of_source_gives_the_same_samples(
     samples = load_samples("t", DataSource(path=str(make(tmp_path))), family)
     (inputs,) = batches(samples, family, tiny.base, 10)
     assert torch.equal(inputs[0], family.collate(tiny.base, pictures())[0])
-    assert samples.labels().tolist() == [0, 0, 0, 1, 1, 1]
+    assert samples.labels().numbers == [0, 0, 0, 1, 1, 1]
 
 
 def test_the_family_says_which_column_holds_the_inputs(
@@ -118,7 +118,7 @@ def test_a_limit_draws_from_all_classes_and_depends_on_the_seed(
     drawn = [load_samples("t", source, family, limit=4, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0].indices == drawn[1].indices
     assert drawn[0].indices != drawn[2].indices
-    assert set(drawn[0].labels().tolist()) == {0, 1}
+    assert set(drawn[0].labels().numbers) == {0, 1}
 
 
 def test_a_broken_image_is_named_by_task_and_row(
@@ -132,12 +132,12 @@ def test_a_broken_image_is_named_by_task_and_row(
         list(batches(samples, family, tiny.base, 3))
 
 
-@pytest.mark.parametrize("labels", [[0.0, 0.7, 1.0], ["a", "b", "c"], [0, None, 1]])
+@pytest.mark.parametrize("labels", [[0.0, 0.7, 1.0], [0, None, 1]])
 def test_labels_must_be_integers(tmp_path: Path, family: ModelFamily, labels: list[object]) -> None:
     rows = {"image": [png(image) for image in pictures()[:3]], "label": labels}
     Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
     samples = load_samples("t", DataSource(path=str(tmp_path / "x.parquet")), family)
-    with pytest.raises(RecipeError, match="must hold integers"):
+    with pytest.raises(RecipeError, match="must hold whole numbers"):
         samples.labels()
 
 

@@ -32,7 +32,7 @@ def measured(recipe: Recipe, folder: Path, samples: int, objective: str = "exper
         chances = found.logits.softmax(dim=1)
         if objective == "labels":
             rows = torch.arange(len(chosen))
-            total -= float(chances[rows, chosen.labels()].log().mean())
+            total -= float(chances[rows, chosen.labels().numbers].log().mean())
         elif objective == "entropy":
             total -= float((chances * chances.log()).sum(dim=1).mean())
         else:

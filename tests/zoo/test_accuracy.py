@@ -37,7 +37,7 @@ class Zoo:
             assert spec.evaluation is not None
             chosen = load_samples(task, spec.evaluation, self.family)
             inputs = list(batches(chosen, self.family, self.folder, 100))
-            self.test[task] = inputs, chosen.labels()
+            self.test[task] = inputs, torch.tensor(chosen.labels().numbers)
         self.heads = build_heads(self.recipe.tasks, self.family, self.folder, 128)
 
     def accuracy(self, model: nn.Module, task: str) -> float:
