@@ -109,8 +109,8 @@ def match_classes(
     if as_numbers is not None:
         start = int(_digits(data_names[0])) - as_numbers[0]
         return as_numbers, (
-            f"{where}: the classes {listed(data_names)} are taken as numbers of the head's classes, "
-            f"counted from {start}"
+            f"{where}: the classes {listed(data_names)} are taken as the numbers of the head's "
+            f"classes, counted from {start}"
         )
     if head.names is not None:
         plain = [_plain(name) for name in head.names]
