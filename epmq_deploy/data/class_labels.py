@@ -80,8 +80,8 @@ def class_labels(
                 f"{where}: row {row} holds {number}, but the data name only {len(data_names)} "
                 f"classes ({listed(data_names)})"
             )
-    places, assumption = match_classes(data_names, head, where, from_texts=named)
-    return ClassLabels([places[number] for number in numbers], assumption)
+    head_numbers, assumption = match_classes(data_names, head, where, from_texts=named)
+    return ClassLabels([head_numbers[number] for number in numbers], assumption)
 
 
 def match_classes(

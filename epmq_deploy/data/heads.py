@@ -72,7 +72,7 @@ def _problems(task: Task, head: TaskHead, features: int) -> list[str]:
     """Say why a head is not usable for embeddings of width ``features``; empty if it is."""
     problems = head.problems(features)
     names = task.head.classes if task.head is not None else None
-    if names is not None and not task.head.is_zero_shot and len(names) != head.classes:
+    if names is not None and len(names) != head.classes:
         problems.append(f"head.classes has {len(names)} names, the head {head.classes} classes")
     twice = sorted(name for name, count in Counter(names or ()).items() if count > 1)
     if twice:
