@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from epmq_deploy.cli import demo, evaluate, export, merge, quantize, run
+from epmq_deploy.cli.command import Command
 from epmq_deploy.cli.console import print_error
 from epmq_deploy.cli.errors import USAGE, error_text, exit_code, exit_codes_text
 from epmq_deploy.cli.process import prepare_process
@@ -19,12 +20,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=exit_codes_text(),
 )
-app.command("merge")(merge.command)
-app.command("quantize")(quantize.command)
-app.command("export")(export.command)
-app.command("eval")(evaluate.command)
-app.command("run")(run.command)
-app.command("demo")(demo.command)
+app.command("merge", cls=Command)(merge.command)
+app.command("quantize", cls=Command)(quantize.command)
+app.command("export", cls=Command)(export.command)
+app.command("eval", cls=Command)(evaluate.command)
+app.command("run", cls=Command)(run.command)
+app.command("demo", cls=Command)(demo.command)
 
 
 def _print_version(requested: bool) -> None:

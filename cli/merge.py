@@ -8,7 +8,7 @@ import typer
 from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
 from epmq_deploy.cli.options import CommonOptions, needed
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.options import split_entries
+from epmq_deploy.options import refuse_repeated, split_entries
 from epmq_deploy.recipe import Recipe, absolute_paths, load_recipe, override, parse_recipe
 from epmq_deploy.registry import MERGE_METHODS
 
@@ -74,7 +74,12 @@ def command(
 
 def _recipe(file: Path | None, base: str | None, experts: list[str]) -> Recipe:
     """Return the recipe of a file, of flags alone, or of both, in which case flags win."""
-    paths = dict(_named_path(text) for text in split_entries(experts, start=r"[\w-]+="))
+    pairs = [_named_path(text) for text in split_entries(experts, start=r"[\w-]+=")]
+    try:
+        refuse_repeated(name for name, _ in pairs)
+    except ValueError as error:
+        raise RecipeError(f"--expert: {error}") from error
+    paths = dict(pairs)
     if file is None:
         if base is None or not paths:
             raise RecipeError("give a recipe, or --base and at least one --expert name=path")

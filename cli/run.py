@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.evaluate import show_report
@@ -12,7 +11,7 @@ from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
 from epmq_deploy.cli.options import CommonOptions
 from epmq_deploy.cli.process import free_memory_eagerly, silence_onnxruntime
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.options import split_entries
+from epmq_deploy.options import YamlError, read_yaml, split_entries
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
 Assignments = Annotated[
@@ -61,7 +60,7 @@ def assign(recipe: Recipe, assignments: list[str]) -> Recipe:
     """Apply ``section.option=value`` texts; values are read as YAML.
 
     Raises:
-        RecipeError: not of that form, no such section, or a value that is not allowed.
+        RecipeError: not of that form, no such section, given twice, or a value that is not allowed.
     """
     flags: dict[str, dict[str, Any]] = {}
     for text in split_entries(assignments, start=r"\w+\.\w+="):
@@ -72,9 +71,12 @@ def assign(recipe: Recipe, assignments: list[str]) -> Recipe:
                 f"--set {text}: expected section.option=value with section merge, quantize, "
                 "export or eval"
             )
+        options = flags.setdefault(section, {})
+        if option in options:
+            raise RecipeError(f"--set {key} is given twice; keep one of them")
         try:
-            flags.setdefault(section, {})[option] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            options[option] = read_yaml(value).content
+        except YamlError as error:
             raise RecipeError(f"--set {text}: {value!r} is not YAML; quote it") from error
     for section, options in flags.items():
         recipe = override(recipe, section, options)

@@ -1,11 +1,13 @@
 """Options as command lines give them: text that holds several values or a mapping."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import yaml
 from pydantic import BeforeValidator
+
+from epmq_deploy.options.yaml_document import read_yaml
 
 
 def split_entries(texts: Iterable[str], start: str = "") -> list[str]:
@@ -19,16 +21,29 @@ def split_entries(texts: Iterable[str], start: str = "") -> list[str]:
     return [entry.strip() for text in texts for entry in comma.split(str(text))]
 
 
+def refuse_repeated(values: Iterable[object]) -> None:
+    """Make sure that no value comes twice.
+
+    Raises:
+        ValueError: names those that do.
+    """
+    repeated = [text for text, count in Counter(map(str, values)).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is given twice; keep one of them")
+
+
 def _items(value: Any) -> Any:
     """Flatten a value, a list or comma-separated strings into a list."""
     if value is None:
         return None
     items = value if isinstance(value, list | tuple) else [value]
-    return [
+    entries = [
         entry
         for item in items
         for entry in (split_entries([item]) if isinstance(item, str) else [item])
     ]
+    refuse_repeated(entries)
+    return entries
 
 
 # For an option that takes several values: a list, one value, or comma-separated strings.
@@ -49,30 +64,33 @@ def layers_from_text(entries: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Read ``PATTERN:option=value,...`` entries, which commas may separate, as a mapping.
 
     Raises:
-        ValueError: an entry of another form.
+        ValueError: an entry of another form, or a pattern or one of its options given twice.
     """
-    layers = {}
+    layers = []
     for entry in split_entries(entries, start="[^,=]*:"):
         pattern, colon, assignments = entry.rpartition(":")
         pairs = [item.partition("=") for item in assignments.split(",")]
         if not colon or not all(equals for _, equals, _ in pairs):
             raise ValueError(f"{entry!r} is not of the form PATTERN:option=value,...")
-        layers[pattern] = {
-            key.strip().replace("-", "_"): yaml.safe_load(text) for key, _, text in pairs
-        }
-    return layers
+        options = [key.strip().replace("-", "_") for key, _, _ in pairs]
+        refuse_repeated(f"{pattern}:{option}" for option in options)
+        values = [read_yaml(text).content for _, _, text in pairs]
+        layers.append((pattern, dict(zip(options, values, strict=True))))
+    refuse_repeated(pattern for pattern, _ in layers)
+    return dict(layers)
 
 
 def numbers_from_text(entries: Iterable[str]) -> dict[str, str]:
     """Read ``NAME=NUMBER`` entries, which commas may separate, as a mapping.
 
     Raises:
-        ValueError: an entry of another form.
+        ValueError: an entry of another form, or a name given twice.
     """
-    numbers = {}
+    numbers = []
     for entry in split_entries(entries):
         name, equals, number = entry.partition("=")
         if not equals or not name.strip():
             raise ValueError(f"{entry!r} is not of the form NAME=NUMBER")
-        numbers[name.strip()] = number.strip()
-    return numbers
+        numbers.append((name.strip(), number.strip()))
+    refuse_repeated(name for name, _ in numbers)
+    return dict(numbers)

@@ -1,15 +1,17 @@
 """Reading recipes: from YAML files or plain data, with paths made absolute."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import (
     ValidationError,
 )
 
 from epmq_deploy.errors import RecipeError, listed
-from epmq_deploy.recipe.messages import describe
+from epmq_deploy.options import YamlDocument, YamlError, read_yaml
+from epmq_deploy.recipe.messages import booleans_for_numbers, describe, line_of
+from epmq_deploy.recipe.paths import expanded
 from epmq_deploy.recipe.sections import DataSource, Head, Recipe
 
 
@@ -23,10 +25,18 @@ def parse_recipe(content: Any, source: str) -> Recipe:
     Raises:
         RecipeError: names every wrong key, what was found and what is allowed.
     """
+    return _validated(content, source)
+
+
+def _validated(content: Any, source: str, document: YamlDocument | None = None) -> Recipe:
+    """Validate plain data; ``document``, where it came from one, knows the lines of its parts."""
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(listed(source, describe(error))) from error
+        raise RecipeError(listed(source, describe(error, document))) from error
+    if problems := booleans_for_numbers(content, recipe.model_dump(), document):
+        raise RecipeError(listed(source, problems))
+    return recipe
 
 
 def parse_complete(content: Any, source: str) -> Recipe:
@@ -38,60 +48,121 @@ def parse_complete(content: Any, source: str) -> Recipe:
 def load_recipe(file: str | Path) -> Recipe:
     """Read a recipe; relative paths in it are taken from its folder.
 
+    Values may refer to each other by YAML's anchors and merge keys; sections whose names begin with
+    ``x-`` are there for these alone. Where text is expected, ``true`` and numbers are text.
+
     Args:
         file: YAML.
 
     Raises:
-        RecipeError: unreadable, no YAML, or invalid.
+        RecipeError: unreadable, no YAML, or invalid; every problem with its line.
     """
     file = Path(file)
+    document = _read_document(file)
+    content = _sections(document.content)
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        Recipe.model_validate(content)
+    except ValidationError as error:
+        not_text = [item["loc"] for item in error.errors() if item["type"] == "string_type"]
+        content = _sections(document.with_text(not_text).content)
+    recipe = _validated(content, str(file), document)
+    return absolute_paths(recipe, file.resolve().parent, document, str(file))
+
+
+def _read_document(file: Path) -> YamlDocument:
+    """Read a YAML file.
+
+    Raises:
+        RecipeError: it cannot be read, or is not YAML.
+    """
+    if file.is_dir():
+        names = sorted(each.name for each in file.iterdir() if each.suffix in (".yaml", ".yml"))
+        instead = f"give a file in it ({', '.join(names)})" if names else "it holds no YAML file"
+        raise RecipeError(f"{file}: a directory, not a recipe; {instead}")
+    try:
+        return read_yaml(file.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise RecipeError(f"{file}: not UTF-8 text") from error
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
-    return absolute_paths(parse_recipe(content, str(file)), file.resolve().parent)
+    except YamlError as error:
+        raise RecipeError(f"{file}: {error}") from error
 
 
-def absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    """Make every local path absolute, seen from ``folder``; hub ids stay as they are."""
+def _sections(content: Any) -> Any:
+    """Leave out what stands in a recipe only for anchors to refer to."""
+    if not isinstance(content, dict):
+        return content
+    return {name: value for name, value in content.items() if not name.startswith("x-")}
+
+
+def absolute_paths(
+    recipe: Recipe, folder: Path, document: YamlDocument | None = None, source: str = "recipe"
+) -> Recipe:
+    """Make every local path absolute, seen from ``folder``; hub ids stay as they are.
+
+    ``~``, ``$NAME`` and ``${NAME}`` in paths stand for the home folder and environment variables.
+
+    Args:
+        recipe: with paths as they are written.
+        folder: that relative paths are seen from.
+        document: that the recipe was read from; knows the lines of paths.
+        source: what to call it in error messages.
+
+    Raises:
+        RecipeError: a variable is not set, or no file can have such a path; names every key.
+    """
     from epmq_deploy.checkpoints.hub import hub_id
     from epmq_deploy.checkpoints.open_clip_weights import PREFIX, split_named
 
+    problems: list[str] = []
+
     def local(path: str) -> str:
-        return str((folder / Path(path).expanduser()).resolve())
+        return str((folder / expanded(path, folder)).resolve())
 
     def located(path: str) -> str:
         named = split_named(path)
         if named is not None:
             return f"{PREFIX}{named[0]}={local(named[1])}"
+        absolute = local(path)
         # ``data/cars`` has the form of a hub id too; a folder of that first name decides.
-        is_local = (folder / path).exists() or (folder / Path(path).parts[0]).is_dir()
-        return path if hub_id(path) and not is_local else local(path)
+        is_local = (folder / path).exists() or any(
+            (folder / part).is_dir() for part in Path(path).parts[:1]
+        )
+        return path if hub_id(path) and not is_local else absolute
 
-    def source(data: DataSource | None) -> DataSource | None:
-        return data and data.model_copy(update={"path": located(data.path)})
+    def checked(make_absolute: Callable[[str], str], path: str, *key: str) -> str:
+        try:
+            return make_absolute(path)
+        except ValueError as error:
+            problems.append(f"{line_of(document, key)}{'.'.join(key)}: {path!r}: {error}")
+            return path
 
-    def head(head: Head | None) -> Head | None:
-        if head is None or head.matrix is None:
-            return head
-        return head.model_copy(update={"matrix": local(head.matrix)})
+    def data(given: DataSource | None, *key: str) -> DataSource | None:
+        if given is None:
+            return None
+        return given.model_copy(update={"path": checked(located, given.path, *key, "path")})
+
+    def head(given: Head | None, *key: str) -> Head | None:
+        if given is None or given.matrix is None:
+            return given
+        return given.model_copy(update={"matrix": checked(local, given.matrix, *key, "matrix")})
 
     tasks = {
         name: task.model_copy(
             update={
-                "expert": located(task.expert),
-                "calibration": source(task.calibration),
-                "evaluation": source(task.evaluation),
-                "head": head(task.head),
+                "expert": checked(located, task.expert, "tasks", name, "expert"),
+                "calibration": data(task.calibration, "tasks", name, "calibration"),
+                "evaluation": data(task.evaluation, "tasks", name, "evaluation"),
+                "head": head(task.head, "tasks", name, "head"),
             }
         )
         for name, task in recipe.tasks.items()
     }
-    base = recipe.base.model_copy(update={"path": located(recipe.base.path)})
+    path = checked(located, recipe.base.path, "base", "path")
+    if problems:
+        raise RecipeError(listed(source, problems))
+    base = recipe.base.model_copy(update={"path": path})
     return recipe.model_copy(update={"base": base, "tasks": tasks})
 
 

@@ -1,0 +1,47 @@
+"""Paths as people write them: with ``~`` and environment variables."""
+
+import os
+import re
+from pathlib import Path
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+
+
+def expanded(path: str, folder: Path) -> Path:
+    """Return a path with ``~``, ``$NAME`` and ``${NAME}`` replaced by what they stand for.
+
+    A file or folder whose name has a ``$`` in it is taken as it is.
+
+    Args:
+        path: absolute, or seen from ``folder``.
+        folder: that relative paths are seen from.
+
+    Raises:
+        ValueError: a variable is not set, a user does not exist, or no file can have such a path.
+    """
+    if not path or "\0" in path:
+        raise ValueError("not a path")
+    if "$" in path and not _exists(folder / path):
+        path = os.path.expandvars(path)
+        if unset := _VARIABLE.search(path):
+            raise ValueError(f"environment variable {unset[1].strip('{}')} is not set")
+    try:
+        home = Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error).rstrip(".")) from error
+    _exists(folder / home)
+    return home
+
+
+def _exists(path: Path) -> bool:
+    """Tell whether a file or folder is there.
+
+    Raises:
+        ValueError: the path is too long, or goes round in links.
+    """
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
+    except (OSError, RuntimeError) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
