@@ -63,7 +63,7 @@ def refuse_existing_file(file: Path, *, overwrite: bool) -> None:
         RecipeError: it is a directory, its directory does not exist, or it may not be replaced.
     """
     if file.is_dir() or not file.parent.is_dir():
-        raise RecipeError(f"{file}: expected a file in an existing folder")
+        raise RecipeError(f"{file}: must be a file in an existing folder")
     if file.exists() and not overwrite:
         raise RecipeError(
             f"{file} already exists; choose another output or overwrite it",

@@ -311,7 +311,9 @@ def read_manifest(folder: Path, stage: Stage) -> AnyManifest:
     try:
         return _KINDS[stage].model_validate(content)
     except ValidationError as error:
-        raise RecipeError(f"{file}: damaged, or of another version of epmq-deploy") from error
+        raise RecipeError(
+            f"{file}: damaged, or written by another version of epmq-deploy"
+        ) from error
 
 
 def _read(folder: Path, stage: str) -> dict[str, Any]:
@@ -325,9 +327,12 @@ def _read(folder: Path, stage: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{file}: not a manifest of epmq-deploy") from error
     if layout != FORMAT_VERSION:
-        raise RecipeError(f"{file}: layout {layout}, this version reads {FORMAT_VERSION}")
+        raise RecipeError(
+            f"{file}: written in format version {layout}, this epmq-deploy reads "
+            f"{FORMAT_VERSION}; run `epmq {stage}` again"
+        )
     if written_by != stage:
         raise RecipeError(
-            f"{folder} is the output of `epmq {written_by}`, expected that of `epmq {stage}`"
+            f"{folder} is the output of `epmq {written_by}`, but that of `epmq {stage}` is needed"
         )
     return dict(content)

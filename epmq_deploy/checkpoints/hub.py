@@ -41,7 +41,7 @@ def fetch_snapshot(model: HubId) -> Path:
     """Fetch a model's safetensors and settings; return the local folder.
 
     Raises:
-        RecipeError: the hub does not deliver it, or has only pickled weights of it.
+        RecipeError: loading fails, or there are no safetensors.
     """
     from huggingface_hub import snapshot_download
 
@@ -51,7 +51,8 @@ def fetch_snapshot(model: HubId) -> Path:
         )
     except Exception as error:
         raise RecipeError(
-            f"{_shown(model)}: no such folder, and the hub did not deliver it ({_reason(error)})"
+            f"{_shown(model)}: no such folder, and loading it from the hub failed "
+            f"({_reason(error)})"
         ) from error
     if not any(folder.glob("*.safetensors")):
         _explain_missing(model)
@@ -66,21 +67,20 @@ def _explain_missing(model: HubId) -> None:
         names = list_repo_files(model.repository, revision=model.revision)
     except Exception as error:
         raise RecipeError(
-            f"{_shown(model)}: no safetensors here, and the hub does not say what it has "
+            f"{_shown(model)}: no safetensors here, and listing its files on the hub failed "
             f"({_reason(error)})"
         ) from error
     top = [name for name in names if "/" not in name]
     pickles = pickled_weights(top)
     if pickles is None:
-        raise RecipeError(f"{_shown(model)}: the hub has no safetensors of it")
+        raise RecipeError(f"{_shown(model)}: its repository on the hub has no safetensors")
     local = Path(model.repository.split("/")[1])
     revision = f" --revision {model.revision}" if model.revision else ""
     raise RecipeError(
-        f"{_shown(model)}: the hub has only pickled weights of it ({pickles.first}), which are "
-        f"never loaded; give a revision with safetensors as {model.repository}@REVISION (a pull "
-        "request is refs/pr/NUMBER), or convert them and give the folder: "
-        f"hf download {model.repository}{revision} --local-dir {local} && "
-        f"{pickles.conversion(local)}"
+        f"{_shown(model)}: its repository on the hub has only pickled weights ({pickles.first}), "
+        f"which are never loaded; give a revision with safetensors as {model.repository}@REVISION "
+        "(a pull request is refs/pr/NUMBER), or convert them and give the folder: hf download "
+        f"{model.repository}{revision} --local-dir {local} && {pickles.conversion(local)}"
     )
 
 

@@ -86,8 +86,8 @@ def named_folder(name: str, path: Path) -> Path:
     """
     if name not in ARCHITECTURES:
         raise RecipeError(
-            f"{PREFIX}{name}: no architecture known by this name; known are "
-            f"{', '.join(ARCHITECTURES)}; any other can be given as a folder with "
+            f"{PREFIX}{name}: unknown architecture; choose from "
+            f"{', '.join(ARCHITECTURES)}, or give a folder with "
             f"{OPEN_CLIP_CONFIG}"
         )
     file = _weights(path).absolute()
@@ -148,7 +148,11 @@ def _check(name: str, file: Path) -> None:
     others = [
         other for other, model in ARCHITECTURES.items() if not _differences(model, file, tensors)
     ]
-    hint = f"its tensors are those of {' or '.join(others)}" if others else "no known name fits it"
+    hint = (
+        f"its tensors are those of {' or '.join(others)}"
+        if others
+        else "no known architecture has such tensors"
+    )
     raise RecipeError(f"{file}: not the weights of {name}: {problems[0]}{_more(problems)}; {hint}")
 
 
@@ -171,9 +175,9 @@ def _differences(
         for name, info in tensors.items()
         if name in shapes and info.shape != shapes[name]
     ]
-    problems += [f"{name} is one too many" for name in tensors if name not in shapes]
+    problems += [f"{name} is not part of it" for name in tensors if name not in shapes]
     held = tuple(tower for tower in _TOWERS if any(name.startswith(tower) for name in tensors))
     if not held:
-        problems.append("no tower is in it")
+        problems.append("it has neither tower")
     missing = [name for name in shapes if name.startswith(held) and name not in tensors]
     return problems + [f"{name} is missing" for name in missing]

@@ -140,7 +140,7 @@ class ExpertCheck:
         problems = [f"NaN or infinite values in {_listed(merged)}"] if merged else []
         if copied:
             problems.append(
-                f"NaN or infinite values in {_listed(copied)}, which merging copies as it is"
+                f"NaN or infinite values in {_listed(copied)}, which merging copies unchanged"
             )
         return problems
 

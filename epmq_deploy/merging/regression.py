@@ -55,8 +55,8 @@ def regression_mean(mean: Tensor, cross: Tensor, gram: Tensor) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise NumericsError(
-            "its inputs do not decide the least-squares problem; lower merge.off_diagonal or raise "
-            "merge.samples"
+            "its inputs do not determine the least-squares solution; lower merge.off_diagonal or "
+            "raise merge.samples"
         )
     solved = torch.cholesky_solve(deviation.T, factor).T
     return (mean.to(torch.float64) + solved).to(torch.float32)

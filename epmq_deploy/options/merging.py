@@ -37,8 +37,8 @@ class MergeOptions(Options):
     )
     layers: Annotated[dict[str, dict[str, Any]], texts_read_by(layers_from_text)] = Field(
         {},
-        description="other options of the method for tensors by name pattern "
-        "(*.mlp.*:scaling=0.2); of two patterns the later one counts",
+        description="options that differ for some tensors, by name pattern "
+        "(*.mlp.*:scaling=0.2); if several patterns match, the last one counts",
     )
 
     whole_model: ClassVar[frozenset[str]] = frozenset()
@@ -113,8 +113,9 @@ class ScaledOptions(MergeOptions):
     )
     search_objective: SearchObjective = Field(
         "experts",
-        description="what the merged model is to predict closely: what the experts predict, the "
-        "data's labels (cross-entropy), or anything at all (least entropy); only labels need any",
+        description="what the search optimizes on calibration samples: agreement with the "
+        "experts' predictions (experts), cross-entropy with the data's labels (labels; needs "
+        "labelled data), or low entropy of the predictions (entropy)",
     )
     search_samples: int = Field(64, ge=2, description="samples per task that scaling is tuned on")
 
@@ -125,7 +126,7 @@ class ScaledOptions(MergeOptions):
     @model_validator(mode="after")
     def _search_starts_above_zero(self) -> Self:
         if self.search and self.scaling <= 0:
-            raise ValueError("scaling must be positive to be searched from")
+            raise ValueError("scaling must be positive with search, which starts from it")
         return self
 
     @property
@@ -176,7 +177,7 @@ class RandomDropOptions(ScaledOptions):
     density: float = Field(
         0.5, gt=0, le=1, description="share of each task vector that is kept, chosen at random"
     )
-    seed: int = Field(0, description="seed of the choice of what is kept")
+    seed: int = Field(0, description="seed of that random choice")
 
     whole_model: ClassVar[frozenset[str]] = ScaledOptions.whole_model | {"seed"}
 
@@ -185,18 +186,24 @@ class ExtremesOptions(ScaledOptions):
     """Options of methods that drop the smallest and the largest entries."""
 
     beta: float = Field(
-        0.85, ge=0, lt=1, description="share of each tensor's entries dropped as negligible"
+        0.85,
+        ge=0,
+        lt=1,
+        description="share of each tensor's entries that are dropped as the smallest",
     )
     gamma: float = Field(
-        0.993, gt=0, le=1, description="share of entries below which an entry is no outlier"
+        0.993,
+        gt=0,
+        le=1,
+        description="share of each tensor's entries that are not dropped as the largest",
     )
 
     @model_validator(mode="after")
     def _leave_some_between(self) -> Self:
         if self.gamma <= self.beta:
             raise ValueError(
-                f"gamma {self.gamma:g} must be above beta {self.beta:g}: the share of entries "
-                "between the two is what is merged"
+                f"gamma {self.gamma:g} must be above beta {self.beta:g}: only the entries between "
+                "these two shares are merged"
             )
         return self
 

@@ -65,7 +65,7 @@ class QuantizeOptions(Options):
         False, description="fix zero points at the middle code instead of fitting them"
     )
     clip_search: bool = Field(
-        True, description="shrink each group's range as long as its weighted error falls"
+        True, description="shrink each group's range as long as that lowers its weighted error"
     )
     outer: bool = Field(
         True,
@@ -76,13 +76,14 @@ class QuantizeOptions(Options):
     )
     layers: Annotated[dict[str, LayerOptions], texts_read_by(layers_from_text)] = Field(
         {},
-        description="other options for layers by name pattern (*.mlp.fc2:bits=8,group_size=64)",
+        description="options that differ for some layers, by name pattern "
+        "(*.mlp.fc2:bits=8,group_size=64)",
     )
     target_bits: float | None = Field(
         None,
         gt=0,
         le=8,
-        description="choose bits per layer so that the blocks' weights have this many on average",
+        description="choose bits per layer so that weights in the blocks have this many on average",
     )
     target_size: float | None = Field(
         None, gt=0, description="choose bits per layer so that quantized layers take this many MB"
@@ -149,39 +150,42 @@ class CalibratedOptions(QuantizeOptions):
     refine: int = Field(
         1,
         ge=0,
-        description="most sweeps of coordinate descent over codes and scales after the solver",
+        description="maximum number of sweeps of coordinate descent over codes and scales after "
+        "the solver",
     )
     bias: Literal["joint", "after", "keep"] = Field(
         "after",
-        description="fit biases together with the weights, after them (undoing the mean shift "
-        "that quantization causes), or leave them",
+        description="fit biases jointly with the weights (joint), fit them afterwards to undo the "
+        "mean shift that quantization causes (after), or leave them unchanged (keep)",
     )
     unpooled_weight: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="weight, in the last block, of tokens that no head reads; 1 unless the method "
-        "says otherwise",
+        description="weight, in the last block, of tokens that no head reads; default: 1, or the "
+        "preset's",
     )
     products: Literal["auto", "float32", "bfloat16"] | None = Field(
         None,
-        description="dtype in which blocks are run and products of activations computed (hidden "
-        "states and sums stay float32); auto takes bfloat16 where the processor has units for it, "
-        "which is two to three times as fast; auto for epmq, else float32",
+        description="dtype for running blocks and multiplying activations (hidden states and sums "
+        "stay float32); auto is bfloat16 where the processor has instructions for it, which is "
+        "two to three times as fast; default: auto for epmq, float32 for other methods",
     )
     solver: Literal["float32", "float64"] | None = Field(
         None,
-        description="dtype in which Hessians are factored and codes chosen; float32 for epmq, "
-        "whose anchor keeps Hessians well-conditioned, else float64",
+        description="dtype for factoring Hessians and choosing codes; default: float32 for epmq, "
+        "whose anchor keeps Hessians well-conditioned, float64 for other methods",
     )
     cache_limit: float | None = Field(
         4.0, ge=0, description="GiB of activations held in memory; the rest goes to disk"
     )
     cache_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="dtype of activations kept between blocks; 16 bits halve the cache"
+        "float32", description="dtype of activations stored between blocks; 16 bits halve the space"
     )
     allow_fallback: bool = Field(
-        False, description="round layers whose Hessian cannot be factored instead of failing"
+        False,
+        description="if a layer's Hessian cannot be factored, round it to nearest instead of "
+        "failing",
     )
 
     @property

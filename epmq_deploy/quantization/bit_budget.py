@@ -56,7 +56,7 @@ def bit_budget(model: nn.Module, blocks: tuple[Block, ...], options: QuantizeOpt
     if all(options.fixed_bits(name) for name in layers):
         raise RecipeError(
             f"{option}: there are no bits to choose, as every layer in the blocks is skipped or "
-            "has bits of its own in quantize.layers; leave it out"
+            "has its bits given in quantize.layers; leave this option out"
         )
     weights = {name: model.get_parameter(f"{name}.weight").numel() for name in layers}
     asked = options.target_size if by_size else options.target_bits
@@ -73,8 +73,8 @@ def bit_budget(model: nn.Module, blocks: tuple[Block, ...], options: QuantizeOpt
     if _least(sizes) > budget:
         least = _rounded_up((_least(sizes) + taken) / unit)
         raise RecipeError(
-            f"{option} cannot be met: {asked:g} asked for, {least:g} {'MB' if by_size else 'bits'} "
-            "are the least possible with the other options"
+            f"{option} cannot be met: {asked:g} {'MB' if by_size else 'bits'} asked for, but with "
+            f"the other options at least {least:g} are needed"
         )
     return BitBudget(budget, sizes, weights)
 

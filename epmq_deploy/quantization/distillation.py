@@ -77,9 +77,11 @@ def distill(
     apply_quantized(model, layers, replaced)
     after = mean_divergence(judge.scores(model))
     outcome = Distillation(epochs=epochs, before=before, after=after, kept=after < before)
-    log.info("distillation: divergence from the experts %.4f, before %.4f", after, before)
+    log.info("distillation: divergence from the experts %.4f, was %.4f", after, before)
     if not after < before:
-        log.warning("distillation did not lower the divergence from the experts; it is undone")
+        log.warning(
+            "distillation did not lower the divergence from the experts, so its result is discarded"
+        )
         apply_quantized(model, {name: quantized.layers[name] for name in scales}, originals)
         return quantized, outcome
     tuned = replace(

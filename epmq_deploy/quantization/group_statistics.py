@@ -200,7 +200,7 @@ class GroupStatistics:
         if 0 < sums.tokens < advisable:
             log.warning(
                 "%s: %d calibration tokens for %d input columns; at least %d are advisable, "
-                "add samples",
+                "use more samples",
                 group.layers[0],
                 sums.tokens,
                 first.in_features,

@@ -29,7 +29,7 @@ T = TypeVar("T")
 class FinishedWork:
     """Finished blocks and searches of one run, in a hidden folder next to its output.
 
-    A run with another fingerprint starts anew.
+    A run with another fingerprint starts from the beginning.
 
     Args:
         output: folder the run will write in the end.
@@ -46,8 +46,8 @@ class FinishedWork:
         if not file.is_file() or file.read_text() != fingerprint:
             if self.blocks:
                 log.info(
-                    "starting anew: %d finished blocks of an interrupted run were made from other "
-                    "inputs or options, or with other threads or arithmetic",
+                    "starting from the beginning: the %d finished blocks of an interrupted run "
+                    "come from other inputs, options, numbers of threads or arithmetic",
                     self.blocks,
                 )
             self.remove()
@@ -61,7 +61,7 @@ class FinishedWork:
     def kept_when_interrupted(self) -> Iterator[None]:
         """Forget everything when the run inside fails; keep and say so when it is interrupted."""
         if self.blocks:
-            log.info("going on after %d finished blocks of an interrupted run", self.blocks)
+            log.info("resuming after %d finished blocks of an interrupted run", self.blocks)
         try:
             yield
         except EpmqError:
@@ -70,7 +70,7 @@ class FinishedWork:
             raise
         except KeyboardInterrupt:
             log.warning(
-                "interrupted with %d blocks finished; the same command goes on from there",
+                "interrupted with %d blocks finished; the same command resumes from there",
                 self.blocks,
             )
             raise

@@ -288,9 +288,8 @@ def check_patterns(model: nn.Module, blocks: tuple[Block, ...], options: Quantiz
         problems.append(f"{', '.join(idle)} matches no layer; layers are named like {inside[0]}")
     if outside:
         problems.append(
-            f"quantize.layers: {', '.join(outside)} matches no layer in the blocks; those outside "
-            "always take 8 bits, or are left unquantized by name with quantize.skip, all "
-            "of them with quantize.outer: false"
+            f"quantize.layers: {', '.join(outside)} matches no layer in the blocks; layers outside "
+            "always have 8 bits, unless quantize.skip names them or quantize.outer is false"
         )
     if problems:
         raise RecipeError("; ".join(problems))

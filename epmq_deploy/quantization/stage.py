@@ -89,7 +89,7 @@ def missing_heads(
         return ""
     return (
         f"{', '.join(asked)} needs a head for every task (tasks.*.head); "
-        f"without: {', '.join(missing)}"
+        f"missing for {', '.join(missing)}"
     )
 
 

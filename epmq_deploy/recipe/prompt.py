@@ -12,8 +12,8 @@ class Prompt(Options):
 
     template: str | None = Field(
         None,
-        description="what the model reads, {column} standing for a column of the data; the "
-        "default: the input column alone",
+        description="the input text, with {column} where a column of the data goes; default: the "
+        "input column alone",
     )
     answers: tuple[str, ...] | None = Field(
         None, min_length=2, description="answers in label order; default: the labels themselves"
@@ -21,14 +21,13 @@ class Prompt(Options):
     decimals: int | None = Field(
         None,
         ge=0,
-        description="the answers are numbers, written with so many decimals; scored by Spearman's "
-        "rank correlation, not by being exact",
+        description="the answers are numbers with this many digits after the point; they are "
+        "scored by Spearman's rank correlation instead of exact match",
     )
     max_tokens: int = Field(
         32,
         ge=1,
-        description="longest answer that the expert writes to calibration data without labels, in "
-        "tokens",
+        description="longest pseudo-label that the expert generates, in tokens",
     )
 
     @field_validator("template")

@@ -50,13 +50,13 @@ class Base(Options):
     """The model all experts were fine-tuned from."""
 
     path: str = Field(
-        description="folder or hub id of the base model; hub ids may have a revision, "
-        "owner/name@revision, and weights of open_clip are open_clip:NAME=PATH"
+        description="folder or hub id of the base model; a hub id may have a revision "
+        "(owner/name@revision); for weights of open_clip give open_clip:NAME=PATH"
     )
     part: Literal["image", "text", "both"] | None = Field(
         None,
-        description="of CLIP: the tower that is merged, image (default), text or both; heads from "
-        "class names are made by the merged text tower",
+        description="for CLIP, the tower to merge: image (default), text or both; the merged text "
+        "tower then makes heads from class names",
     )
 
 
@@ -65,14 +65,14 @@ class DataSource(Options):
 
     path: str = Field(description="image folder, Parquet/JSON/CSV file, saved dataset, or hub id")
     subset: str | None = Field(None, description="the dataset's configuration name")
-    split: str | None = Field(None, description="split to take; default: the only one")
+    split: str | None = Field(None, description="split to use; default: the only one")
     input_column: str | None = Field(
-        None, description="column with the inputs; default: image or text, as the model takes"
+        None, description="column with the inputs; default: image or text, depending on the model"
     )
     label_column: str | None = Field(
         LABEL_COLUMN,
-        description="column with integer labels, or with answers where the model generates text; "
-        "without it the task's expert writes pseudo-labels for its calibration data",
+        description="column with integer labels, or with answers for text generation; with null, "
+        "the task's expert generates pseudo-labels for text-generation calibration data",
     )
     label_names: tuple[str, ...] | Literal["same_as_head"] | None = Field(
         None,
@@ -98,7 +98,8 @@ class Head(Options):
     )
     from_expert: bool = Field(
         False,
-        description="the classifier in the expert's checkpoint; the default of all models but CLIP",
+        description="take the classifier in the expert's checkpoint; the default for all models "
+        "but CLIP",
     )
 
     @property
@@ -118,7 +119,7 @@ class Head(Options):
 
 
 class Task(Options):
-    """One expert and what it was made for."""
+    """One expert, and the data and head of its task."""
 
     expert: str = Field(description="folder or hub id of the expert, as base.path")
     calibration: DataSource | None = Field(None, description="samples for quantization")
@@ -132,8 +133,8 @@ class ExportOptions(Options):
 
     target: str | None = Field(
         None,
-        description="where to run; picks formats and checks what the kernels there take; "
-        "`epmq export --list` shows all targets",
+        description="deployment target; picks formats and checks that its kernels support every "
+        "layer; `epmq export --list` shows all targets",
     )
     formats: Annotated[tuple[str, ...] | None, SEVERAL] = Field(
         None,
@@ -146,33 +147,35 @@ class ExportOptions(Options):
         None,
         ge=OPSETS[0],
         le=OPSETS[-1],
-        description="ONNX opset, 21 to 25; default: 21, the first with 4-bit types, or 23, the "
-        "first with Attention, where int8-expand uses that",
+        description="ONNX opset, 21 to 25; default: 23 for int8-expand, which uses its Attention "
+        "operator, and 21 for other formats",
     )
     accuracy_level: int = Field(
-        0, ge=0, le=4, description="arithmetic of MatMulNBits: 0 float32, 4 int8 (faster)"
+        0, ge=0, le=4, description="how MatMulNBits computes: 0 in float32, 4 in int8 (faster)"
     )
     two_bit_containers: bool | None = Field(
         None,
         description="store 2-bit codes of MatMulNBits in 2 bits instead of 4: half the size, but "
-        "several times as slow at accuracy level 0; default: only at level 4",
+        "several times as slow at accuracy level 0; default: true at accuracy level 4, else false",
     )
     demo: bool = Field(
         False, description="write a page that runs the graph in the browser (webgpu and wasm)"
     )
     demo_libraries: str | None = Field(
         None,
-        description="folder where npm has installed what the page needs; "
+        description="folder where npm has installed the page's libraries; "
         "default: ~/.cache/epmq-deploy/web",
     )
     int8_activations: Literal["dynamic", "static"] = Field(
         "dynamic",
-        description="ranges of int8-expand's activations: of each run, or those of calibration",
+        description="ranges of int8-expand's activations: computed in each run (dynamic) or taken "
+        "from calibration (static)",
     )
     int8_error_budget: float = Field(
         0.05,
         ge=0,
-        description="int8-expand leaves layers with a larger relative error to MatMulNBits",
+        description="largest relative error of a layer in int8-expand; layers above it stay "
+        "MatMulNBits",
     )
 
 
@@ -182,8 +185,8 @@ class EvalOptions(Options):
     batch_size: int = Field(
         64,
         ge=1,
-        description="samples per run; changes accuracy, slightly, with int8-expand alone, whose "
-        "dynamic ranges span the batch",
+        description="samples per run; affects accuracy only with int8-expand, and slightly, "
+        "because its dynamic ranges are those of the whole batch",
     )
     max_samples: int | None = Field(None, ge=1, description="samples per task; default: all")
     max_drop: float | None = Field(
@@ -196,21 +199,24 @@ class EvalOptions(Options):
         description="gate: largest latency relative to fp32 merged, at the first batch "
         "size and number of threads",
     )
-    max_size: float | None = Field(None, gt=0, description="gate: largest file, in MB (10^6 bytes)")
+    max_size: float | None = Field(
+        None, gt=0, description="gate: largest size of a graph's files together, in MB (10^6 bytes)"
+    )
     margin: float = Field(
         1.0, ge=0, description="points of accuracy that may be lost and still count as no worse"
     )
     provider: str = Field(
-        "auto", description="onnxruntime's execution provider; auto is CUDA when there, else CPU"
+        "auto", description="onnxruntime's execution provider; auto is CUDA if available, else CPU"
     )
     threads: Counts = Field(
-        (), description="onnxruntime intra-op threads, several to compare; default: its own choice"
+        (),
+        description="numbers of onnxruntime's intra-op threads to compare; default: its own choice",
     )
     latency_batches: Counts = Field((1, 8), min_length=1, description="batch sizes to time")
     latency_runs: int = Field(50, ge=1, description="timed runs per graph and setting")
-    experts: bool = Field(True, description="evaluate the experts as reference")
+    experts: bool = Field(True, description="also evaluate the experts, for reference")
     diagnose: bool = Field(False, description="compare every layer with fp32 merged")
-    diagnose_samples: int = Field(8, ge=1, description="samples per task for that comparison")
+    diagnose_samples: int = Field(8, ge=1, description="samples per task for diagnose")
 
 
 class Recipe(Options):

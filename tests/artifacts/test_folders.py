@@ -78,7 +78,9 @@ def test_damaged_outputs_are_noticed(tmp_path: Path, damage: str) -> None:
 
 def test_wrong_stage_and_no_stage_are_explained(tmp_path: Path) -> None:
     write(tmp_path / "out", "hello")
-    with pytest.raises(RecipeError, match="output of `epmq merge`, expected that of `epmq export`"):
+    with pytest.raises(
+        RecipeError, match="output of `epmq merge`, but that of `epmq export` is needed"
+    ):
         read_manifest(tmp_path / "out", "export")
     with pytest.raises(RecipeError, match=r"no manifest\.json"):
         read_manifest(tmp_path, "merge")

@@ -90,7 +90,9 @@ def test_pickles_on_the_hub_are_named_with_what_to_do(hub: Hub, revision: str | 
     with pytest.raises(RecipeError) as caught:
         ModelFolder.open(wanted)
     message = str(caught.value)
-    assert message.startswith(f"{wanted}: the hub has only pickled weights of it (pytorch_model.b")
+    assert message.startswith(
+        f"{wanted}: its repository on the hub has only pickled weights (pytorch_model.b"
+    )
     assert "as owner/name@REVISION" in message
     option = "" if revision is None else f" --revision {revision}"
     assert f"hf download owner/name{option} --local-dir name && python -c" in message
@@ -108,7 +110,9 @@ def test_shards_and_adapters_on_the_hub_are_found(hub: Hub) -> None:
 
 def test_a_repository_without_weights_is_said_to_have_none(hub: Hub) -> None:
     hub.files["owner/name", None] = ["README.md"]
-    with pytest.raises(RecipeError, match="owner/name: the hub has no safetensors of it"):
+    with pytest.raises(
+        RecipeError, match="owner/name: its repository on the hub has no safetensors"
+    ):
         ModelFolder.open("owner/name")
 
 
@@ -118,10 +122,10 @@ def test_a_hub_that_cannot_be_asked_is_an_error(hub: Hub, monkeypatch: pytest.Mo
 
     hub.files["owner/name", None] = ["config.json"]
     monkeypatch.setattr(huggingface_hub, "list_repo_files", fail)
-    with pytest.raises(RecipeError, match=r"does not say what it has \(no route\)"):
+    with pytest.raises(RecipeError, match=r"listing its files on the hub failed \(no route\)"):
         ModelFolder.open("owner/name")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(RecipeError, match=r"did not deliver it \(no route\)"):
+    with pytest.raises(RecipeError, match=r"loading it from the hub failed \(no route\)"):
         ModelFolder.open("owner/name@v1")
 
 

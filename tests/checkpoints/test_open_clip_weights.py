@@ -183,7 +183,9 @@ def test_weights_of_something_else_are_named_by_their_own_file(tmp_path: Path) -
     with pytest.raises(RecipeError, match=rf"{file}: not a CLIP in the layout .*: it has encoder"):
         ModelFolder.open(f"open_clip:tiny={file}")
     file = bare(tmp_path / "scale.safetensors", {"logit_scale": torch.zeros(())})
-    with pytest.raises(RecipeError, match="no tower is in it; no known name fits"):
+    with pytest.raises(
+        RecipeError, match="it has neither tower; no known architecture has such tensors"
+    ):
         ModelFolder.open(f"open_clip:tiny={file}")
 
 

@@ -74,6 +74,6 @@ def test_eval_checks_its_output_before_any_work(
 ) -> None:
     for target in (tmp_path, tmp_path / "none" / "eval.json"):
         assert run("eval", chain / "onnx", "-o", target) == 2
-        assert "expected a file in an existing folder" in capsys.readouterr().err
+        assert "must be a file in an existing folder" in capsys.readouterr().err
     assert run("eval", chain / "onnx", "-o", tmp_path / "e.md") == 2
     assert "name the JSON file" in capsys.readouterr().err

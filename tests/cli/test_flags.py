@@ -124,7 +124,7 @@ def test_help_groups_flags_by_method() -> None:
     assert "(adamerging | average | " in flags["merge"]["method"].help
     assert "iso_c, iso_cts: factor on the merged" in flags["merge"]["scaling"].help
     assert "(breadcrumbs, breadcrumbs_ties, consensus" in flags["merge"]["search_samples"].help
-    assert flags["merge"]["mask_lambda"].help.startswith("how strict masks are")
+    assert flags["merge"]["mask_lambda"].help.startswith("strictness of the masks")
 
 
 def test_an_option_may_be_called_as_a_parameter_of_the_command(

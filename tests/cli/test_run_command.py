@@ -48,7 +48,7 @@ def recipe_with(tiny: TinyZoo, target: Path, **changes: object) -> Path:
         (
             {"tasks__red__head": None, "quantize__distill": 1},
             3,
-            "quantize.distill needs a head for every task (tasks.*.head); without: red",
+            "quantize.distill needs a head for every task (tasks.*.head); missing for red",
         ),
         ({"quantize__skip": ["*.fc9"]}, 3, "*.fc9 matches no layer"),
     ],

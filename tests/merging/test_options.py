@@ -64,7 +64,10 @@ def test_options_by_layer_and_weights_are_read_from_flags() -> None:
         ({"weights": {"t0": "x"}}, "merge.weights.t0: Input should be a valid number"),
         ({"method": "della", "density": 0.05}, "must be probabilities"),
         ({"method": "average", "search": True}, "merge.search: no such option"),
-        ({"search": True, "scaling": -1}, "scaling must be positive to be searched from"),
+        (
+            {"search": True, "scaling": -1},
+            "scaling must be positive with search, which starts from it",
+        ),
     ],
 )
 def test_wrong_options_are_named(merge: dict[str, Any], message: str) -> None:

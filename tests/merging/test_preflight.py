@@ -78,7 +78,7 @@ def test_nan_that_would_be_copied_from_the_base_is_named_with_the_rest(
     edit(tmp_path / "zoo" / "base", lambda tensors: set_nan(copied_name, tensors))
     alone = problems_of(recipe_file, tmp_path / "merged")
     assert alone == [
-        f"base: NaN or infinite values in {copied_name}, which merging copies as it is"
+        f"base: NaN or infinite values in {copied_name}, which merging copies unchanged"
     ]
     edit(tmp_path / "zoo" / "base", lambda tensors: set_nan(merged_name, tensors))
     edit(tmp_path / "zoo" / "experts" / "blue", lambda tensors: set_nan(FC1, tensors))

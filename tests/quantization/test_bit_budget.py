@@ -99,8 +99,8 @@ def test_the_least_possible_is_named_before_anything_is_calibrated(
     with pytest.raises(RecipeError) as caught:
         quantize(recipe, merged, tmp_path / "out")
     text = str(caught.value)
-    assert text.startswith(f"quantize.{option} cannot be met: {options[option]:g} asked for, ")
-    least = float(re.findall(rf"([\d.]+) {unit} are the least", text)[0])
+    assert text.startswith(f"quantize.{option} cannot be met: {options[option]:g} {unit} asked for")
+    least = float(re.findall(r"at least ([\d.]+) are needed", text)[0])
     assert not list(tmp_path.iterdir())
     assert budget(tiny, merged, **{**options, option: least})
     with pytest.raises(RecipeError, match="cannot be met"):

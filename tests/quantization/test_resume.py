@@ -76,7 +76,9 @@ def test_blocks_of_another_arithmetic_are_not_mixed_in(
     change(monkeypatch)
     with caplog.at_level(logging.INFO):
         assert len(blocks_done(recipe, merged, tmp_path / "out", monkeypatch)) == 2
-    (message,) = [text for text in caplog.messages if text.startswith("starting anew: ")]
+    (message,) = [
+        text for text in caplog.messages if text.startswith("starting from the beginning: ")
+    ]
     assert "1 finished blocks" in message
     assert not list(tmp_path.glob(".*"))
 

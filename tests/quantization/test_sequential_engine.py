@@ -256,7 +256,7 @@ def test_anchor_auto_needs_samples_to_hold_back(
         for name, task in plain.tasks.items()
     }
     few = "at least 8 calibration samples"
-    missing = f"a head for every task .*; without: {TASKS[0]}$"
+    missing = f"a head for every task .*; missing for {TASKS[0]}$"
     for recipe, options, problem in (
         (plain, {"samples": 7}, few),
         (plain, {"preset": "weights"}, r"^quantize\.anchor has no effect as auto with .*weights"),

@@ -164,7 +164,8 @@ def merge(
 
 METHOD = MergeMethod(
     options=AdaMergingOptions,
-    summary="Task Arithmetic with coefficients by tensor, tuned for certainty (needs data)",
+    summary="Task Arithmetic with a coefficient per tensor, tuned to low entropy of predictions "
+    "(needs data)",
     source="AdaMerging, arXiv 2310.02575",
     merge=merge,
     statistics=FromData(collect, needs_heads=True),

@@ -30,7 +30,7 @@ def check(options: AverageOptions, tasks: Sequence[str]) -> list[str]:
     """Check that weights fit the tasks and have a positive sum."""
     problems = weight_problems(options, tasks)
     if options.weights and not problems and sum(options.weights.values()) <= 0:
-        problems.append("merge.weights must have a positive sum to be averaged with")
+        problems.append("merge.weights must have a positive sum, because average divides by it")
     return problems
 
 

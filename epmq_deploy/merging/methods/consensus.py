@@ -25,10 +25,12 @@ class ConsensusOptions(ScaledOptions):
     method: Literal["consensus"] = "consensus"
     scaling: float = Field(0.3, description="factor on the merged task vector")
     mask_lambda: float = Field(
-        0.4, gt=0, description="how strict masks are: larger ones leave fewer parameters active"
+        0.4,
+        gt=0,
+        description="strictness of the masks: the larger, the fewer parameters are active",
     )
     active_tasks: int = Field(
-        2, ge=1, description="tasks that a parameter must be active in to be merged"
+        2, ge=1, description="number of tasks in which a parameter must be active to be merged"
     )
 
 

@@ -80,7 +80,7 @@ def della(
 
 METHOD = MergeMethod(
     options=DellaOptions,
-    summary="drop at random, small entries sooner, rescale, elect signs, fuse",
+    summary="drop entries at random, small ones more often, rescale, elect signs, merge",
     source="DELLA-Merging, arXiv 2406.11617",
     merge=della,
 )

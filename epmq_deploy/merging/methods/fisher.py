@@ -41,10 +41,12 @@ class FisherOptions(DataOptions, WeightedOptions):
     labels: int = Field(
         1,
         ge=0,
-        description="labels drawn from the expert's own prediction per sample; 0 takes the "
-        "expectation over all classes, at one backward pass for each",
+        description="labels drawn per sample from the expert's predicted distribution; 0 computes "
+        "the exact expectation instead, with one backward pass per class",
     )
-    floor: float = Field(1e-6, gt=0, description="least squared gradient, against division by zero")
+    floor: float = Field(
+        1e-6, gt=0, description="lower bound of squared gradients, against division by zero"
+    )
 
     whole_model: ClassVar[frozenset[str]] = DataOptions.whole_model | {"labels"}
 

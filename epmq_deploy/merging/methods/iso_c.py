@@ -25,7 +25,8 @@ class IsoCOptions(ScaledOptions):
 
     method: Literal["iso_c"] = "iso_c"
     scaling: float = Field(
-        1.3, description="factor on the merged task vector; less the more tasks there are"
+        1.3,
+        description="factor on the merged task vector; the more tasks, the smaller it should be",
     )
 
 

@@ -24,7 +24,8 @@ class IsoCtsOptions(ScaledOptions):
 
     method: Literal["iso_cts"] = "iso_cts"
     scaling: float = Field(
-        1.5, description="factor on the merged task vector; less the more tasks there are"
+        1.5,
+        description="factor on the merged task vector; the more tasks, the smaller it should be",
     )
     common: float = Field(
         0.8, ge=0, le=1, description="share of the directions that are common to all tasks"
@@ -80,7 +81,7 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 METHOD = MergeMethod(
     options=IsoCtsOptions,
-    summary="Iso-C with room for directions of single tasks (matrices; the rest is averaged)",
+    summary="Iso-C that keeps some directions for single tasks (matrices; the rest is averaged)",
     source="Isotropic merging, arXiv 2502.04959",
     merge=iso_cts,
 )

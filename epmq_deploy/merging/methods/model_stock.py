@@ -55,7 +55,7 @@ def check(options: ModelStockOptions, tasks: Sequence[str]) -> list[str]:
 
 METHOD = MergeMethod(
     options=ModelStockOptions,
-    summary="towards the average, tensor by tensor, as far as the experts agree in direction",
+    summary="move from base to average, tensor by tensor, as far as the experts agree in direction",
     source="Model Stock, arXiv 2403.19522",
     merge=model_stock,
     check=check,

@@ -31,7 +31,10 @@ class PcbOptions(ScaledOptions):
     method: Literal["pcb"] = "pcb"
     scaling: float = Field(1.0, description="factor on the merged task vector")
     ratio: float = Field(
-        0.1, gt=0, le=1, description="share of each task vector that is kept, by its score"
+        0.1,
+        gt=0,
+        le=1,
+        description="share of each task vector that is kept: the entries with the highest scores",
     )
 
     whole_model = ScaledOptions.whole_model | {"ratio"}

@@ -26,8 +26,8 @@ class SlerpOptions(MergeOptions):
     t: float = Field(0.5, ge=0, le=1, description="0 gives the first expert, 1 the second")
     between: Literal["weights", "task_vectors"] = Field(
         "weights",
-        description="interpolate the experts' weights, or what they add to the base; weights of "
-        "fine-tunes are nearly parallel, which makes the first almost a plain average",
+        description="interpolate the experts' weights or their task vectors; weights of "
+        "fine-tunes are nearly parallel, so interpolating them is almost a plain average",
     )
 
 

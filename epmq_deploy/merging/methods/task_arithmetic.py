@@ -32,7 +32,7 @@ def task_arithmetic(
 
 METHOD = MergeMethod(
     options=TaskArithmeticOptions,
-    summary="base + scaling * sum of task vectors, each with a weight of its own if wanted",
+    summary="base + scaling * sum of task vectors, optionally with a weight per task",
     source="Task Arithmetic, arXiv 2212.04089",
     merge=task_arithmetic,
     elementwise=True,

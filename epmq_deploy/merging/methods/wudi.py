@@ -41,14 +41,15 @@ class WudiOptions(ScaledOptions):
     scaling: float = Field(1.0, description="factor on the merged task vector")
     solver: Literal["adam", "exact"] = Field(
         "adam",
-        description="steps of Adam from the summed task vectors (the paper), or the minimum itself",
+        description="iterate with Adam from the summed task vectors, as in the paper (adam), or "
+        "compute the minimum (exact)",
     )
     steps: int = Field(300, ge=0, description="steps of Adam")
     learning_rate: float = Field(
         1e-5,
         gt=0,
         description="learning rate of Adam; no parameter moves further than this times steps, so "
-        "task vectors beyond about 1e-3 need a larger one (or solver exact)",
+        "task vectors larger than about 1e-3 need a higher rate (or solver exact)",
     )
 
     def idle(self) -> dict[str, str]:
