@@ -1,39 +1,71 @@
 """Checks of the columns that hold a task's inputs."""
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.recipe import DataSource
+
+_BATCH = 1000
+_BYTES = frozenset(("binary", "large_binary"))
+_TEXTS = frozenset(("string", "large_string"))
 
 
-def with_images(rows: Any, column: str, source: DataSource, where: str) -> Any:
-    """Return the rows with an input column that decodes to images.
+def with_images(rows: Any, column: str, where: str) -> Any:
+    """Return the rows with an input column of stored images, ``{bytes, path}``.
 
     Args:
         rows: a ``datasets.Dataset``.
-        column: holds stored images, encoded bytes or file paths.
-        source: where the rows came from.
+        column: holds images as ``datasets`` or the hub store them, encoded bytes or file paths.
         where: what to call the data in messages.
 
     Raises:
-        RecipeError: the column holds something else.
+        RecipeError: the column holds something else, or a row nothing; names the first such row.
     """
     from datasets import Image
 
     feature = rows.features[column]
-    if isinstance(feature, Image):
-        return rows
-    kind = getattr(feature, "dtype", None)
-    if kind in ("string", "large_string"):
-        # Relative paths are taken from the file that lists them.
-        folder = Path(source.path).parent
-        rows = rows.map(lambda row: {column: str(folder / row[column])})
-    elif kind not in ("binary", "large_binary", "dict"):
+    if not isinstance(feature, Image) and not _stores_images(feature):
         raise RecipeError(
             f"{where}: column {column!r} holds {feature}, expected images, encoded bytes or paths"
         )
-    return rows.cast_column(column, Image())
+    # Read by ``models.images`` alone, in calibration, evaluation and applications alike.
+    rows = rows.cast_column(column, Image(decode=False))
+    if empty := list(_rows_without_image(rows, column)):
+        more = f", like {len(empty) - 1} more rows" if len(empty) > 1 else ""
+        raise RecipeError(
+            f"{where}: row {empty[0]} holds no image in column {column!r}{more}; remove what is "
+            "empty"
+        )
+    return rows
+
+
+def _rows_without_image(rows: Any, column: str) -> Iterator[int]:
+    start = 0
+    for batch in rows.select_columns([column]).with_format("arrow").iter(_BATCH):
+        for stored in batch[column].chunks:
+            content, paths = stored.flatten()
+            empty = zip(content.is_null().to_pylist(), paths.to_pylist(), strict=True)
+            yield from (
+                start + row
+                for row, (no_content, path) in enumerate(empty)
+                if no_content and not path
+            )
+            start += len(stored)
+
+
+def _stores_images(feature: Any) -> bool:
+    """Whether a column without the type of an image holds bytes, paths, or both in each row."""
+    if isinstance(feature, dict):
+        return (
+            bool(feature)
+            and all(
+                getattr(feature.get(name), "dtype", None) in kinds
+                for name, kinds in {"bytes": _BYTES, "path": _TEXTS}.items()
+                if name in feature
+            )
+            and feature.keys() <= {"bytes", "path"}
+        )
+    return getattr(feature, "dtype", None) in _BYTES | _TEXTS
 
 
 def check_texts(rows: Any, column: str, where: str) -> None:
@@ -43,7 +75,7 @@ def check_texts(rows: Any, column: str, where: str) -> None:
         RecipeError: it does not; names the first row without one.
     """
     feature = rows.features[column]
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+    if getattr(feature, "dtype", None) not in _TEXTS:
         raise RecipeError(f"{where}: column {column!r} holds {feature}, expected texts")
     values = rows.select_columns([column]).with_format("arrow")[:][column]
     if values.null_count:

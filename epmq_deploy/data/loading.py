@@ -8,6 +8,7 @@ from pathlib import Path
 from epmq_deploy.artifacts.manifest import fingerprint
 from epmq_deploy.checkpoints.hub import hub_id
 from epmq_deploy.data.columns import check_texts, with_images
+from epmq_deploy.data.image_samples import ImageSamples
 from epmq_deploy.data.prompts import PromptFormat
 from epmq_deploy.data.rows import load_rows
 from epmq_deploy.data.samples import Samples, TextSamples, batches
@@ -69,9 +70,9 @@ def load_samples(
             f"{where} has no column {column!r}; it has {', '.join(rows.column_names)}"
         )
     if family.modality == "image":
-        rows = with_images(rows, column, source, where)
-    else:
-        check_texts(rows, column, where)
+        rows = with_images(rows, column, where)
+        return ImageSamples(task, rows, chosen, source, column)
+    check_texts(rows, column, where)
     return Samples(task, rows, chosen, source, column)
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from epmq_deploy.data.class_labels import ClassLabels, HeadClasses, class_labels
 from epmq_deploy.data.prompts import PromptFormat
-from epmq_deploy.data.rows import first_line
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.models.inputs import ModelInputs
 from epmq_deploy.models.text_generation.base import TextPair
@@ -19,7 +18,7 @@ from epmq_deploy.recipe import SAME_AS_HEAD, DataSource
 
 @dataclass(frozen=True)
 class Samples:
-    """Chosen samples of one task, decoded when asked for.
+    """Chosen samples of one task.
 
     Attributes:
         task: name used in messages.
@@ -40,28 +39,8 @@ class Samples:
         return len(self.indices)
 
     def inputs(self, start: int, stop: int) -> list[Any]:
-        """Return raw inputs (images, texts) of samples ``start`` to ``stop``.
-
-        Raises:
-            RecipeError: one cannot be decoded; names task and row.
-        """
-        chosen = list(self.indices[start:stop])
-        try:
-            return list(self.rows.select(chosen)[self.column])
-        except Exception:
-            # Decoders raise anything; find the row to name.
-            for row in chosen:
-                self._decode(row)
-            raise
-
-    def _decode(self, row: int) -> None:
-        try:
-            self.rows[row][self.column]
-        except Exception as error:
-            raise RecipeError(
-                f"task {self.task!r}: row {row} of {self.source.path} cannot be decoded "
-                f"({first_line(error)})"
-            ) from error
+        """Return the texts of samples ``start`` to ``stop``."""
+        return list(self.rows.select(list(self.indices[start:stop]))[self.column])
 
     @property
     def class_names(self) -> Sequence[str] | None:

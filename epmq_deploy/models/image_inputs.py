@@ -11,6 +11,7 @@ from torch import Tensor
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.compat import runs_on_pillow
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.images import to_rgb
 from epmq_deploy.models.inputs import ModelInputs
 
 
@@ -21,10 +22,11 @@ class ImageInputs(ModelInputs):
     input_names = ("pixel_values",)
 
     def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
-        """Turn images (anything PIL converts to RGB) into ``pixel_values [B, 3, H, W]``.
+        """Turn images of any mode into ``pixel_values [B, 3, H, W]``.
 
         Raises:
             RecipeError: see ``image_processor``.
+            ValueError: see ``to_rgb``.
         """
         return (pixel_values(image_processor(folder), samples),)
 
@@ -34,8 +36,8 @@ class ImageInputs(ModelInputs):
 
 
 def pixel_values(processor: Any, samples: Sequence[Any]) -> Tensor:
-    """Return ``[B, 3, H, W]``, float32, of images (anything PIL converts to RGB)."""
-    images = [sample.convert("RGB") for sample in samples]
+    """Return ``[B, 3, H, W]``, float32, of Pillow's images of any mode."""
+    images = [to_rgb(sample).image for sample in samples]
     pixels: Tensor = processor(images=images, return_tensors="pt")["pixel_values"]
     return pixels
 

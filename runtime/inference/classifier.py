@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from epmq_deploy.models import ModelFamily
+from epmq_deploy.models.images import read_rgb, to_rgb
 from epmq_deploy.runtime.inference.base import ExportedModel, text_of
 from epmq_deploy.runtime.ort.sessions import Graph
 
@@ -80,9 +81,14 @@ class ExportedClassifier(ExportedModel[Prediction]):
 
 
 def _image(item: Any) -> Image.Image:
-    """Return an image the way up its camera says, as evaluation reads it."""
+    """Return an image as evaluation reads it: RGB, the way up its camera says.
+
+    Raises:
+        ValueError: it is no image, or of a mode whose values have no known range.
+        OSError: it cannot be read.
+    """
     if isinstance(item, Image.Image):
-        return ImageOps.exif_transpose(item)
+        return to_rgb(item).image
     if isinstance(item, np.ndarray):
         if item.dtype != np.uint8 or item.ndim not in (2, 3) or item.shape[2:] not in ((), (3,)):
             raise ValueError(
@@ -92,7 +98,8 @@ def _image(item: Any) -> Image.Image:
     if not isinstance(item, str | Path):
         raise ValueError(f"expected an image, a file or an array, found {type(item).__name__}")
     try:
-        with Image.open(item) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{item} is no image") from error
+        return read_rgb(item).image
+    except ValueError as error:
+        raise ValueError(f"{item}: {error}") from error
+    except OSError as error:
+        raise OSError(f"{item}: {error.strerror or error}") from error

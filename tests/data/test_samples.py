@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Image as DatasetImage
 from PIL import Image
 from tiny_text import TinyText
 from tiny_zoo import TinyZoo
@@ -178,3 +181,135 @@ def test_the_hash_tells_sources_apart(tmp_path: Path) -> None:
     assert data_sha256(DataSource(path=str(folder))) != before
     (folder / "wolf").rename(folder / "dog")
     assert data_sha256(DataSource(path=str(folder))) == before
+
+
+def image_rows(kind: object, values: list[object], file: Path) -> str:
+    """A Parquet file without any metadata of ``datasets``, as others write them."""
+    columns = {"image": pa.array(values, kind), "label": pa.array([0] * len(values))}
+    pq.write_table(pa.table(columns), file)
+    return str(file)
+
+
+@pytest.mark.parametrize("content", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("with_path", [True, False])
+def test_structs_of_bytes_and_path_are_images(
+    tmp_path: Path, tiny: TinyZoo, family: ModelFamily, content: pa.DataType, with_path: bool
+) -> None:
+    fields = [("bytes", content), *([("path", pa.string())] if with_path else [])]
+    values = [
+        {"bytes": png(image), "path": f"{index}.png"} for index, image in enumerate(pictures())
+    ]
+    file = image_rows(pa.struct(fields), values, tmp_path / "x.parquet")
+    samples = load_samples("t", DataSource(path=file), family)
+    (inputs,) = batches(samples, family, tiny.base, 10)
+    assert torch.equal(inputs[0], family.collate(tiny.base, pictures())[0])
+
+
+def test_structs_of_paths_are_images(tmp_path: Path, tiny: TinyZoo, family: ModelFamily) -> None:
+    pictures()[0].save(tmp_path / "a.png")
+    kind = pa.struct([("path", pa.string())])
+    file = image_rows(kind, [{"path": "a.png"}], tmp_path / "x.parquet")
+    (image,) = load_samples("t", DataSource(path=file), family).inputs(0, 1)
+    assert np.array_equal(np.asarray(image), np.asarray(pictures()[0]))
+
+
+def test_structs_of_something_else_are_refused(tmp_path: Path, family: ModelFamily) -> None:
+    for fields in ([("bytes", pa.int64())], [("bytes", pa.binary()), ("mask", pa.binary())]):
+        value = {name: b"" if kind == pa.binary() else 1 for name, kind in fields}
+        file = image_rows(pa.struct(fields), [value], tmp_path / "x.parquet")
+        with pytest.raises(RecipeError, match="expected images, encoded bytes or paths"):
+            load_samples("t", DataSource(path=file), family)
+
+
+def empty_in_parquet(folder: Path) -> str:
+    stored = [None if index in (2, 4) else png(image) for index, image in enumerate(pictures())]
+    return image_rows(pa.binary(), list(stored), folder / "x.parquet")
+
+
+def empty_struct_in_parquet(folder: Path) -> str:
+    stored: list[object] = [{"bytes": png(image), "path": None} for image in pictures()]
+    stored[2], stored[4] = {"bytes": None, "path": None}, None
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return image_rows(kind, stored, folder / "x.parquet")
+
+
+def empty_in_csv(folder: Path) -> str:
+    lines = csv_with_paths(folder).read_text().splitlines()
+    lines[3], lines[5] = ",0", ",1"
+    (folder / "list.csv").write_text("\n".join(lines))
+    return str(folder / "list.csv")
+
+
+def empty_in_json(folder: Path) -> str:
+    lines = json_with_paths(folder).read_text().splitlines()
+    lines[2], lines[4] = '{"image": "", "label": 0}', '{"image": null, "label": 0}'
+    (folder / "list.jsonl").write_text("\n".join(lines))
+    return str(folder / "list.jsonl")
+
+
+@pytest.mark.parametrize(
+    "make", [empty_in_parquet, empty_struct_in_parquet, empty_in_csv, empty_in_json]
+)
+def test_rows_without_an_image_are_named(
+    tmp_path: Path, family: ModelFamily, make: Callable[[Path], str]
+) -> None:
+    path = make(tmp_path)
+    with pytest.raises(
+        RecipeError, match=r"task 't': .*: row 2 holds no image .*, like 1 more rows"
+    ):
+        load_samples("t", DataSource(path=path), family)
+
+
+def test_images_of_other_columns_are_not_read(tmp_path: Path, family: ModelFamily) -> None:
+    rows = Dataset.from_dict({"image": [png(pictures()[0])], "mask": [b"nonsense"]})
+    rows.cast_column("mask", DatasetImage()).to_parquet(tmp_path / "x.parquet")
+    samples = load_samples("t", DataSource(path=str(tmp_path / "x.parquet")), family)
+    assert samples.inputs(0, 1)[0].size == (16, 16)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "folder", "csv"])
+def test_every_depth_and_mode_gives_the_inputs_of_8_bit_rgb(
+    tmp_path: Path, tiny: TinyZoo, family: ModelFamily, kind: str
+) -> None:
+    """What the base's processor makes of the same picture in plain 8-bit RGB."""
+    gray = np.random.default_rng(1).integers(0, 256, (16, 20), np.uint8)
+    upright, turned = Image.fromarray(gray).convert("RGB"), Image.Exif()
+    turned[0x0112] = 6
+    with_alpha = upright.copy()
+    with_alpha.putalpha(255)
+    files = {
+        "words.png": (Image.fromarray(gray.astype(np.uint16) * 257), {}),
+        "words.tif": (Image.fromarray(gray.astype(np.uint16) * 257), {}),
+        "floats.tif": (Image.fromarray((gray / 255).astype(np.float32)), {}),
+        "gray.png": (Image.fromarray(gray), {}),
+        "alpha.png": (with_alpha, {}),
+        "turned.png": (upright.rotate(90, expand=True), {"exif": turned}),
+        "pages.tif": (upright, {"save_all": True, "append_images": [Image.new("RGB", (9, 9))]}),
+    }
+    (tmp_path / "images/cat").mkdir(parents=True)
+    for name, (image, options) in files.items():
+        image.save(tmp_path / "images/cat" / name, **options)
+    if kind == "folder":
+        path = tmp_path / "images"
+    elif kind == "csv":
+        path = tmp_path / "images/cat/list.csv"
+        path.write_text("image,label\n" + "".join(f"{name},0\n" for name in files))
+    else:
+        path = tmp_path / "x.parquet"
+        content = [(tmp_path / "images/cat" / name).read_bytes() for name in files]
+        Dataset.from_dict({"image": content}).to_parquet(path)
+    samples = load_samples("t", DataSource(path=str(path)), family)
+    (inputs,) = batches(samples, family, tiny.base, 10)
+    (wanted,) = family.collate(tiny.base, [upright])
+    assert len(inputs[0]) == len(files)
+    assert all(torch.equal(each, wanted[0]) for each in inputs[0])
+
+
+def test_a_mode_without_a_known_range_is_named_with_its_file(
+    tmp_path: Path, family: ModelFamily
+) -> None:
+    (tmp_path / "cat").mkdir()
+    Image.fromarray(np.array([[0, 70000]], np.int32)).save(tmp_path / "cat/a.tif")
+    samples = load_samples("t", DataSource(path=str(tmp_path)), family)
+    with pytest.raises(RecipeError, match=r"row 0 of .*cat/a\.tif\).*mode I has 32-bit integers"):
+        samples.inputs(0, 1)

@@ -105,6 +105,23 @@ def test_images_are_read_the_way_up_their_camera_says(images: Path, tmp_path: Pa
     assert all(np.allclose(item["red"].scores, seen, atol=1e-5) for item in found)
 
 
+def test_images_of_any_depth_and_mode_are_read_as_in_evaluation(
+    images: Path, tmp_path: Path
+) -> None:
+    model = load(images)
+    gray = PIXELS[0][..., 0]
+    expected = model(Image.fromarray(gray).convert("RGB"))["red"].scores
+    words = Image.fromarray(gray.astype(np.uint16) * 257)
+    floats = Image.fromarray((gray / 255).astype(np.float32))
+    for index, image in enumerate((words, floats)):
+        image.save(tmp_path / f"{index}.tif")
+    several = [words, floats, tmp_path / "0.tif", tmp_path / "1.tif"]
+    assert all(np.allclose(each["red"].scores, expected, atol=1e-5) for each in model(several))
+    Image.fromarray(np.array([[0, 70000]], np.int32)).save(tmp_path / "unknown.tif")
+    with pytest.raises(MismatchError, match=r"input 0: .*unknown\.tif: mode I has 32-bit"):
+        model(tmp_path / "unknown.tif")
+
+
 def test_texts_get_the_labels_of_the_graph(texts: Path) -> None:
     model = load(texts, format="qdq", batch_size=2)
     samples = ["red tree", "blue river sings", "green"]
@@ -165,7 +182,7 @@ def test_files_that_are_no_images_and_texts_that_are_no_texts(
     images: Path, texts: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "a.png").write_text("nonsense")
-    with pytest.raises(MismatchError, match=r"a\.png is no image"):
+    with pytest.raises(MismatchError, match=r"a\.png: not an image that Pillow reads"):
         load(images)(tmp_path / "a.png")
     with pytest.raises(MismatchError, match="input 0: expected a text, found float"):
         load(texts)([1.5])
