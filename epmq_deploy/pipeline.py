@@ -1,12 +1,20 @@
 """All four stages in a row, each skipped when its output is already there."""
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from epmq_deploy.artifacts.folders import refuse_existing, refuse_existing_file
+from epmq_deploy.artifacts.folders import (
+    refuse_existing,
+    refuse_existing_file,
+    remove_leftovers,
+    unfinished_folder,
+)
+from epmq_deploy.artifacts.locks import locked
 from epmq_deploy.artifacts.manifest import AnyManifest, Stage
 from epmq_deploy.artifacts.names import EVAL_FILE
 from epmq_deploy.artifacts.outputs import is_done
@@ -66,12 +74,24 @@ def run(
 
     Raises:
         MismatchError: inputs of any stage do not fit; all at once, before any work.
-        RecipeError: an output made from other inputs exists and may not be replaced.
+        RecipeError: an output made from other inputs exists and may not be replaced, or another run
+            is using one.
     """
+    progress = progress or NoProgress()
+    with ExitStack() as locks:
+        for name in (MERGED, QUANTIZED, EXPORTED):
+            locks.enter_context(locked(output / name))
+            remove_leftovers(output / name)
+        return _run(recipe, output, overwrite=overwrite, device=device, progress=progress)
+
+
+def _run(
+    recipe: Recipe, output: Path, *, overwrite: bool, device: DeviceName, progress: Progress
+) -> "EvalReport":
+    """Run the stages that are not done; see ``run``."""
     from epmq_deploy.runtime.evaluation.evaluate import gates_of
     from epmq_deploy.runtime.stage import evaluate, write_report
 
-    progress = progress or NoProgress()
     sources = preflight(recipe)
     common: dict[str, Any] = {
         "overwrite": overwrite,
@@ -90,6 +110,8 @@ def run(
             stage.work()
         else:
             log.info("%s: up to date, skipped", stage.folder)
+            # Left by a run that was killed between its last two steps.
+            shutil.rmtree(unfinished_folder(stage.folder), ignore_errors=True)
     if report is None:
         log.info("eval -> %s", file)
         provider = provider_for(recipe.eval, device)

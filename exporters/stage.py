@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
+from epmq_deploy.artifacts.folders import atomic_folder, reserved
 from epmq_deploy.artifacts.manifest import (
     ExportDetails,
     ExportManifest,
@@ -103,54 +103,56 @@ def export(
     """Write the fp32 merged model and every format of the recipe, with settings and heads.
 
     Raises:
-        RecipeError: the output exists, the input is no quantized artifact, or a format cannot
-            hold a layer.
+        RecipeError: the output exists or another run is using it, the input is no quantized
+            artifact, or a format cannot hold a layer.
         MismatchError: a head does not fit the model, or is that of an expert that was changed.
         NumericsError: a written file does not hold the solver's codes, does not run them in a
             low-bit kernel, or differs from torch by more than its format's tolerance.
     """
     progress = progress or NoProgress()
-    refuse_existing(output, "export", overwrite=overwrite, source=quantized)
-    check_export(recipe.export)
-    options = recipe.export
-    source = open_output(quantized, "quantize")
-    identity, inputs = export_fingerprint(recipe, source.fingerprint)
-    family = family_of(quantized / MERGED_FOLDER)
-    check_demo(options, family)
-    if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
-        check_unchanged(open_sources(recipe), source)
-    with atomic_folder(output) as folder:
-        written = _write(recipe, source, quantized, folder, device=device, progress=progress)
-        # Sessions need the memory that the model took.
-        release_memory()
-        graphs = [[verify_graph(graph) for graph in of_part] for of_part in written.graphs]
-        parities = _parities(graphs, written, options)
-        classes = {
-            name: head_classes(recipe.tasks[name], head).names
-            for name, head in written.heads.items()
-        }
-        _add_files(folder, quantized, written.heads)
-        if options.demo:
-            shown = next(graph for graph in graphs[0] if graph.format == chosen_formats(options)[0])
-            write_demo(folder, family, classes, shown.path, options)
-        details = ExportDetails(
-            merge=source.details.merge,
-            target=TARGETS.named(options.target).recorded() if options.target else None,
-            classes=classes,
-            graphs=tuple(
-                _entry(graph, parities[graph.path], folder, options)
-                for of_part in graphs
-                for graph in of_part
-            ),
-            parity_inputs=written.samples[0].kind,
-            tasks_without_parity=written.samples[0].missing,
-            codes=written.codes,
-        )
-        _explain_target(options)
-        manifest = ExportManifest(
-            fingerprint=identity, recipe=recipe, inputs=inputs | source.models, details=details
-        )
-        return finish_output(folder, manifest)
+    with reserved(output, "export", overwrite=overwrite, source=quantized):
+        check_export(recipe.export)
+        options = recipe.export
+        source = open_output(quantized, "quantize")
+        identity, inputs = export_fingerprint(recipe, source.fingerprint)
+        family = family_of(quantized / MERGED_FOLDER)
+        check_demo(options, family)
+        if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
+            check_unchanged(open_sources(recipe), source)
+        with atomic_folder(output) as folder:
+            written = _write(recipe, source, quantized, folder, device=device, progress=progress)
+            # Sessions need the memory that the model took.
+            release_memory()
+            graphs = [[verify_graph(graph) for graph in of_part] for of_part in written.graphs]
+            parities = _parities(graphs, written, options)
+            classes = {
+                name: head_classes(recipe.tasks[name], head).names
+                for name, head in written.heads.items()
+            }
+            _add_files(folder, quantized, written.heads)
+            if options.demo:
+                shown = next(
+                    graph for graph in graphs[0] if graph.format == chosen_formats(options)[0]
+                )
+                write_demo(folder, family, classes, shown.path, options)
+            details = ExportDetails(
+                merge=source.details.merge,
+                target=TARGETS.named(options.target).recorded() if options.target else None,
+                classes=classes,
+                graphs=tuple(
+                    _entry(graph, parities[graph.path], folder, options)
+                    for of_part in graphs
+                    for graph in of_part
+                ),
+                parity_inputs=written.samples[0].kind,
+                tasks_without_parity=written.samples[0].missing,
+                codes=written.codes,
+            )
+            _explain_target(options)
+            manifest = ExportManifest(
+                fingerprint=identity, recipe=recipe, inputs=inputs | source.models, details=details
+            )
+            return finish_output(folder, manifest)
 
 
 def _add_files(folder: Path, quantized: Path, heads: Mapping[str, TaskHead]) -> None:

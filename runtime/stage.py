@@ -7,6 +7,7 @@ import torch
 
 from epmq_deploy.artifacts.card import Evaluation, write_card
 from epmq_deploy.artifacts.folders import atomic_text, refuse_existing_file
+from epmq_deploy.artifacts.locks import locked
 from epmq_deploy.artifacts.manifest import read_manifest
 from epmq_deploy.artifacts.names import EVAL_FILE, MANIFEST
 from epmq_deploy.errors import RecipeError
@@ -45,15 +46,16 @@ def evaluate(
         progress: shows one step per task, and one per setting that is timed.
 
     Raises:
-        RecipeError: a report cannot be written, ``exported`` is not an export, or the provider is
-            not available or not really used.
+        RecipeError: a report cannot be written or another run is writing it, ``exported`` is not an
+            export, or the provider is not available or not really used.
         MismatchError: data or models do not fit; all at once.
     """
     file = output or exported / EVAL_FILE
     for path in (file, *views_of(file)):
         refuse_existing_file(path, overwrite=overwrite)
-    report = measure(recipe, exported, provider=provider, device=device, progress=progress)
-    write_report(report, file)
+    with locked(file):
+        report = measure(recipe, exported, provider=provider, device=device, progress=progress)
+        write_report(report, file)
     return report
 
 

@@ -1,15 +1,23 @@
 """Output folders: refused where something is in the way, else written atomically."""
 
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from epmq_deploy.artifacts.locks import locked
 from epmq_deploy.artifacts.names import MANIFEST
 from epmq_deploy.errors import RecipeError
+
+log = logging.getLogger(__name__)
+
+# Endings of the temporary folders next to an output: what is written, and what it replaces.
+_PARTIAL, _REPLACED = ".partial", ".replaced"
 
 
 def refuse_existing(
@@ -56,6 +64,56 @@ def refuse_existing(
         )
 
 
+@contextmanager
+def reserved(
+    target: Path, stage: str, *, overwrite: bool, source: Path | None = None
+) -> Iterator[None]:
+    """Keep an output for the block alone, after deleting what killed runs left of it.
+
+    Args:
+        target: folder to be written.
+        stage: the only stage whose output may be replaced.
+        overwrite: whether it may be replaced at all.
+        source: the stage's input folder.
+
+    Raises:
+        RecipeError: see ``refuse_existing``, or another run is using it.
+    """
+    refuse_existing(target, stage, overwrite=overwrite, source=source)
+    with locked(target):
+        remove_leftovers(target)
+        # Another run may have written it since.
+        refuse_existing(target, stage, overwrite=overwrite, source=source)
+        yield
+
+
+def remove_leftovers(target: Path) -> None:
+    """Delete temporary folders of runs that were killed; call with the target's lock held.
+
+    A folder that was about to be replaced gets its name back.
+    """
+    target = target.resolve()
+    if not target.parent.is_dir():
+        return
+    name = re.compile(rf"\.{re.escape(target.name)}-[a-z0-9_]{{8}}({_PARTIAL}|{_REPLACED})")
+    for folder in sorted(target.parent.iterdir()):
+        match = name.fullmatch(folder.name)
+        if match is None or folder.is_symlink() or not folder.is_dir():
+            continue
+        if match[1] == _REPLACED and not target.exists():
+            log.warning("%s: back from %s, where a killed run left it", target, folder.name)
+            folder.rename(target)
+        else:
+            log.info("deleting %s, left by a run that was killed", folder)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def unfinished_folder(target: Path) -> Path:
+    """Return the hidden folder next to an output for what an interrupted run has finished."""
+    target = target.resolve()
+    return target.with_name(f".{target.name}.unfinished")
+
+
 def refuse_existing_file(file: Path, *, overwrite: bool) -> None:
     """Stop before any work when a file cannot be written.
 
@@ -90,8 +148,10 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    replaced = temporary.with_name(f"{temporary.name}-replaced")
+    temporary = Path(
+        tempfile.mkdtemp(prefix=f".{target.name}-", suffix=_PARTIAL, dir=target.parent)
+    )
+    replaced = temporary.with_suffix(_REPLACED)
     try:
         # mkdtemp is private to the user; outputs follow the umask like any other folder.
         mask = os.umask(0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
+from epmq_deploy.artifacts.folders import atomic_folder, reserved
 from epmq_deploy.artifacts.manifest import MergeDetails, MergeManifest, fingerprint
 from epmq_deploy.artifacts.outputs import finish_output
 from epmq_deploy.data.heads import heads_sha256
@@ -47,30 +47,32 @@ def merge(
 
     Raises:
         MismatchError: models, data or heads do not fit; all problems at once.
-        RecipeError: the output exists, or an option does not fit.
+        RecipeError: the output exists or another run is using it, or an option does not fit.
         NumericsError: a merged value is NaN or infinite.
     """
     progress = progress or NoProgress()
     device = device or torch.device("cpu")
-    refuse_existing(output, "merge", overwrite=overwrite)
-    check_options(recipe)
-    sources, errors = _open_sources(recipe)
-    with ExpertCheck(
-        sources, mixed_dtypes=recipe.merge.mixed_dtypes, missing_experts=bool(errors)
-    ) as check:
-        if check.names and not errors:
-            with noted(errors):
-                _check_patterns(recipe.merge, check.names)
-        data = _load_data(recipe, sources, errors, device, progress)
-        check.check_layout(errors)
-        vectors = CheckpointTaskVectors(sources.base, sources.experts, check.names, device, check)
-        merger, details = _prepare(recipe.merge, vectors, data, check)
-        with atomic_folder(output) as folder:
-            tensors = _merged_and_copied(merger, vectors)
-            write_merged(folder, sources.base, tensors, recipe.merge, progress)
-            check.check_remaining()
-            warn_about_unmerged_changes(sources)
-            return finish_output(folder, _manifest(recipe, sources, vectors, details))
+    with reserved(output, "merge", overwrite=overwrite):
+        check_options(recipe)
+        sources, errors = _open_sources(recipe)
+        with ExpertCheck(
+            sources, mixed_dtypes=recipe.merge.mixed_dtypes, missing_experts=bool(errors)
+        ) as check:
+            if check.names and not errors:
+                with noted(errors):
+                    _check_patterns(recipe.merge, check.names)
+            data = _load_data(recipe, sources, errors, device, progress)
+            check.check_layout(errors)
+            vectors = CheckpointTaskVectors(
+                sources.base, sources.experts, check.names, device, check
+            )
+            merger, details = _prepare(recipe.merge, vectors, data, check)
+            with atomic_folder(output) as folder:
+                tensors = _merged_and_copied(merger, vectors)
+                write_merged(folder, sources.base, tensors, recipe.merge, progress)
+                check.check_remaining()
+                warn_about_unmerged_changes(sources)
+                return finish_output(folder, _manifest(recipe, sources, vectors, details))
 
 
 def uses_data(options: MergeOptions) -> bool:

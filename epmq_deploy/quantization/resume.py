@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter
 
-from epmq_deploy.artifacts.folders import atomic_folder, atomic_text
+from epmq_deploy.artifacts.folders import atomic_folder, atomic_text, unfinished_folder
 from epmq_deploy.errors import EpmqError
 from epmq_deploy.quantization.artifact import (
     load_artifact,
@@ -40,8 +40,7 @@ class FinishedWork:
     """
 
     def __init__(self, output: Path, fingerprint: str) -> None:
-        target = output.resolve()
-        self._folder = target.with_name(f".{target.name}.unfinished")
+        self._folder = unfinished_folder(output)
         file = self._folder / _FINGERPRINT
         if not file.is_file() or file.read_text() != fingerprint:
             if self.blocks:
@@ -51,8 +50,10 @@ class FinishedWork:
                     self.blocks,
                 )
             self.remove()
-            self._folder.mkdir(parents=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
             file.write_text(fingerprint)
+        for folder in self._folder.glob(".block-*"):
+            shutil.rmtree(folder, ignore_errors=True)
         self.scratch = self._folder / "scratch"
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()

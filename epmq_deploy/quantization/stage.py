@@ -12,7 +12,7 @@ from typing import TypedDict
 
 import torch
 
-from epmq_deploy.artifacts.folders import atomic_folder, refuse_existing
+from epmq_deploy.artifacts.folders import atomic_folder, reserved
 from epmq_deploy.artifacts.manifest import (
     AnchorPlan,
     BitPlan,
@@ -158,29 +158,29 @@ def quantize(
     call goes on after the last of them and yields the same codes.
 
     Raises:
-        RecipeError: the output exists, an input folder is not a merged model, or options have no
-            effect.
+        RecipeError: the output exists or another run is using it, an input folder is not a merged
+            model, or options have no effect.
         MismatchError: calibration data or experts are missing or do not fit; all at once.
         NumericsError: a layer could not be solved as asked.
     """
     check_options(recipe)
-    refuse_existing(output, "quantize", overwrite=overwrite, source=merged)
-    merge_manifest = open_output(merged, "merge")
-    identity, inputs = quantize_fingerprint(recipe, merge_manifest.fingerprint)
-    ctx = _open_context(recipe, merged, merge_manifest, device or torch.device("cpu"), progress)
-    finished = FinishedWork(output, f"{identity} {_arithmetic(recipe.quantize, ctx.device)}")
-    with finished.kept_when_interrupted():
-        ctx = replace(ctx, scratch=finished.scratch)
-        quantized, decisions = _quantize_model(recipe, ctx, finished)
-    manifest = QuantizeManifest(
-        fingerprint=identity,
-        recipe=recipe,
-        inputs=inputs | merge_manifest.models,
-        details=_details(merge_manifest, quantized, decisions),
-    )
-    manifest = _write(output, merged, quantized, manifest)
-    finished.remove()
-    return manifest
+    with reserved(output, "quantize", overwrite=overwrite, source=merged):
+        merge_manifest = open_output(merged, "merge")
+        identity, inputs = quantize_fingerprint(recipe, merge_manifest.fingerprint)
+        ctx = _open_context(recipe, merged, merge_manifest, device or torch.device("cpu"), progress)
+        finished = FinishedWork(output, f"{identity} {_arithmetic(recipe.quantize, ctx.device)}")
+        with finished.kept_when_interrupted():
+            ctx = replace(ctx, scratch=finished.scratch)
+            quantized, decisions = _quantize_model(recipe, ctx, finished)
+        manifest = QuantizeManifest(
+            fingerprint=identity,
+            recipe=recipe,
+            inputs=inputs | merge_manifest.models,
+            details=_details(merge_manifest, quantized, decisions),
+        )
+        manifest = _write(output, merged, quantized, manifest)
+        finished.remove()
+        return manifest
 
 
 def _open_context(
