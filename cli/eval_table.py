@@ -93,9 +93,10 @@ def _diagnoses(report: EvalReport) -> list[str]:
         )
         average = report.row(name).against_average
         meaning = (
-            "layers to blame"
+            "layers whose own error is largest"
             if average is not None and average.verdict == "worse"
-            else "furthest from fp32 merged, on average at no significant loss"
+            else "layers that differ most from fp32 merged (average accuracy is not significantly "
+            "lower)"
         )
         lines.append(f"{name}: {meaning}: {worst or 'no layer stands out'}")
     return lines

@@ -17,7 +17,8 @@ from epmq_deploy.registry import MERGE_METHODS
 def command(
     recipe: Annotated[Path | None, typer.Argument(help="Recipe (YAML).")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder to write; an existing one needs --overwrite."),
     ] = None,
     base: Annotated[
         str | None,
@@ -27,7 +28,7 @@ def command(
     ] = None,
     expert: Annotated[
         list[str] | None,
-        typer.Option(help=f"An expert as name=path, path as for --base; {SEVERAL_HELP}."),
+        typer.Option(help=f"An expert as name=path, with a path as for --base; {SEVERAL_HELP}."),
     ] = None,
     list_methods: Annotated[
         bool, typer.Option("--list", help="List all merge methods and exit.")

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from epmq_deploy.artifacts.manifest import Stage
 
 OutputFolder = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder to write; must not exist yet.")
+    Path | None,
+    typer.Option("--output", "-o", help="Folder to write; an existing one needs --overwrite."),
 ]
 RecipeFile = Annotated[
     Path | None,
     typer.Option(
-        "--recipe", help="Take tasks and options from this recipe, not from the input folder's."
+        "--recipe",
+        help="Take tasks and options from this recipe instead of the one in the input folder.",
     ),
 ]
 
@@ -48,7 +50,7 @@ class CommonOptions:
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = (
         False
     )
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False
 
     def terminal(self) -> Terminal:
         """Return the terminal, having set how much of the log it shows."""

@@ -1,4 +1,4 @@
-"""Settings of the whole process, which ``epmq`` alone makes: it owns its process."""
+"""Settings of the whole process; only the command line makes them, the library does not."""
 
 import logging
 import os

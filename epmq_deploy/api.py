@@ -1,4 +1,4 @@
-"""The Python API: the stages with the words of the command line, and nothing of a terminal."""
+"""The Python API: the stages of the command line as functions, without a terminal."""
 
 import os
 from pathlib import Path
@@ -70,12 +70,12 @@ def quantize(
 ) -> StageOutput[QuantizeManifest]:
     """Quantize a merged model to integer codes.
 
-    When interrupted, the same call goes on after the last finished block, with the same codes.
+    After an interruption, the same call resumes after the last finished block, with the same codes.
 
     Args:
         merged: output of ``merge``, or its folder.
         output: folder to write.
-        recipe: tasks and options to use in place of those the merged model was made with.
+        recipe: tasks and options; default: those that the merged model was made with.
         overwrite: whether an earlier output may be replaced.
         device: where to compute: ``auto``, ``cpu`` or ``cuda``.
         progress: shows how far the work got.
@@ -85,7 +85,7 @@ def quantize(
         MismatchError: calibration data or experts are missing or do not fit; all at once.
         RecipeError: the output exists, ``merged`` is not a merged model, or an option is not
             allowed.
-        NumericsError: a layer could not be solved as asked.
+        NumericsError: values are NaN or infinite, or a layer's Hessian cannot be factored.
     """
     from epmq_deploy.quantization.stage import quantize
 
@@ -112,12 +112,12 @@ def export(
     progress: Progress | None = None,
     **options: Any,
 ) -> StageOutput[ExportManifest]:
-    """Write the merged model in float32 and its codes in every format asked for, as ONNX files.
+    """Write the merged model in float32 and its codes in every chosen format as ONNX files.
 
     Args:
         quantized: output of ``quantize``, or its folder.
         output: folder to write.
-        recipe: tasks and options to use in place of those the quantized model was made with.
+        recipe: tasks and options; default: those that the quantized model was made with.
         overwrite: whether an earlier output may be replaced.
         device: where heads from class names are computed: ``auto``, ``cpu`` or ``cuda``.
         progress: shows how far the work got.
@@ -125,9 +125,9 @@ def export(
 
     Raises:
         RecipeError: the output exists, ``quantized`` is not a quantized model, or a format or
-            target cannot hold a layer.
+            target does not support a layer.
         MismatchError: a head does not fit the model.
-        NumericsError: a written file does not hold the solver's codes, does not run them in a
+        NumericsError: a file does not hold exactly the codes chosen, would not run them in a
             low-bit kernel, or differs from torch by more than its format's tolerance.
     """
     from epmq_deploy.exporters.stage import export
@@ -162,8 +162,8 @@ def evaluate(
 
     Args:
         exported: output of ``export``, or its folder.
-        output: JSON file to write; None for ``eval.json`` in the exported folder.
-        recipe: tasks and options to use in place of those the export was made with.
+        output: JSON file to write; default: ``eval.json`` in the exported folder.
+        recipe: tasks and options; default: those that the export was made with.
         overwrite: whether earlier reports may be replaced.
         device: where experts run in torch, and graphs unless ``provider`` is given.
         progress: shows how far the work got.
@@ -172,7 +172,7 @@ def evaluate(
     Raises:
         MismatchError: data or models do not fit; all at once.
         RecipeError: a report exists, ``exported`` is not an export, an option is not allowed, or
-            the provider is not available or not really used.
+            the provider is not available or does not run the graphs.
     """
     from epmq_deploy.pipeline import provider_for
     from epmq_deploy.runtime.stage import evaluate
@@ -197,9 +197,9 @@ def run(
     device: DeviceName = "auto",
     progress: Progress | None = None,
 ) -> "EvalReport":
-    """Merge, quantize, export and evaluate into the folders of ``output``.
+    """Merge, quantize, export and evaluate, each stage into its folder in ``output``.
 
-    Stages whose output is already there, made from the same inputs, are skipped.
+    Stages that already have an output made from the same inputs are skipped.
 
     Args:
         recipe: a recipe, or its YAML file.
@@ -246,16 +246,16 @@ def load(
         format: graphs to run, e.g. ``matmulnbits``; default: those the evaluation recommends, or
             the first low-bit ones where nothing was evaluated.
         provider: onnxruntime's execution provider; ``auto`` is CUDA if available, else the CPU.
-        threads: intra-op threads; default: onnxruntime's own choice.
+        threads: intra-op threads; default: onnxruntime's choice.
         batch_size: inputs per run.
         max_tokens: longest generated text; default: that of the evaluation.
-        scores: for text generation, compute probabilities of a task's answers, which takes a step
-            for each of their tokens.
+        scores: for text generation, whether to compute probabilities of a task's listed answers,
+            which takes one step for each of their tokens.
 
     Raises:
-        RecipeError: not an export, no such format, an evaluation that is damaged or recommends no
-            graph, an option the model has no use for, or the provider is not available or not
-            really used.
+        RecipeError: the folder is no export or has no such format; its evaluation is damaged or
+            recommends no graph; an option does not apply to this model; the provider is not
+            available, or does not run the graph.
         NumericsError: onnxruntime cannot load the graph.
     """
     from epmq_deploy.runtime.inference.load import load

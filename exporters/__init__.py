@@ -1,6 +1,6 @@
 """Export to ONNX: one graph with low-bit layers, lowered to every format asked for.
 
-The rooms, from the lowest to the highest; each imports only those before it:
+The packages, from the lowest to the highest; each imports only those before it:
 ``packing`` stores codes as ONNX tensors, ``files`` writes models to disk, ``lowering`` rewrites
 graphs, ``formats`` says which rewriting makes which format, ``verification`` checks the files that
 were written, ``graphs`` traces models and writes their graphs, ``targets`` holds what devices can

@@ -1,4 +1,4 @@
-"""Return memory to the system: what nothing refers to any more, and what is in files as well."""
+"""Return memory to the system: freed memory, and pages that can be read from files again."""
 
 import contextlib
 import ctypes

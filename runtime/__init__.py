@@ -1,6 +1,6 @@
 """Running exported graphs in onnxruntime: in applications (`load`), and to evaluate them.
 
-Rooms: `ort` creates and runs sessions, `evaluation` measures, `report` shows what was measured,
+Packages: `ort` creates and runs sessions, `evaluation` measures, `report` shows what was measured,
 `inference` serves applications. Names are imported when first used.
 """
 

@@ -32,7 +32,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a card tells of an evaluation.
+    """What a model card shows of an evaluation.
 
     Attributes:
         text: Markdown to show.

@@ -1,4 +1,4 @@
-"""Output folders: refused where something is in the way, else written atomically."""
+"""Output folders: refused if they must not be replaced, else written atomically."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Manifests: what made a stage's folder, and what the next stage may rely on."""
+"""Manifests: how a stage's folder was made, and what the next stage reads of it."""
 
 import hashlib
 import json

@@ -232,7 +232,7 @@ class Recipe(Options):
     @model_validator(mode="before")
     @classmethod
     def _default_methods(cls, content: Any) -> Any:
-        """Return a section without ``method`` means the default one."""
+        """Return the content with the default ``method`` in sections that name none."""
         if isinstance(content, dict):
             # An empty section means its defaults.
             content = {

@@ -47,7 +47,7 @@ def check_demo(options: ExportOptions, family: ModelFamily) -> None:
         return
     if generates_text(family):
         raise RecipeError(
-            "export.demo: the page classifies, and this model generates text; leave it out",
+            "export.demo: the page only classifies, but this model generates text; leave it out",
             options=_WITHOUT_DEMO,
         )
     if _web_runtime(options) is None:
@@ -62,8 +62,8 @@ def check_demo(options: ExportOptions, family: ModelFamily) -> None:
     if wrong:
         packages = " ".join(f"{name}@{version}" for name, version in pinned.items())
         raise RecipeError(
-            f"export.demo: {' and '.join(wrong)} not found in {folder} in the version needed; run\n"
-            f"  npm install --ignore-scripts --prefix {folder} {packages}",
+            f"export.demo: {' and '.join(wrong)} missing in {folder}, or in another version than "
+            f"needed; run\n  npm install --ignore-scripts --prefix {folder} {packages}",
             options={"export.demo_libraries": None},
         )
 
@@ -162,7 +162,7 @@ def image_settings(folder: Path) -> dict[str, Any]:
     if processor.get("do_pad"):
         problems.append("do_pad")
     if crop is not None and (size is None or max(crop.values()) > min(size.values())):
-        problems.append(f"crop_size {crop} beyond size {size}, which pads")
+        problems.append(f"crop_size {crop} larger than size {size}, which would need padding")
     if problems:
         raise RecipeError(
             f"export.demo: the page cannot preprocess images with {', '.join(problems)}",
@@ -195,7 +195,8 @@ def _fast_tokenizer(folder: Path, family: TextClassifierFamily) -> Any:
     tokenizer = family.tokenizer(folder)
     if not tokenizer.is_fast:
         raise RecipeError(
-            f"export.demo: {type(tokenizer).__name__} has no form the page can run",
+            f"export.demo: {type(tokenizer).__name__} is not a fast tokenizer, and the page can "
+            "run no other kind",
             options=_WITHOUT_DEMO,
         )
     return tokenizer

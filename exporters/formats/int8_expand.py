@@ -44,7 +44,7 @@ class Int8ExpandFormat(GraphFormat):
         problems = []
         if options.int8_activations == "static" and not context.inputs:
             problems.append(
-                "static activations need calibration statistics, and these layers were quantized "
+                "static activations need calibration statistics, but these layers were quantized "
                 "without data; use export.int8_activations: dynamic"
             )
         plans = plan_layers(
@@ -56,8 +56,9 @@ class Int8ExpandFormat(GraphFormat):
         )
         if layers and not context.inputs:
             log.warning(
-                "int8-expand: quantization saw no data, so that no layer's error in int8 is known; "
-                "all run in int8, whatever export.int8_error_budget says"
+                "int8-expand: the model was quantized without calibration data, so errors of "
+                "layers in int8 cannot be estimated; all layers run in int8, and "
+                "export.int8_error_budget has no effect"
             )
         details = {name: plan.details() for name, plan in sorted(plans.items())}
         return FormatPlan(int8_passes(plans), problems, details)

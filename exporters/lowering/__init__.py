@@ -1,1 +1,1 @@
-"""Rewriting the MatMulNBits graph into what a format wants."""
+"""Passes that rewrite the MatMulNBits graph into a format."""

@@ -1,4 +1,4 @@
-"""Codes of 2 bits in containers of 2 bits: half the size of the 4-bit ones they fit as well.
+"""Store codes of 2 bits in 2 bits each: half the size of the usual 4-bit containers.
 
 onnxruntime's CPU kernel computes both correctly, but has a fast kernel for 2 bits only at accuracy
 level 4. Measured on 1.31, 768 x 3072, blocks of 64 (``benchmarks/low_bit_kernels.py``,

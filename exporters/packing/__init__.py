@@ -1,1 +1,1 @@
-"""How codes lie in bytes: layers as onnxruntime takes them, and ONNX integer tensors."""
+"""Packing codes into bytes: layers as onnxruntime takes them, and ONNX integer tensors."""

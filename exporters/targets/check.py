@@ -46,20 +46,23 @@ def _problems(target: Target, layers: Mapping[str, LayerGrid]) -> list[str]:
     """Return what keeps layers from running there, one clause per kind."""
     problems = []
     if wide := [name for name, grid in layers.items() if target.refuses_width(grid)]:
-        problems.append(f"{_named(wide)} stored in 8 bits, it takes {_either(target.widths)}")
+        problems.append(
+            f"{_named(wide)} stored in 8 bits, but its kernels take {_either(target.widths)}"
+        )
     if sizes := [name for name, grid in layers.items() if target.refuses_block(grid)]:
         blocks = _blocks(sizes, layers)
         problems.append(
-            f"{_named(sizes)} stored in blocks of {blocks}, it takes {_either(target.blocks)}"
+            f"{_named(sizes)} stored in blocks of {blocks}, but its kernels take "
+            f"{_either(target.blocks)}"
         )
     if ragged := [name for name, grid in layers.items() if target.refuses_tail(grid)]:
         inputs = _either(sorted({layers[name].in_features for name in ragged}))
         problems.append(
             f"{_named(ragged)} stored in blocks of {_blocks(ragged, layers)}, which do not "
-            f"divide {inputs} inputs"
+            f"divide {inputs} inputs, but its kernels need that"
         )
     if shifted := [name for name, grid in layers.items() if target.refuses_zero_points(grid)]:
-        problems.append(f"{_named(shifted)} stored with zero points, it takes none")
+        problems.append(f"{_named(shifted)} stored with zero points, but its kernels take none")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""Choosing formats for a target, and refusing options that do not go with them."""
+"""Choosing formats for a target, and refusing options that do not apply to them."""
 
 from collections.abc import Sequence
 

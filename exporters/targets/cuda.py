@@ -9,5 +9,6 @@ TARGET = Target(
         "onnxruntime's CUDA kernel for MatMulNBits takes 4 and 8 bits; fp16 is the reference "
         "for its speed."
     ),
-    unverified="read in onnxruntime's sources; fast paths need float16 activations.",
+    unverified="its speed and accuracy; the widths are read from onnxruntime's sources, whose fast "
+    "kernels need float16 activations.",
 )

@@ -1,4 +1,4 @@
-"""How linear layers are stored, as far as a target's kernels care, and how they will be."""
+"""How linear layers are stored, or will be, as far as a target's kernels depend on it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -10,6 +10,6 @@ TARGET = Target(
         "points, but only blocks that divide a layer's inputs (measured with 2026.4 on CPU)."
     ),
     whole_blocks=True,
-    unverified="its GPU and NPU plugins; the CPU plugin quantizes activations to int8 "
+    unverified="OpenVINO's GPU and NPU plugins; its CPU plugin quantizes activations to int8 "
     "unless DYNAMIC_QUANTIZATION_GROUP_SIZE is 0, so evaluate there.",
 )

@@ -11,6 +11,6 @@ TARGET = Target(
     ),
     widths=(4,),
     symmetric=True,
-    unverified="no device was at hand: which QAIRT versions and backends take it. Shapes "
-    "must be fixed first, with onnxruntime.tools.make_dynamic_shape_fixed.",
+    unverified="which QAIRT versions and backends run it, as no device was at hand. Shapes must be "
+    "fixed first, with onnxruntime.tools.make_dynamic_shape_fixed.",
 )

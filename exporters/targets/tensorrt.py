@@ -12,6 +12,6 @@ TARGET = Target(
     widths=(4,),
     blocks=(64, 128),
     symmetric=True,
-    unverified="no engine was built here; the documentation does not say whether blocks "
-    "may fail to divide a layer's inputs.",
+    unverified="everything, as no engine was built; the documentation does not say whether blocks "
+    "have to divide a layer's inputs.",
 )

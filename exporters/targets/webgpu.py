@@ -11,6 +11,6 @@ TARGET = Target(
         "refuse g_idx, which is never written."
     ),
     two_bit_containers=True,
-    unverified="GPUs; older versions of onnxruntime-web take 4 bits only.",
+    unverified="real GPUs; older versions of onnxruntime-web take 4 bits only.",
     web=WebRuntime("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify"),
 )

@@ -1,4 +1,4 @@
-"""Find out before anything is exported whether it can be."""
+"""Check before an export whether the inputs can be exported."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Prove that an exported file holds the solver's codes and runs them as low-bit kernels."""
+"""Check that an exported file holds the solver's codes and runs them in low-bit kernels."""
 
 import tempfile
 from collections import Counter

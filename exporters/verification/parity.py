@@ -1,4 +1,4 @@
-"""How far exported graphs are from torch, on real samples."""
+"""Measure how far outputs of exported graphs are from those of torch, on calibration samples."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ def parity_inputs(
         tasks: the recipe's.
         family: the model's.
         folder: a model folder with preprocessor or tokenizer.
-        example: what to take where no task has data; said in a warning.
+        example: what to take where no task has data; a warning says so.
     """
     calibration_batches, missing = [], {}
     for name, task in tasks.items():
@@ -80,7 +80,10 @@ def parity_inputs(
     if calibration_batches:
         return ParityInputs("calibration", calibration_batches, missing)
     reasons = "; ".join(f"task {name!r}: {reason}" for name, reason in missing.items())
-    log.warning("graphs are compared with torch on made-up inputs only: %s", reasons)
+    log.warning(
+        "no calibration samples to compare graphs with torch on, random inputs are used: %s",
+        reasons,
+    )
     return ParityInputs("example", [example], missing)
 
 

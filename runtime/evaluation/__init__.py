@@ -1,1 +1,1 @@
-"""Evaluating exported graphs: accuracy, latency, memory, and how sure differences are."""
+"""Evaluating exported graphs: accuracy, latency, memory, and the significance of differences."""

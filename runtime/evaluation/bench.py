@@ -27,8 +27,8 @@ class Bench:
 
     Attributes:
         exported: its folder.
-        formats: what the manifest says of each format's graphs: one, or the parts of a model that
-            writes texts.
+        formats: what the manifest says of each format's graphs: one, or the parts of a
+            text-generation model.
         scorer: opens and feeds them.
         samples: by task.
         options: of the evaluation.
@@ -50,7 +50,7 @@ class Bench:
         return self.options.threads or (None,)
 
     def costs(self) -> dict[str, dict[str, Any]]:
-        """Attributes of each format's row that tell what it costs."""
+        """Return attributes of each format's row: latencies, memory, size."""
         timings = self._timings()
         footprints = self._footprints()
         return {

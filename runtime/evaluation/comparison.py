@@ -1,4 +1,4 @@
-"""One model against another on the same samples: points gained, how sure that is, verdicts."""
+"""Compare one model with another on the same samples: points gained, intervals, verdicts."""
 
 import math
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Measuring an export: every graph on every task, and what it costs."""
+"""Measure an export: every graph's accuracy on every task, its latency, memory and size."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields

@@ -89,7 +89,7 @@ def _misses(report: EvalReport, row: Row) -> list[str]:
     megabytes = (row.bytes or 0) / 1e6
     if gates.max_size is not None and megabytes > gates.max_size:
         sentences.append(
-            f"{row.name} has {megabytes:.2f} MB, allowed {gates.max_size:g} (eval.max_size)"
+            f"{row.name} takes {megabytes:.2f} MB, allowed {gates.max_size:g} (eval.max_size)"
         )
     return sentences
 
@@ -109,7 +109,7 @@ def _ratio(row: Row) -> float:
 
 
 def _slower(row: Row, fastest: Row) -> bool:
-    """Whether a graph is for sure slower than the fastest one."""
+    """Whether a graph is clearly slower than the fastest one."""
     interval, fastest_interval = row.timings[0].ratio_interval, fastest.timings[0].ratio_interval
     if interval is None or fastest_interval is None or interval.low <= fastest_interval.high:
         return False
@@ -141,7 +141,7 @@ def _reason(report: EvalReport, best: Row, passing: list[Row], equal: list[Row])
 
 
 def verdicts(report: EvalReport) -> dict[str, str]:
-    """Return what is said of each graph's average accuracy, by the graph's name."""
+    """Return the verdict on each graph's average accuracy in words, by the graph's name."""
     return {row.name: described(row) for row in report.rows if row.against_average is not None}
 
 
@@ -165,4 +165,4 @@ def described(row: Row) -> str:
     difference = f"({comparison.points:+.2f} points [{low:.1f}, {high:.1f}])"
     if comparison.verdict == "no worse":
         return f"no worse than fp32 merged {difference}"
-    return f"not told apart from fp32 merged {difference}"
+    return f"not clearly different from fp32 merged {difference}"

@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data."""
+"""The results of an evaluation, as plain data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,11 +71,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Gates:
-    """What a low-bit graph has to meet to be deployed; None where anything goes.
+    """What a low-bit graph has to meet to be deployed; None where there is no limit.
 
     Attributes:
         max_drop: points of average accuracy lost against fp32 merged (the point estimate; its
-            interval is reported beside it).
+            interval is reported with it).
         max_latency_ratio: latency relative to fp32 merged, of the first timing.
         max_size: size of all its files in MB (10^6 bytes).
     """

@@ -1,6 +1,6 @@
-"""Scoring models that write texts.
+"""Score text-generation models.
 
-An answer is right when it is the wanted one, word by word; numbers are scored by their order.
+An answer is right if it equals the expected one word by word; numbers are scored by their ranks.
 """
 
 import math
@@ -34,7 +34,7 @@ class NumberPredictions(TaskPredictions):
 
 @dataclass(frozen=True)
 class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
-    """Lets models write the answers, greedily.
+    """Generates the answers by greedy decoding.
 
     Attributes:
         max_tokens: longest answer.
@@ -86,14 +86,14 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
         predicted = {
             name: np.array(list(map(normalised, texts))) for name, texts in generated.items()
         }
-        assert isinstance(samples, TextSamples), "of a family that writes texts"
+        assert isinstance(samples, TextSamples), "text generation reads texts"
         kind = TaskPredictions if samples.prompt_format.decimals is None else NumberPredictions
         return kind(np.array(list(map(normalised, truth))), predicted)
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """Return a batch of texts with the number of tokens of the longest expected answer.
 
-        So that formats are timed on the same work, whatever they would write.
+        So all formats are timed on the same work, whatever they would generate.
         """
         pairs = raw_samples(samples, start, size)
         answers = answer_ids(self.family, self.folder, [pair.answer for pair in pairs])
@@ -103,7 +103,7 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
 
 
 def normalised(text: str) -> str:
-    """Return an answer without what does not count: case, and how words are spaced."""
+    """Return an answer in lower case and with single spaces, as answers are compared."""
     return " ".join(text.split()).casefold()
 
 
@@ -129,7 +129,7 @@ def open_text_generator(
     threads: int | None,
     max_tokens: int,
 ) -> TextGenerator:
-    """Return what writes with the graphs of one format.
+    """Return the text generator that runs the graphs of one format.
 
     Args:
         family: of the model.

@@ -1,4 +1,4 @@
-"""What every exported model in an application does: check what is asked, batch, answer."""
+"""What all exported models in applications share: check inputs, run batches, return predictions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ class ExportedModel(ABC, Generic[Result]):
         self._batch_size = batch_size
 
     def predict(self, item: Any, tasks: Sequence[str] | None = None) -> dict[str, Result]:
-        """Return what the model says of one input, by task.
+        """Return predictions for one input, by task.
 
         Args:
             item: an image (PIL, a file's path, or a uint8 array ``[H, W]`` or ``[H, W, 3]``) or a
@@ -48,13 +48,13 @@ class ExportedModel(ABC, Generic[Result]):
     def predict_batch(
         self, items: Iterable[Any], tasks: Sequence[str] | None = None
     ) -> list[dict[str, Result]]:
-        """Return what the model says of several inputs; see ``predict``."""
+        """Return predictions for several inputs; see ``predict``."""
         names = self.tasks if tasks is None else tuple(tasks)
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
             known = ", ".join(self.tasks)
             raise MismatchError(
-                "tasks", [f"no task {name!r}; there is {known}" for name in unknown]
+                "tasks", [f"unknown task {name!r}; the model has {known}" for name in unknown]
             )
         samples = self._read(list(items), names)
         results: list[dict[str, Result]] = []
@@ -78,7 +78,7 @@ class ExportedModel(ABC, Generic[Result]):
 
     @abstractmethod
     def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Result]]:
-        """Return what the model says of a batch of samples, by task."""
+        """Return predictions for a batch of samples, by task."""
 
     def _read(self, inputs: Sequence[Any], tasks: Sequence[str]) -> list[Any]:
         samples, problems = [], []
@@ -99,7 +99,7 @@ def text_of(item: Any) -> str:
         ValueError: it is none.
     """
     if not isinstance(item, str):
-        raise ValueError(f"expected a text, found {type(item).__name__}")
+        raise ValueError(f"expected a str, found {type(item).__name__}")
     return item
 
 

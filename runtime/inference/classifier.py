@@ -19,7 +19,7 @@ LOGITS = "logits_"
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one input for one task.
+    """A classifier's prediction for one input and one task.
 
     Attributes:
         label: name of the most likely class; its number as text where neither recipe nor expert

@@ -1,4 +1,4 @@
-"""An exported model in an application: images or texts in, labels, scores or texts per task out.
+"""Open an exported model in an application: images or texts in; labels, scores or texts out.
 
     from epmq_deploy.runtime import load
 
@@ -36,19 +36,19 @@ def load(
 
     Args:
         folder: output of ``epmq export``.
-        format: graphs to run, e.g. ``matmulnbits``; when absent the ones ``epmq eval``
-            recommended, or the first low-bit ones where nothing was evaluated.
+        format: graphs to run, e.g. ``matmulnbits``; default: the ones that ``epmq eval``
+            recommended, or the first low-bit ones if nothing was evaluated.
         provider: see `epmq_deploy.runtime.ort.providers.provider_named`.
-        threads: intra-op threads, 1 or more; onnxruntime's default when absent.
+        threads: intra-op threads, 1 or more; default: onnxruntime's choice.
         batch_size: inputs per run, 1 or more.
-        max_tokens: longest text of a model that writes texts; that of its evaluation when absent.
-        scores: of a model that writes texts: whether probabilities of a task's answers are
-            computed, which takes a step for each of their tokens.
+        max_tokens: for text generation, the longest text; default: that of the evaluation.
+        scores: for text generation, whether to compute probabilities of a task's listed answers,
+            which takes one step for each of their tokens.
 
     Raises:
-        RecipeError: no export, no such format, an evaluation that is damaged or recommends none, an
-            option the model has no use for or a count below 1, or the provider is not there or not
-            really used.
+        RecipeError: the folder is no export or has no such format; its evaluation is damaged or
+            recommends no graph; an option does not apply to this model, or a count is below 1;
+            the provider is not installed, or does not run the graph.
         NumericsError: onnxruntime cannot load the graph.
     """
     counts = {"batch_size": batch_size, "threads": threads, "max_tokens": max_tokens}
@@ -73,10 +73,10 @@ def load(
             generator, family, path, manifest.recipe.tasks, batch_size, scores=scores
         )
     if max_tokens is not None or not scores:
-        raise RecipeError(f"{path} classifies; max_tokens and scores are for models that write")
+        raise RecipeError(f"{path} is a classifier; max_tokens and scores are for text generation")
     graph = Graph.exported(path, chosen[0], provider=provider, threads=threads)
     if not any(name.startswith(LOGITS) for name in graph.output_names):
-        raise RecipeError(f"{path / chosen[0].file} gives no logits of any task")
+        raise RecipeError(f"{path / chosen[0].file} has no output logits_<task>")
     return ExportedClassifier(graph, family, path, manifest.details.classes, batch_size)
 
 

@@ -1,4 +1,4 @@
-"""An exported model that writes texts in an application."""
+"""An exported text-generation model in an application."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from epmq_deploy.runtime.ort.generation import TextGenerator
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model writes about one input for one task.
+    """What a model generates for one input and one task.
 
     Attributes:
-        text: what it wrote, greedily.
-        label: the one of the task's answers that this is, as evaluation counts (but for case and
-            spaces); None where it is none of them, or where the task has no list of answers.
-        score: the label's probability; None without a label or without scores.
-        scores: probabilities of writing just these answers, float32 ``[C]``, which sum to at most
-            1; None where they were not asked for or the task has no list.
-        labels: the task's answers; None where it has no list.
+        text: the generated text, by greedy decoding.
+        label: the listed answer that the text equals, ignoring case and whitespace as evaluation
+            does; None if it equals none, or if the task lists no answers.
+        score: the label's probability; None without a label or scores.
+        scores: probabilities of generating exactly the listed answers, float32 ``[C]``, which sum
+            to at most 1; None if not asked for, or if the task lists no answers.
+        labels: the listed answers; None if the task lists none.
     """
 
     text: str
@@ -39,7 +39,7 @@ class Answer:
 
 
 class ExportedTextGenerator(ExportedModel[Answer]):
-    """The graphs of one format, which write texts together.
+    """The graphs of one format, which generate texts together.
 
     Args:
         generator: the graphs.
@@ -67,7 +67,7 @@ class ExportedTextGenerator(ExportedModel[Answer]):
         self._scores = scores
 
     def write(self, texts: str | Sequence[str]) -> Any:
-        """Return what the model writes when it reads texts as they are, without any task's prompt.
+        """Generate from texts as given, without any task's prompt.
 
         Args:
             texts: one or several.
@@ -86,7 +86,7 @@ class ExportedTextGenerator(ExportedModel[Answer]):
         return generated[0] if isinstance(texts, str) else generated
 
     def _sample(self, item: Any, tasks: Sequence[str]) -> Any:
-        """Return what is read for each task; the text itself without any."""
+        """Return the prompt of each task, or the text itself without tasks."""
         if not tasks:
             return text_of(item)
         return {name: _filled(self._templates[name], item, name) for name in tasks}
@@ -125,7 +125,7 @@ def _answer(text: str, labels: tuple[str, ...], scores: npt.NDArray[np.float32] 
 
 
 def _template(task: Task, family: TextGenerationFamily) -> str:
-    """Return the task in words; without a prompt the data's input column alone."""
+    """Return the task's template; without a prompt, the input column alone."""
     if task.prompt is not None and task.prompt.template is not None:
         return task.prompt.template
     source = task.evaluation or task.calibration

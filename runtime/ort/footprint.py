@@ -57,9 +57,9 @@ def measure_footprint(
         inputs: one sample, arrays in the order of the first graph's inputs; where texts are
             written, token ids, mask and the number of tokens to write.
         provider: onnxruntime's name of it.
-        threads: intra-op threads; onnxruntime's default when absent.
+        threads: intra-op threads; default: onnxruntime's choice.
         session_config: session options the graphs were exported for.
-        special_tokens: where the graphs write texts together.
+        special_tokens: for graphs that generate text together.
 
     Raises:
         NumericsError: the process failed; with what it said last.
@@ -86,6 +86,6 @@ def measure_footprint(
     if done.returncode != 0:
         said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise NumericsError(
-            f"{files[0]}: measuring its session in a process of its own failed ({said})"
+            f"{files[0]}: measuring its memory in a separate process failed ({said})"
         )
     return Footprint(**json.loads(done.stdout))

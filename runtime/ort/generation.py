@@ -1,6 +1,6 @@
-"""Writing texts greedily with exported graphs, token by token, keys and values kept.
+"""Generate text greedily with exported graphs, token by token, with a cache of keys and values.
 
-Imports nothing but numpy while it runs, as `session_probe` needs it.
+Imports nothing but numpy, because `probe` runs it in a small process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Computes(Protocol):
 
 
 class TextGenerator(ABC):
-    """The graphs of one format, which together write texts.
+    """The graphs of one format, which generate text together.
 
     Args:
         special: ids that steer writing.
@@ -61,7 +61,7 @@ class TextGenerator(ABC):
             mask: likewise.
 
         Returns:
-            Logits ``[B, V]`` of the first token to write, and what ``go_on`` needs.
+            Logits ``[B, V]`` of the first token to generate, and what ``go_on`` needs.
         """
 
     @abstractmethod
@@ -74,7 +74,8 @@ class TextGenerator(ABC):
         Args:
             ids: int64 ``[B, T]``.
             mask: likewise.
-            length: tokens to write whatever they are; up to the end of all answers when absent.
+            length: number of tokens to generate, whatever they are; default: up to the end of all
+                answers.
         """
         return self.write_on(*self.begin(np.asarray(ids), np.asarray(mask)), length)
 
@@ -92,7 +93,7 @@ class TextGenerator(ABC):
             logits, values = self.go_on(token[:, None].astype(np.int64), values)
 
     def likelihoods(self, logits: Array, values: Values, answers: Sequence[Sequence[int]]) -> Array:
-        """Logarithms of the probabilities of writing just these answers, float64 ``[B, C]``.
+        """Log-probabilities of generating exactly these answers, float64 ``[B, C]``.
 
         Args:
             logits: as ``begin`` gave them.
@@ -205,7 +206,7 @@ class CausalGenerator(TextGenerator):
 def text_generator(
     graphs: Sequence[Computes], special: SpecialTokens, max_tokens: int
 ) -> TextGenerator:
-    """Return what writes with the graphs of one format, given in the order they run."""
+    """Return the text generator of one format's graphs, given in the order they run."""
     if len(graphs) == 1:
         return CausalGenerator(graphs[0], special, max_tokens)
     encoder, first, further = graphs

@@ -55,7 +55,7 @@ def run_graph(
 
 
 def write_optimized(path: Path, accuracy_level: int, output: Path) -> None:
-    """Have onnxruntime write what it makes of a graph on the processor, large tensors beside it.
+    """Have onnxruntime write the graph as it optimizes it for the CPU, large tensors next to it.
 
     Raises:
         NumericsError: onnxruntime cannot load the graph.

@@ -1,8 +1,8 @@
-"""What creating and running sessions costs, in a process of its own.
+"""Measure load time and memory of sessions, in a separate process.
 
 Run as a script: it imports nothing but numpy and onnxruntime, so that what the process holds is
-theirs; how texts are written is run from its file, outside of the package. Reads its task as JSON
-from stdin, writes its findings as JSON to stdout.
+theirs; text generation is loaded from its file, outside of the package. Reads its task as JSON
+from stdin and writes its results as JSON to stdout.
 """
 
 import json
@@ -53,7 +53,7 @@ def _run(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:
 
 
 def _writing(special: Mapping[str, Any]) -> Callable[[list[ort.InferenceSession], list[Any]], None]:
-    """Return what writes an answer with all graphs."""
+    """Return a function that generates an answer with all graphs."""
     text_generator = runpy.run_path(str(_GENERATION))["text_generator"]
 
     def write(sessions: list[ort.InferenceSession], arrays: list[Any]) -> None:

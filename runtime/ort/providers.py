@@ -61,11 +61,11 @@ def check_used(session: ort.InferenceSession, file: str, requested: str, *, stri
             f"provider {requested} could not be started, as its libraries or its device are missing"
         )
     elif requested != _CPU and (elsewhere := _heavy_elsewhere(session, requested)):
-        problem = f"{file}: provider {requested} leaves {', '.join(elsewhere)} to others"
+        problem = f"{file}: provider {requested} leaves {', '.join(elsewhere)} to other providers"
     else:
         return used
     if strict:
-        raise RecipeError(f"{problem}; ask for cpu or auto")
+        raise RecipeError(f"{problem}; use provider cpu or auto")
     log.warning("%s; the rest runs on %s", problem, _CPU)
     return used
 

@@ -21,9 +21,9 @@ class Graph:
     Args:
         file: the ONNX file; or a whole model's bytes, which ``name`` then names.
         provider: see `epmq_deploy.runtime.ort.providers.provider_named`.
-        threads: intra-op threads; onnxruntime's default when absent.
+        threads: intra-op threads; default: onnxruntime's choice.
         session_config: session options the graph was exported for.
-        name: what messages call it; the file when absent.
+        name: what messages call it; default: the file.
 
     Raises:
         RecipeError: the provider that was asked for is not there or not really used.

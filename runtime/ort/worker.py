@@ -1,4 +1,4 @@
-"""Create a session of a graph and run it, here or in a process of its own.
+"""Create a session of a graph and run it, in this or a separate process.
 
 As a script it reads its task as JSON from stdin. It imports nothing but numpy and onnxruntime, so
 that such a process holds little else than the graph.

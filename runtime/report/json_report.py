@@ -36,6 +36,6 @@ def read_report(file: Path) -> EvalReport | None:
         return None
     except ValidationError as error:
         raise RecipeError(
-            f"{file} is damaged or of another version; evaluate again and overwrite it",
+            f"{file} is damaged or was written by another version; evaluate again and overwrite it",
             options={"overwrite": True},
         ) from error

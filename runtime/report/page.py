@@ -1,4 +1,4 @@
-"""The evaluation as one HTML page that needs nothing but itself."""
+"""The evaluation as one self-contained HTML page."""
 
 from collections.abc import Iterator
 from functools import cache

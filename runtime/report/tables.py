@@ -67,7 +67,7 @@ def noise_table(diagnosis: Diagnosis) -> Table:
 
 
 def layer_table(layers: Iterable[LayerReport]) -> Table:
-    """Return how each layer fared in quantization."""
+    """Return status and errors of each layer in quantization."""
     rows = [
         [
             layer.layer,

@@ -55,7 +55,7 @@ def test_a_target_picks_formats_and_refuses_what_it_cannot_run(
     out, quantized = tmp_path / "onnx", chain / "quantized"
     assert run("export", quantized, "-o", out, "--target", "tensorrt") == 2
     message = capsys.readouterr().err
-    assert "blocks of 16, it takes 64 or 128" in message
+    assert "blocks of 16, but its kernels take 64 or 128" in message
     advice = message.rpartition(": quantize with ")[2]
     assert "--group-size 128" in advice
     assert "--symmetric" in advice

@@ -377,9 +377,9 @@ def test_texts_that_do_not_fit_a_task_are_named(chain: Chain) -> None:
         model("red")
     with pytest.raises(MismatchError, match=r"input 1: .*'second' reads more, which is not given"):
         model([{"text": "a", "more": "b"}, {"text": "a"}], tasks=["second"])
-    with pytest.raises(MismatchError, match="expected a text, found int"):
+    with pytest.raises(MismatchError, match="expected a str, found int"):
         model({"text": "a", "more": 3})
-    with pytest.raises(MismatchError, match="input 0: expected a text, found dict"):
+    with pytest.raises(MismatchError, match="input 0: expected a str, found dict"):
         model.write([{"text": "a"}])  # type: ignore[list-item]
     assert model([]) == []
 
@@ -390,7 +390,7 @@ def test_what_has_no_use_for_texts_is_refused_before_any_work(
 ) -> None:
     assert run("eval", chain.exported, "--diagnose", "-q", "--overwrite") == 3
     assert "eval.diagnose compares layers of classifiers; leave it out" in capsys.readouterr().err
-    demo = "export.demo: the page classifies, and this model generates text; leave it out"
+    demo = "export.demo: the page only classifies, but this model generates text; leave it out"
     command = ["export", chain.out / "quantized", "-o", tmp_path / "x", "-q"]
     assert run(*command, "--demo") == 2
     assert demo in capsys.readouterr().err

@@ -85,7 +85,7 @@ def test_serve(port: int) -> None:
     assert (status, set(answer)) == (200, {TASKS[0]})
     status, answer = post(port, "/?task=nothing", image.getvalue())
     assert status == 400
-    assert "no task 'nothing'" in str(answer["error"])
+    assert "unknown task 'nothing'" in str(answer["error"])
     assert post(port, "/", b"no image")[0] == 400
 
 

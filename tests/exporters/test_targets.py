@@ -48,7 +48,11 @@ def test_the_portable_grid_suits_every_target(target: str) -> None:
         ("tensorrt", grid(block_size=256), "64 or 128.*group_size="),
         ("tensorrt", grid(symmetric=False), "zero points.*symmetric=true"),
         ("tensorrt", grid(bits=8), "8 bits.*bits=4"),
-        ("tensorrt", grid(bits=8, outer=True), "8 bits, it takes 4: quantize with skip=fc1$"),
+        (
+            "tensorrt",
+            grid(bits=8, outer=True),
+            "8 bits, but its kernels take 4: quantize with skip=fc1$",
+        ),
         ("qnn", grid(symmetric=False), "symmetric=true"),
         ("qnn", grid(bits=8), "bits=4"),
         ("openvino", grid(in_features=112, block_size=32), "blocks of 32.*divide 112 inputs"),

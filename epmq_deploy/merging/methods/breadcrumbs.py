@@ -1,4 +1,4 @@
-"""Model Breadcrumbs (Davari and Belilovsky, arXiv 2312.06795): drop outliers and the negligible.
+"""Model Breadcrumbs (Davari and Belilovsky, arXiv 2312.06795): drop largest and smallest entries.
 
 The authors tune all three options: their search for CLIP starts at 85%, 99.4% and a scaling of 0.2
 and goes from 80 to 95%, 99 to 99.9% and 0.01 to 1 (``find_best_hyperparam.py``). The default of 85%

@@ -1,4 +1,4 @@
-"""DELLA (Deep et al., arXiv 2406.11617): drop by magnitude at random, elect signs, fuse.
+"""DELLA (Deep et al., arXiv 2406.11617): drop at random by magnitude, elect signs, merge.
 
 Defaults are those of the example in the authors' repository (language models: drop rate 0.3, window
 0.14, lambda 1.1, mean of the values of the elected sign); they give none for CLIP.

@@ -1,4 +1,4 @@
-"""Model Stock (Jang et al., arXiv 2403.19522): how far towards the average follows from angles."""
+"""Model Stock (Jang et al., arXiv 2403.19522): from base to average, as far as angles suggest."""
 
 from __future__ import annotations
 

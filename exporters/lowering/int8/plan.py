@@ -1,4 +1,4 @@
-"""Which layers to compute in int8, and how to scale their inputs so that it costs least.
+"""Decide which layers to compute in int8, and scale their inputs so that the error is smallest.
 
 Activations are quantized per tensor, weights per output channel. With inputs divided and weights
 multiplied by ``s`` per input channel (SmoothQuant, Xiao et al., arXiv 2211.10438), a step ``D`` of
@@ -7,7 +7,7 @@ expectation and with errors taken as uniform and independent,
 
     D^2 / 12  sum_nk (W_nk s_k)^2  +  sum_n c_n^2 / 12  sum_k E[x_k^2] / s_k^2
 
-which is compared with what the outputs themselves amount to.
+which is compared with the squared norm of the outputs.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Divide the inputs of layers per channel, in the norm before them where there is one."""
+"""Divide layers' inputs per channel, inside the norm before them if there is one."""
 
 from collections.abc import Iterable, Mapping
 

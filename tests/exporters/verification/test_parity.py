@@ -78,7 +78,7 @@ def test_example_inputs_are_the_last_resort(
     none = parity_inputs(tasks, family, tiny.base, example)
     assert (none.kind, none.batches) == ("example", [example])
     assert "no such file or folder" in none.missing[red]
-    assert "made-up inputs" in caplog.text
+    assert "random inputs are used" in caplog.text
 
 
 def test_int8_arithmetic_has_a_tolerance_of_its_own(

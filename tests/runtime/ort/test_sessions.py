@@ -259,7 +259,8 @@ def test_what_writes_texts_needs_nothing_but_numpy() -> None:
 
 
 def test_a_process_that_fails_is_an_error_with_its_last_words(doubling: Path) -> None:
-    with pytest.raises(NumericsError, match=r"m\.onnx: measuring its session .*ValueError"):
+    match = r"m\.onnx: measuring its memory in a separate process .*ValueError"
+    with pytest.raises(NumericsError, match=match):
         measure_footprint(
             [doubling], [], provider="CPUExecutionProvider", threads=1, session_config={}
         )
