@@ -5,7 +5,7 @@ file, so that an upgrade that breaks something breaks it here. Libraries are imp
 functions: importing this file loads none of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -97,3 +97,28 @@ def runs_on_pillow(processor: Any) -> bool:
     from transformers.image_processing_backends import PilBackend
 
     return isinstance(processor, PilBackend)
+
+
+def adapter_prefix(kind: str) -> str:
+    """Return what names of an adapter's tensors begin with, for a ``peft_type`` of ``peft``.
+
+    ``prefix`` of its tuners is not documented; checked with peft 0.21.
+    """
+    from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+
+    return str(PEFT_TYPE_TO_TUNER_MAPPING[PeftType(kind)].prefix)
+
+
+def matching_patterns(patterns: Mapping[str, Any], module: str) -> dict[str, Any]:
+    """Return the one of an adapter's patterns of module names, if any, that ``peft`` goes by.
+
+    ``get_pattern_key`` is not documented; checked with peft 0.21.
+
+    Args:
+        patterns: values by regular expression, as ``rank_pattern``.
+        module: its dotted name.
+    """
+    from peft.utils.other import get_pattern_key
+
+    key = get_pattern_key(patterns.keys(), module)
+    return {key: patterns[key]} if key in patterns else {}

@@ -5,9 +5,11 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import BaseModelOutput
 
 from epmq_deploy.compat import (
+    adapter_prefix,
     classifier_modalities,
     has_bfloat16_units,
     map_instances,
+    matching_patterns,
     renamed,
     runs_on_pillow,
     tensor_version,
@@ -60,3 +62,17 @@ def test_processors_say_whether_they_run_on_pillow() -> None:
 
     assert runs_on_pillow(CLIPImageProcessorPil())
     assert not runs_on_pillow(object())
+
+
+def test_kinds_of_adapters_say_how_their_factors_are_called() -> None:
+    assert {kind: adapter_prefix(kind) for kind in ("LORA", "LOHA", "VERA")} == {
+        "LORA": "lora_",
+        "LOHA": "hada_",
+        "VERA": "vera_lambda_",
+    }
+
+
+def test_patterns_match_the_ends_of_modules_names() -> None:
+    patterns = {"uery": 1, "self.query": 2, ".*": 3}
+    assert matching_patterns(patterns, "layer.0.self.query") == {"self.query": 2}
+    assert matching_patterns({"uery": 1}, "layer.0.self.query") == {}

@@ -1,22 +1,26 @@
 """A model's folder, opened once: its layout, weight files and settings."""
 
 import json
+import logging
 import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG
 from epmq_deploy.checkpoints.files import CONFIG_FILE, PREPROCESSOR_FILE, setting_files
 from epmq_deploy.checkpoints.hub import fetch_snapshot, hub_id
 from epmq_deploy.checkpoints.layouts import transformers
+from epmq_deploy.checkpoints.layouts.adapter import AdapterLayout, adapter_folders
 from epmq_deploy.checkpoints.layouts.base import Layout
-from epmq_deploy.checkpoints.lora import ADAPTER_CONFIG
 from epmq_deploy.checkpoints.open_clip import OPEN_CLIP_CONFIG
 from epmq_deploy.checkpoints.open_clip_weights import named_folder, split_named
 from epmq_deploy.checkpoints.pickle_conversion import refuse_pickled, refuse_pickled_file
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.registry import Registry
+
+log = logging.getLogger(__name__)
 
 LAYOUTS: Registry[Layout] = Registry(
     "layout of model folders",
@@ -39,18 +43,19 @@ class ModelFolder:
     layout: Layout
 
     @classmethod
-    def open(cls, path_or_id: str) -> "ModelFolder":
+    def open(cls, path_or_id: str, adapter: str | None = None) -> "ModelFolder":
         """Open a local folder, or one made from another name of a model.
 
         Args:
             path_or_id: a folder; a hub id, of which safetensors and settings are fetched, with
                 ``@revision`` where it is not the main branch; or ``open_clip:NAME=PATH``.
+            adapter: name of one of several adapters in the folder.
 
         Raises:
             RecipeError: it is none of these, or the hub does not deliver it; names the conversion
-                for pickled weights.
+                for pickled weights. Or it is not clear which adapter is meant.
         """
-        return cls.at(_local_folder(path_or_id))
+        return cls.at(_local_folder(path_or_id)).choosing(adapter)
 
     @classmethod
     def at(cls, path: Path) -> "ModelFolder":
@@ -58,6 +63,32 @@ class ModelFolder:
         default = transformers.LAYOUT
         others = (layout for layout in LAYOUTS.values() if layout is not default)
         return cls(path, next((layout for layout in others if layout.recognises(path)), default))
+
+    def choosing(self, adapter: str | None) -> "ModelFolder":
+        """Return the folder of one of the adapters in this one; ``peft`` nests all but the first.
+
+        Without a name, what the folder itself holds, or the only adapter in it.
+
+        Raises:
+            RecipeError: there is no adapter of that name, or none is named where there are several.
+        """
+        nested = adapter_folders(self.path)
+        if adapter in nested:
+            return ModelFolder.at(nested[adapter])
+        if adapter is not None:
+            if isinstance(self.layout, AdapterLayout):
+                return ModelFolder(self.path, AdapterLayout(adapter))
+            known = f"it holds {', '.join(nested)}" if nested else "it holds none"
+            raise RecipeError(f"{self.path}: no adapter {adapter}; {known}")
+        if not nested or self.layout.weight_files(self.path):
+            return self
+        if len(nested) > 1:
+            raise RecipeError(
+                f"{self.path}: holds several adapters; choose one with adapter: {', '.join(nested)}"
+            )
+        (folder,) = nested.values()
+        log.info("%s: its only adapter is used, %s", self.path, folder.name)
+        return ModelFolder.at(folder)
 
     @cached_property
     def weight_files(self) -> tuple[Path, ...]:

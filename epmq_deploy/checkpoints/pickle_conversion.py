@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG, ADAPTER_FILE
 from epmq_deploy.checkpoints.files import SINGLE_FILE
-from epmq_deploy.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_FILE
 from epmq_deploy.checkpoints.open_clip import OPEN_CLIP_CONFIG, OPEN_CLIP_FILES
 from epmq_deploy.errors import RecipeError
 

@@ -2,7 +2,7 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,15 @@ def stored_tensors(
         except (OSError, SafetensorError) as error:
             raise RecipeError(f"{file}: not readable as safetensors ({error})") from error
     return tensors
+
+
+def concatenated(parts: Sequence[TensorInfo]) -> TensorInfo:
+    """Return one tensor made of parts along the first dimension."""
+    first, *others = parts
+    if not others:
+        return first
+    shape = (sum(part.shape[0] for part in parts), *first.shape[1:])
+    return ComputedTensor(shape, first.dtype, lambda: torch.cat([part.load() for part in parts]))
 
 
 def same_values(one: TensorInfo, other: TensorInfo) -> bool:

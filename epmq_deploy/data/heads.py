@@ -161,7 +161,7 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
     """
     if not leaves_head_to_expert(task, family):
         return None
-    source = ModelFolder.open(task.expert)
+    source = ModelFolder.open(task.expert, task.adapter)
     opened = Checkpoint.open(ModelFolder.at(base), family.canonical_key)
     head = family.expert_head(Checkpoint.open_expert(source, opened, family.canonical_key))
     if head is None and task.head is not None:
@@ -188,7 +188,7 @@ def head_classes(task: Task, head: TaskHead | None) -> HeadClasses:
     count = None if head is None else head.classes
     if head is None or (given is not None and not given.from_expert):
         return HeadClasses(count)
-    names = _names_in(ModelFolder.open(task.expert).config or {}, head.classes)
+    names = _names_in(ModelFolder.open(task.expert, task.adapter).config or {}, head.classes)
     return HeadClasses(count, names)
 
 

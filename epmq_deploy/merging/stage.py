@@ -91,6 +91,10 @@ def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
     decisive = dict(inputs)
     if recipe.base.part is not None:
         decisive["part"] = recipe.base.part
+    # Adapters in one file have one hash.
+    decisive |= {
+        f"adapter:{n}": t.adapter for n, t in recipe.tasks.items() if t.adapter is not None
+    }
     if uses_data(options):
         for name, task in recipe.tasks.items():
             if task.calibration is not None:

@@ -102,11 +102,11 @@ def open_available(recipe: Recipe) -> tuple[Sources | None, list[str]]:
 def _folders(recipe: Recipe) -> tuple[dict[str, ModelFolder], list[str]]:
     """Open the folders of base and experts, by task; also return why others cannot be used."""
     folders, problems = {}, []
-    paths = {BASE: recipe.base.path}
-    paths |= {name: task.expert for name, task in recipe.tasks.items()}
-    for name, path in paths.items():
+    paths: dict[str, tuple[str, str | None]] = {BASE: (recipe.base.path, None)}
+    paths |= {name: (task.expert, task.adapter) for name, task in recipe.tasks.items()}
+    for name, (path, adapter) in paths.items():
         try:
-            folder = ModelFolder.open(path)
+            folder = ModelFolder.open(path, adapter)
             if name == BASE:
                 folder.check_base()
             else:

@@ -122,6 +122,9 @@ class Task(Options):
     """One expert, and the data and head of its task."""
 
     expert: str = Field(description="folder or hub id of the expert, as base.path")
+    adapter: str | None = Field(
+        None, description="name of one of several adapters in the expert's folder"
+    )
     calibration: DataSource | None = Field(None, description="samples for quantization")
     evaluation: DataSource | None = Field(None, description="labelled samples for evaluation")
     head: Head | None = Field(None, description="the task's classifier")

@@ -56,6 +56,44 @@ def test_a_base_is_not_an_adapter(tmp_path: Path) -> None:
         folder.check_base()
 
 
+def nested_adapters(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).mkdir()
+        for file in ADAPTER:
+            (folder / name / file).write_text("{}")
+
+
+def test_one_of_several_adapters_is_chosen_by_name(tmp_path: Path) -> None:
+    nested_adapters(tmp_path, "one", "other")
+    assert ModelFolder.open(str(tmp_path), "other").path == tmp_path / "other"
+    with pytest.raises(RecipeError, match="several adapters; choose one with adapter: one, other"):
+        ModelFolder.open(str(tmp_path))
+    with pytest.raises(RecipeError, match="no adapter third; it holds one, other"):
+        ModelFolder.open(str(tmp_path), "third")
+
+
+def test_the_folder_itself_comes_before_the_adapters_in_it(tmp_path: Path) -> None:
+    folder_with(tmp_path, *ADAPTER)
+    nested_adapters(tmp_path, "one", "checkpoint-500")
+    assert ModelFolder.open(str(tmp_path)).path == tmp_path
+    assert ModelFolder.open(str(tmp_path), "one").path == tmp_path / "one"
+
+
+def test_the_only_adapter_in_a_folder_is_taken_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nested_adapters(tmp_path, "mine")
+    caplog.set_level("INFO")
+    assert ModelFolder.open(str(tmp_path)).path == tmp_path / "mine"
+    assert "its only adapter is used, mine" in caplog.text
+
+
+def test_a_whole_model_has_no_adapters_to_choose_from(tmp_path: Path) -> None:
+    folder_with(tmp_path, WHOLE)
+    with pytest.raises(RecipeError, match="no adapter mine; it holds none"):
+        ModelFolder.open(str(tmp_path), "mine")
+
+
 def test_settings_are_read_once(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, WHOLE)
     assert folder.config is None

@@ -14,7 +14,7 @@ from tiny_zoo import build_tiny_zoo
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-from epmq_deploy.checkpoints.lora import ADAPTER_FILE
+from epmq_deploy.checkpoints.adapter_settings import ADAPTER_FILE
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.checkpoints.open_clip import OPEN_CLIP_FILES
 from epmq_deploy.checkpoints.pickle_conversion import pickled_weights

@@ -7,13 +7,18 @@ import pytest
 import torch
 from merged_text_generators import MergedTextGenerator, logits, two_streams
 from safetensors.torch import load_file, save_file
+from tiny_folder import edit
 from tiny_text_generators import TEXT_GENERATORS, TEXT_TASKS, build_tiny_text_generators
 from torch import Tensor, nn
 
 from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.merging.preflight import check_experts
 from epmq_deploy.merging.stage import merge
+from epmq_deploy.models.experts import open_sources
 from epmq_deploy.models.text_generation.base import TextPair
 from epmq_deploy.recipe import load_recipe
+
+TABLE = "model.embed_tokens.weight"
 
 
 def test_a_folder_loads_as_transformers_loads_it(
@@ -171,3 +176,32 @@ def test_attention_in_a_window_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(told | {"sliding_window": 8}))
     with pytest.raises(RecipeError, match="sliding window"):
         merged_text_generator.family.load(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
+def test_tensors_decide_whether_embeddings_are_tied(tmp_path: Path, model_type: str) -> None:
+    """Whatever the configs say, the same values under two names are one tensor."""
+    models = build_tiny_text_generators(
+        tmp_path, TEXT_GENERATORS[model_type], tie_word_embeddings=True
+    )
+    expert = models.expert("first")
+    config = json.loads((expert / "config.json").read_text())
+    (expert / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    edit(expert, lambda tensors: tensors.update({"lm_head.weight": tensors[TABLE].clone()}))
+    names = check_experts(open_sources(load_recipe(models.recipe)))
+    assert TABLE in names
+    assert "lm_head.weight" not in names
+
+
+def test_an_expert_may_tie_what_the_base_has_apart(tmp_path: Path) -> None:
+    models = build_tiny_text_generators(tmp_path, TEXT_GENERATORS["llama"])
+    expert = models.expert("first")
+    edit(expert, lambda tensors: tensors.__delitem__("lm_head.weight"))
+    with pytest.raises(MismatchError, match=r"expert 'first': lacks lm_head\.weight"):
+        check_experts(open_sources(load_recipe(models.recipe)))
+    config = json.loads((expert / "config.json").read_text())
+    (expert / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    sources = open_sources(load_recipe(models.recipe))
+    assert "lm_head.weight" in check_experts(sources)
+    tensors = sources.experts["first"]
+    assert torch.equal(tensors.load("lm_head.weight"), tensors.load(TABLE))

@@ -1,21 +1,28 @@
-"""The layout of ``peft``: a LoRA adapter, which is read as the base model with it applied."""
+"""The layout of ``peft``: an adapter, which is read as the base model with it applied."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from epmq_deploy.checkpoints.files import read_json
+from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG, ADAPTER_FILE
+from epmq_deploy.checkpoints.adapters import adapted_tensors
 from epmq_deploy.checkpoints.layouts import open_clip, transformers
 from epmq_deploy.checkpoints.layouts.base import Layout
-from epmq_deploy.checkpoints.lora import ADAPTER_CONFIG, ADAPTER_FILE, adapted_tensors
 from epmq_deploy.checkpoints.tensors import Rename, TensorInfo
 
 
 class AdapterLayout(Layout):
-    """An adapter as ``peft`` saves it."""
+    """An adapter as ``peft`` saves it.
+
+    Args:
+        chosen: name of the adapter that is taken where the file holds several.
+    """
 
     name = "adapter"
     is_whole_model = False
     without_weights = f"no {ADAPTER_FILE} next to {ADAPTER_CONFIG}"
+
+    def __init__(self, chosen: str | None = None) -> None:
+        self._chosen = chosen
 
     def recognises(self, folder: Path) -> bool:
         """Recognise a config of ``peft`` without a whole model next to it."""
@@ -35,8 +42,12 @@ class AdapterLayout(Layout):
         base: Mapping[str, TensorInfo],
     ) -> dict[str, TensorInfo]:
         """List all tensors of the base, those the adapter changes as computed ones."""
-        config = read_json(folder / ADAPTER_CONFIG)
-        return adapted_tensors(folder, config, base, rename)
+        return adapted_tensors(folder, base, rename, tied, self._chosen)
+
+
+def adapter_folders(folder: Path) -> dict[str, Path]:
+    """Return the folders of adapters within a folder, by the name ``peft`` gave them."""
+    return {file.parent.name: file.parent for file in sorted(folder.glob(f"*/{ADAPTER_CONFIG}"))}
 
 
 LAYOUT = AdapterLayout()

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG
 from epmq_deploy.checkpoints.files import read_json
 from epmq_deploy.checkpoints.layouts import transformers
 from epmq_deploy.checkpoints.layouts.base import Layout
-from epmq_deploy.checkpoints.lora import ADAPTER_CONFIG
 from epmq_deploy.checkpoints.open_clip import (
     OPEN_CLIP_CONFIG,
     OPEN_CLIP_FILES,

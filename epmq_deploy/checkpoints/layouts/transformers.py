@@ -43,7 +43,7 @@ class TransformersLayout(Layout):
         tied: Mapping[str, str],
         base: Mapping[str, TensorInfo],
     ) -> dict[str, TensorInfo]:
-        """List the stored tensors without copies of tied ones."""
+        """List the stored tensors: of tied ones a single copy, or both where the base has both."""
         tensors: dict[str, TensorInfo] = {**stored_tensors(self.weight_files(folder), rename)}
         for copy, original in tied.items():
             if copy in tensors and original in tensors:
@@ -51,7 +51,13 @@ class TransformersLayout(Layout):
                     del tensors[copy]
             elif copy in tensors:
                 tensors[original] = tensors.pop(copy)
+            elif original in tensors and copy in base and self._ties_embeddings(folder):
+                tensors[copy] = tensors[original]
         return tensors
+
+    def _ties_embeddings(self, folder: Path) -> bool:
+        """Tell whether the config says that embedding and output layer are one."""
+        return (self.config(folder) or {}).get("tie_word_embeddings") is True
 
 
 LAYOUT = TransformersLayout()

@@ -51,7 +51,6 @@ class DecoderFamily(TextGenerationFamily):
         "rope_theta",
         "rope_scaling",
         "rope_parameters",
-        "tie_word_embeddings",
         "vocab_size",
     )
     input_names = ("input_ids", "attention_mask", "answer_mask")

@@ -1,4 +1,4 @@
-"""LoRA adapters as experts, compared with the explicit formula."""
+"""Adapters as experts; LoRA compared with the explicit formula."""
 
 import json
 import math
@@ -15,6 +15,7 @@ from torch import Tensor
 from epmq_deploy.data.heads import build_heads
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.merging.preflight import check_experts
+from epmq_deploy.merging.stage import merge_fingerprint
 from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, Sources, open_sources
 from epmq_deploy.recipe import load_recipe
@@ -154,6 +155,36 @@ def test_a_changed_adapter_is_a_changed_expert(models: TinyModels) -> None:
     assert {role for role in before if before[role] != after[role]} == {"expert:first"}
 
 
+def test_another_adapter_of_a_folder_is_another_expert(models: TinyModels) -> None:
+    folder = models.folder / "adapter"
+    write_adapter(models, factors())
+    (folder / "mine").mkdir()
+    for file in folder.glob("adapter_*"):
+        file.rename(folder / "mine" / file.name)
+    recipe = yaml.safe_load(models.recipe.read_text())
+    recipe["tasks"]["first"]["adapter"] = "mine"
+    models.recipe.write_text(yaml.safe_dump(recipe))
+    tasks, family = load_recipe(models.recipe).tasks, family_of(models.base)
+    head = build_heads(tasks, family, models.base, WIDTH)["first"]
+    assert torch.equal(head.weight, random(3, WIDTH))
+    # Both in one file.
+    named = {
+        key.replace("classifier.", f"classifier.modules_to_save.{name}.")
+        if "classifier" in key
+        else key.replace(".weight", f".{name}.weight"): value
+        for name in ("mine", "twin")
+        for key, value in factors().items()
+    }
+    hashes = []
+    for name in ("mine", "twin"):
+        write_adapter(models, named)
+        recipe["tasks"]["first"]["adapter"] = name
+        models.recipe.write_text(yaml.safe_dump(recipe))
+        sources = opened(models)
+        hashes.append(merge_fingerprint(load_recipe(models.recipe), sources.sha256()))
+    assert hashes[0] != hashes[1]
+
+
 def test_embeddings_and_transposed_weights(models: TinyModels) -> None:
     table = "roberta.embeddings.word_embeddings"
     tokens = of_base(models, table).shape[0]
@@ -164,7 +195,8 @@ def test_embeddings_and_transposed_weights(models: TinyModels) -> None:
         f"{PREFIX}{DENSE}.lora_A.weight": random(RANK, WIDTH),
         f"{PREFIX}{DENSE}.lora_B.weight": random(64, RANK),
     }
-    write_adapter(models, made, fan_in_fan_out=True)
+    targets = ["word_embeddings", "dense"]
+    write_adapter(models, made, fan_in_fan_out=True, target_modules=targets)
     expert = opened(models).experts["first"]
     for module, (a, b) in {
         table: ("lora_embedding_A", "lora_embedding_B"),
@@ -187,7 +219,7 @@ def test_convolutions(tmp_path: Path) -> None:
         f"{PREFIX}{query}.lora_A.weight": random(RANK, WIDTH),
         f"{PREFIX}{query}.lora_B.weight": random(WIDTH, RANK),
     }
-    write_adapter(models, made)
+    write_adapter(models, made, target_modules=["projection", "query"])
     sources = opened(models)
     name = f"{module.removeprefix('vit.')}.weight"
     pixels = torch.randn(2, 3, 8, 8)
@@ -202,21 +234,43 @@ def test_convolutions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type IA3"),
-        ({"use_dora": True}, "DoRA"),
-        ({"bias": "lora_only"}, "trained biases"),
+        ({"peft_type": "LOREFT"}, "peft_type LOREFT"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING, which leaves weights as they are,"),
+        ({"peft_type": None}, "peft_type None"),
+        ({"use_qalora": True}, "QALoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, "a base changed by init_lora_weights: pissa"),
-        ({"alpha_pattern": {"(": 1}}, "not a regular expression"),
         ({"layer_replication": [[0, 1]]}, "replicated layers"),
-        ({"r": None}, "no r or no lora_alpha"),
-        ({"lora_alpha": None}, "no r or no lora_alpha"),
+        ({"megatron_config": {"a": 1}}, "Megatron layers"),
     ],
 )
-def test_what_is_not_plain_lora_is_refused(
+def test_what_cannot_be_merged_is_refused(
     models: TinyModels, options: dict[str, Any], message: str
 ) -> None:
     write_adapter(models, factors(), **options)
     with pytest.raises(MismatchError, match=f"expert 'first': .*{message}.*merge_and_unload"):
+        opened(models)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        # Without its magnitudes.
+        ({"use_dora": True}, f"{QUERY}.lora_magnitude_vector.weight is missing"),
+        ({"peft_type": "LOHA"}, f"{QUERY}.lora_A.weight is neither part"),
+        ({"alpha_pattern": {"(": 1}}, f"{QUERY}: missing \\)"),
+        ({"r": 0}, f"{QUERY}: .*should be a positive integer"),
+        ({"lora_alpha": None}, f"{QUERY}: unsupported operand"),
+        ({"r": "many"}, f"{QUERY}: "),
+        ({"target_modules": ["key"]}, f"{QUERY}: .*not found"),
+        ({"target_modules": 5}, "'int' object is not iterable"),
+        ({"modules_to_save": 7}, "modules_to_save that is not a list of names"),
+    ],
+)
+def test_settings_that_do_not_fit_are_errors(
+    models: TinyModels, options: dict[str, Any], message: str
+) -> None:
+    write_adapter(models, factors(), **options)
+    with pytest.raises(MismatchError, match=f"(?s)expert 'first': .*{message}"):
         opened(models)
 
 
@@ -226,19 +280,26 @@ def test_all_that_does_not_fit_is_named(models: TinyModels) -> None:
     made[f"{PREFIX}{QUERY}.lora_A.weight"] = random(RANK, WIDTH + 1)
     made[f"{PREFIX}other.lora_A.weight"] = random(RANK, WIDTH)
     made[f"{PREFIX}other.lora_B.weight"] = random(WIDTH, RANK)
-    made[f"{PREFIX}{QUERY}.lora_magnitude_vector"] = random(WIDTH)
+    value = QUERY.replace("query", "value")
+    made[f"{PREFIX}{value}.lora_A.weight"] = random(RANK, WIDTH)
+    made[f"{PREFIX}{value}.lora_B.weight"] = random(WIDTH, RANK)
+    made[f"{PREFIX}{value}.lora_magnitude_vector"] = random(WIDTH)
+    made[f"{PREFIX}stray.weight"] = random(WIDTH)
     key = QUERY.replace("query", "key")
     made[f"{PREFIX}{key}.lora_A.weight"] = random(2, WIDTH)
     made[f"{PREFIX}{key}.lora_B.weight"] = random(WIDTH, 2)
-    write_adapter(models, made)
+    write_adapter(models, made, target_modules=["query", "key", "value", "dense"])
     with pytest.raises(MismatchError) as caught:
         opened(models)
     text = str(caught.value)
-    assert f"{DENSE} has a, not one pair A and B" in text
-    assert f"{QUERY} has A [4, 33] and B [32, 4]" in text
+    assert f"{DENSE}.lora_B.weight is missing" in text
+    start = "adapter_config.json and the base make it"
+    assert f"{QUERY}.lora_A.weight has shape [4, 33], {start} [4, 32]" in text
     assert "other is not a layer of the base (no tensor other.weight)" in text
-    assert "lora_magnitude_vector is neither a LoRA factor nor in modules_to_save" in text
-    assert f"{key} has rank 2, adapter_config.json makes it 4" in text
+    assert f"{value}.lora_magnitude_vector.weight is not part of an adapter" in text
+    assert f"{key}.lora_A.weight has shape [2, 32], {start} [4, 32]" in text
+    assert f"{key}.lora_B.weight has shape [32, 2], {start} [32, 4]" in text
+    assert "stray.weight is neither part of the adapter, nor a tensor of the base, nor" in text
 
 
 def test_a_folder_with_adapter_and_model_is_refused(models: TinyModels) -> None:
