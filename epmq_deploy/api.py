@@ -246,7 +246,8 @@ def load(
         format: graphs to run, e.g. ``matmulnbits``; default: those the evaluation recommends, or
             the first low-bit ones where nothing was evaluated.
         provider: onnxruntime's execution provider; ``auto`` is CUDA if available, else the CPU.
-        threads: intra-op threads; default: onnxruntime's choice.
+        threads: intra-op threads; default: as many as the cores that affinity and container leave
+            this process. One opened model may be shared by threads.
         batch_size: inputs per run.
         max_tokens: longest generated text; default: that of the evaluation.
         scores: for text generation, whether to compute probabilities of a task's listed answers,

@@ -11,7 +11,18 @@ import pytest
 
 # Files at the top of the core that every room may use.
 COMMON = frozenset(
-    {"compat", "device", "errors", "hashing", "lazy", "options", "progress", "registry", "version"}
+    {
+        "compat",
+        "cpu",
+        "device",
+        "errors",
+        "hashing",
+        "lazy",
+        "options",
+        "progress",
+        "registry",
+        "version",
+    }
 )
 # What a room may import in addition to COMMON, itself and the rooms of the core that it lists.
 CORE = {

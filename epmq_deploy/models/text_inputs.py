@@ -11,6 +11,7 @@ from torch import Tensor
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.inputs import ModelInputs
 from epmq_deploy.models.loading import read_config
+from epmq_deploy.models.shared_tokenizer import SharedTokenizer
 from epmq_deploy.models.tokenizer import open_tokenizer
 
 _EXAMPLE_TOKENS = 8
@@ -95,11 +96,13 @@ def example_texts(
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, positions: int) -> Any:
+def _tokenizer(
+    folder: Path, files: tuple[str, ...], vocabulary: int, positions: int
+) -> SharedTokenizer:
     tokenizer = open_tokenizer(folder, files, vocabulary, "texts need")
     if tokenizer.pad_token_id is None:
         raise RecipeError(f"{folder}: the tokenizer has no padding token")
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     # Positions count from the left, and the first token is read there.
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return tokenizer
+    return SharedTokenizer(tokenizer)

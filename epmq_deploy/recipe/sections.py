@@ -213,7 +213,8 @@ class EvalOptions(Options):
     )
     threads: Counts = Field(
         (),
-        description="numbers of onnxruntime's intra-op threads to compare; default: its own choice",
+        description="numbers of onnxruntime's intra-op threads to compare; default: as many as the "
+        "cores that this process may use",
     )
     latency_batches: Counts = Field((1, 8), min_length=1, description="batch sizes to time")
     latency_runs: int = Field(50, ge=1, description="timed runs per graph and setting")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from epmq_deploy.artifacts.manifest import GraphEntry
+from epmq_deploy.cpu import usable_cores
 from epmq_deploy.data.samples import Samples
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import EvalOptions
@@ -47,7 +48,7 @@ class Bench:
     @property
     def threads(self) -> tuple[int | None, ...]:
         """Numbers of threads to time; the first one serves accuracies."""
-        return self.options.threads or (None,)
+        return self.options.threads or (usable_cores(),)
 
     def costs(self) -> dict[str, dict[str, Any]]:
         """Return attributes of each format's row: latencies, memory, size."""

@@ -30,7 +30,8 @@ class Timing:
 
     Attributes:
         batch: samples per run.
-        threads: intra-op threads, None for onnxruntime's default.
+        threads: intra-op threads; None where onnxruntime chose, as the system does not say how many
+            cores may be used.
         p50_ms: median milliseconds per run; p95 and p99 likewise.
         throughput: samples per second at the median.
         ratio: median over rounds of this graph's time to the reference's in the same round.

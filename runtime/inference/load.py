@@ -39,7 +39,7 @@ def load(
         format: graphs to run, e.g. ``matmulnbits``; default: the ones that ``epmq eval``
             recommended, or the first low-bit ones if nothing was evaluated.
         provider: see `epmq_deploy.runtime.ort.providers.provider_named`.
-        threads: intra-op threads, 1 or more; default: onnxruntime's choice.
+        threads: intra-op threads, 1 or more; default: see `usable_cores`.
         batch_size: inputs per run, 1 or more.
         max_tokens: for text generation, the longest text; default: that of the evaluation.
         scores: for text generation, whether to compute probabilities of a task's listed answers,

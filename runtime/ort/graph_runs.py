@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from epmq_deploy.cpu import usable_cores
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.runtime.ort import worker
 from epmq_deploy.runtime.ort.worker import Task
@@ -45,7 +46,14 @@ def run_graph(
             directory.mkdir()
         for index, batch in enumerate(batches):
             np.savez(inputs / f"{index}.npz", *(value.numpy() for value in batch))
-        task = Task(str(path), session_config(accuracy_level), None, str(inputs), str(outputs))
+        task = Task(
+            str(path),
+            session_config(accuracy_level),
+            None,
+            str(inputs),
+            str(outputs),
+            usable_cores(),
+        )
         _work(path, task)
         results = []
         for index in range(len(list(outputs.iterdir()))):
@@ -67,7 +75,7 @@ def write_optimized(path: Path, accuracy_level: int, output: Path) -> None:
         # Weights laid out for the kernels would be a second copy, and nothing is run here.
         "session.disable_prepacking": "1",
     }
-    _work(path, Task(str(path), entries, str(output), None, None))
+    _work(path, Task(str(path), entries, str(output), None, None, None))
 
 
 def _work(path: Path, task: Task) -> None:

@@ -11,6 +11,7 @@ import onnxruntime as ort
 from torch import Tensor
 
 from epmq_deploy.artifacts.manifest import GraphEntry
+from epmq_deploy.cpu import usable_cores
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.runtime.ort.providers import AUTO, RECORD_ASSIGNMENT, check_used, provider_named
 
@@ -21,7 +22,7 @@ class Graph:
     Args:
         file: the ONNX file; or a whole model's bytes, which ``name`` then names.
         provider: see `epmq_deploy.runtime.ort.providers.provider_named`.
-        threads: intra-op threads; default: onnxruntime's choice.
+        threads: intra-op threads; default: see `usable_cores`.
         session_config: session options the graph was exported for.
         name: what messages call it; default: the file.
 
@@ -41,6 +42,7 @@ class Graph:
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        threads = usable_cores() if threads is None else threads
         if threads is not None:
             options.intra_op_num_threads = threads
         # Several sessions live side by side here; idle ones must not keep cores busy.

@@ -24,6 +24,7 @@ class Task(NamedTuple):
         optimized: where to write what onnxruntime makes of the graph.
         inputs: folder of ``<batch>.npz``, arrays in the order of the graph's inputs.
         outputs: folder for the same of the graph's outputs, by name.
+        threads: intra-op threads; onnxruntime's default when absent.
     """
 
     graph: str
@@ -31,6 +32,7 @@ class Task(NamedTuple):
     optimized: str | None
     inputs: str | None
     outputs: str | None
+    threads: int | None
 
 
 def work(task: Task) -> None:
@@ -39,6 +41,8 @@ def work(task: Task) -> None:
     options.log_severity_level = _ERRORS_ONLY
     for key, value in task.entries.items():
         options.add_session_config_entry(key, value)
+    if task.threads is not None:
+        options.intra_op_num_threads = task.threads
     if task.optimized is not None:
         options.optimized_model_filepath = task.optimized
         options.intra_op_num_threads = 1

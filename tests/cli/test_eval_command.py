@@ -7,6 +7,8 @@ import pytest
 from command_line import run
 from tiny_zoo import TASKS
 
+from epmq_deploy.cpu import usable_cores
+
 
 def test_missed_gates_end_with_5_after_the_report(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -25,6 +27,12 @@ def test_missed_gates_end_with_5_after_the_report(
     timings = [(item["threads"], item["batch"]) for item in report["rows"][0]["timings"]]
     assert timings == [(1, 2), (2, 2)]
     assert run("eval", chain / "onnx", "-o", tmp_path / "f", "--max-drop", "200", "-q") == 0
+
+
+def test_threads_are_those_this_process_may_use_and_recorded(chain: Path) -> None:
+    report = json.loads((chain / "onnx/eval.json").read_text())
+    threads = {timing["threads"] for row in report["rows"] for timing in row["timings"]}
+    assert threads == {usable_cores()}
 
 
 def test_every_quantized_layer_is_diagnosed(chain: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.base import ModelFamily, TypedFamily
 from epmq_deploy.models.loading import fill, read_config
+from epmq_deploy.models.shared_tokenizer import SharedTokenizer
 from epmq_deploy.models.tokenizer import open_tokenizer
 
 OUTPUT = "lm_head.weight"
@@ -268,7 +269,7 @@ def stacked(
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, cuts: str) -> Any:
+def _tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, cuts: str) -> SharedTokenizer:
     tokenizer = open_tokenizer(folder, files, vocabulary, "texts need")
     tokenizer.truncation_side = cuts
-    return tokenizer
+    return SharedTokenizer(tokenizer)

@@ -16,7 +16,7 @@ from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.models.text_generation.base import SpecialTokens
 from epmq_deploy.runtime.evaluation.latency import measure_latency
 from epmq_deploy.runtime.evaluation.significance import Interval, median_interval
-from epmq_deploy.runtime.ort import generation
+from epmq_deploy.runtime.ort import generation, sessions
 from epmq_deploy.runtime.ort.footprint import measure_footprint
 from epmq_deploy.runtime.ort.providers import check_used, provider_named
 from epmq_deploy.runtime.ort.sessions import Graph
@@ -46,6 +46,15 @@ def test_runs_the_outputs_asked_for(doubling: Path) -> None:
     found = graph.run(inputs, ["z"])
     assert set(found) == {"z"}
     assert np.array_equal(found["z"], [[1.0, 9.0]])
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, 3), (1, 1)])
+def test_threads_are_as_many_as_cores_may_be_used_unless_given(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch, given: int | None, used: int
+) -> None:
+    monkeypatch.setattr(sessions, "usable_cores", lambda: 3)
+    graph = Graph(doubling, provider="cpu", threads=given)
+    assert graph._session.get_session_options().intra_op_num_threads == used
 
 
 @pytest.mark.parametrize("name", ["CUDA", "Tensorrt"])
