@@ -218,7 +218,7 @@ def preflight(recipe: Recipe) -> Sources:
         ),
         lambda: quantize_stage.calibration_samples(recipe, family, folder),
         lambda: check_export(recipe.export),
-        lambda: check_demo(recipe.export, family),
+        lambda: check_demo(recipe, family),
         lambda: evaluation_samples(recipe, family, folder),
         check_model,
     )

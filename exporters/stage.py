@@ -116,7 +116,7 @@ def export(
         source = open_output(quantized, "quantize")
         identity, inputs = export_fingerprint(recipe, source.fingerprint)
         family = family_of(quantized / MERGED_FOLDER)
-        check_demo(options, family)
+        check_demo(recipe, family)
         if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
             check_unchanged(open_sources(recipe), source)
         with atomic_folder(output) as folder:

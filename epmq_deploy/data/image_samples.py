@@ -41,6 +41,11 @@ class ImageSamples(Samples):
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise RecipeError(f"{where}{shown} cannot be decoded ({reason})") from error
 
+    @property
+    def column(self) -> str:
+        """Return the name of the column with the images."""
+        return self.columns[0]
+
     @cached_property
     def _stored(self) -> Any:
         # Without other columns, which might hold images that nothing reads.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from epmq_deploy.artifacts.manifest import fingerprint
 from epmq_deploy.checkpoints.hub import hub_id
+from epmq_deploy.data.column_names import input_columns, label_column, with_fields
 from epmq_deploy.data.columns import check_texts, with_images
 from epmq_deploy.data.image_samples import ImageSamples
 from epmq_deploy.data.prompts import PromptFormat
@@ -47,14 +48,24 @@ def load_samples(
         RecipeError: the data cannot be loaded, holds nothing or lacks a column.
     """
     rows = load_rows(task, source)
-    where, column = f"task {task!r}: {source.path}", source.input_column or family.modality
+    where = f"task {task!r}: {source.path}"
     if len(rows) == 0:
         raise RecipeError(f"{where} holds no samples")
+    rows = with_fields(
+        rows, [source.input_column, *(source.input_columns or ()), source.label_column]
+    )
     indices = list(range(len(rows)))
     if limit is not None:
         random.Random(seed).shuffle(indices)
     chosen = indices[:limit]
     if generates_text(family):
+        if source.input_columns is not None:
+            raise RecipeError(
+                f"{where}: input_columns is for classifiers; name the columns in prompt.template"
+            )
+        column = source.input_column or family.modality
+        if prompt is None or prompt.template is None:
+            (column,) = input_columns(rows, source, family.modality, where)
         prompt_format = PromptFormat.of(
             prompt, column, source.label_column, rows.column_names, where, labelled=labelled
         )
@@ -62,18 +73,20 @@ def load_samples(
             check_texts(rows, name, where)
         if (labels := prompt_format.label_column) is not None:
             prompt_format.check_labels(list(rows.select_columns([labels])[labels]), where)
-        return TextSamples(task, rows, chosen, source, column, prompt_format)
+        return TextSamples(task, rows, chosen, source, (column,), prompt_format)
     if prompt is not None:
         raise RecipeError(f"{where}: prompt is for text-generation models, not for classifiers")
-    if column not in rows.column_names:
-        raise RecipeError(
-            f"{where} has no column {column!r}; it has {', '.join(rows.column_names)}"
-        )
+    columns = input_columns(rows, source, family.modality, where)
+    labels = label_column(rows.column_names, source, where)
+    source = source.model_copy(update={"label_column": labels})
     if family.modality == "image":
-        rows = with_images(rows, column, where)
-        return ImageSamples(task, rows, chosen, source, column)
-    check_texts(rows, column, where)
-    return Samples(task, rows, chosen, source, column)
+        if len(columns) > 1:
+            raise RecipeError(f"{where}: input_columns is for models that read texts")
+        rows = with_images(rows, columns[0], where)
+        return ImageSamples(task, rows, chosen, source, columns)
+    for column in columns:
+        check_texts(rows, column, where)
+    return Samples(task, rows, chosen, source, columns)
 
 
 def load_calibration(

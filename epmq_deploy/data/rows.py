@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from epmq_deploy.checkpoints.hub import hub_id
+from epmq_deploy.data import csv_table
 from epmq_deploy.data.image_folder import ImageFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import DataSource
 
-_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv"}
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 
 
 def load_rows(task: str, source: DataSource) -> Any:
@@ -30,10 +31,14 @@ def load_rows(task: str, source: DataSource) -> Any:
         raise RecipeError(f"{where}: no such file or folder")
     datasets.disable_progress_bars()
     try:
-        if path.is_file():
-            builder = _BUILDERS.get(path.suffix)
+        if path.is_file() and path.suffix.lower() in csv_table.SUFFIXES:
+            # Named as datasets names the only split of other files.
+            opened = {"train": csv_table.read_csv(path, where)}
+        elif path.is_file():
+            builder = _BUILDERS.get(path.suffix.lower())
             if builder is None:
-                raise RecipeError(f"{where}: unknown kind of file; known: {', '.join(_BUILDERS)}")
+                known = ", ".join((*_BUILDERS, *csv_table.SUFFIXES))
+                raise RecipeError(f"{where}: unknown kind of file; known: {known}")
             opened = datasets.load_dataset(builder, data_files=str(path))
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             opened = datasets.load_from_disk(str(path))

@@ -25,22 +25,24 @@ class Samples:
         rows: a ``datasets.Dataset``.
         indices: rows chosen, in order.
         source: where they came from.
-        column: of the raw inputs.
+        columns: of the raw inputs; two where the model reads pairs of texts.
     """
 
     task: str
     rows: Any
     indices: Sequence[int]
     source: DataSource
-    column: str
+    columns: tuple[str, ...]
 
     def __len__(self) -> int:
         """Return the number of samples."""
         return len(self.indices)
 
     def inputs(self, start: int, stop: int) -> list[Any]:
-        """Return the texts of samples ``start`` to ``stop``."""
-        return list(self.rows.select(list(self.indices[start:stop]))[self.column])
+        """Return the texts, or pairs of texts, of samples ``start`` to ``stop``."""
+        selected = self.rows.select(list(self.indices[start:stop]))
+        values = [list(selected[column]) for column in self.columns]
+        return values[0] if len(values) == 1 else list(zip(*values, strict=True))
 
     @property
     def class_names(self) -> Sequence[str] | None:

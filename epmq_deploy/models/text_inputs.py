@@ -18,11 +18,13 @@ _EXAMPLE_TOKENS = 8
 
 
 class TextInputs(ModelInputs):
-    """Texts, right-padded.
+    """Texts, or pairs of texts, right-padded.
 
-    Texts are padded to the longest of their batch and cut at the tokenizer's ``model_max_length``
-    or at the number of position embeddings, whichever is less; set ``model_max_length`` in the
-    base's ``tokenizer_config.json`` to the length the experts were fine-tuned with.
+    A pair is one sequence, its parts told apart as the tokenizer does (separators, segments). Texts
+    are padded to the longest of their batch and cut, of a pair the longer text first, at the
+    tokenizer's ``model_max_length`` or at the number of position embeddings, whichever is less; set
+    ``model_max_length`` in the base's ``tokenizer_config.json`` to the length the experts were
+    fine-tuned with.
 
     Attributes:
         tokenizer_files: of a tokenizer that is not stored as ``tokenizer.json``.
@@ -39,11 +41,19 @@ class TextInputs(ModelInputs):
     def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
         """Turn texts into token ids, mask and segments as ``input_names``, int64 ``[B, T]``.
 
+        Args:
+            folder: a model folder with a tokenizer.
+            samples: texts, or pairs of texts, not both.
+
         Raises:
             RecipeError: the tokenizer is missing or does not fit the model.
         """
+        texts, seconds = list(samples), None
+        if isinstance(texts[0], tuple):
+            texts, seconds = map(list, zip(*texts, strict=True))
         batch = self.tokenizer(folder)(
-            list(samples),
+            texts,
+            seconds,
             padding=True,
             truncation=True,
             return_token_type_ids="token_type_ids" in self.input_names,

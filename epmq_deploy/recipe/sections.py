@@ -67,7 +67,14 @@ class DataSource(Options):
     subset: str | None = Field(None, description="the dataset's configuration name")
     split: str | None = Field(None, description="split to use; default: the only one")
     input_column: str | None = Field(
-        None, description="column with the inputs; default: image or text, depending on the model"
+        None,
+        description="column with the inputs, a.b for field b of a; default: image or text, "
+        "depending on the model, or the only column that can be meant",
+    )
+    input_columns: tuple[str, str] | None = Field(
+        None,
+        description="two columns with texts that the model reads together, as [premise, "
+        "hypothesis]; in place of input_column",
     )
     label_column: str | None = Field(
         LABEL_COLUMN,
@@ -80,6 +87,12 @@ class DataSource(Options):
         "in the data, and without any the head's numbers; same_as_head: the head's numbers, "
         "whatever the data call them",
     )
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "DataSource":
+        if self.input_column is not None and self.input_columns is not None:
+            raise ValueError("input_column and input_columns exclude each other")
+        return self
 
 
 class Head(Options):
@@ -129,6 +142,22 @@ class Task(Options):
     evaluation: DataSource | None = Field(None, description="labelled samples for evaluation")
     head: Head | None = Field(None, description="the task's classifier")
     prompt: Prompt | None = Field(None, description="the task in words, for text generation")
+
+    @property
+    def text_pair(self) -> tuple[str, str] | None:
+        """The two columns whose texts the model reads together; None where it reads one text."""
+        source = self.evaluation or self.calibration
+        return None if source is None else source.input_columns
+
+    @model_validator(mode="after")
+    def _same_inputs(self) -> "Task":
+        if self.calibration is not None and self.evaluation is not None:
+            pairs = [source.input_columns for source in (self.calibration, self.evaluation)]
+            if pairs.count(None) == 1:
+                raise ValueError(
+                    "calibration and evaluation must both give input_columns, or neither"
+                )
+        return self
 
 
 class ExportOptions(Options):

@@ -20,7 +20,7 @@ from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
 from epmq_deploy.models.image_inputs import image_processor
 from epmq_deploy.models.text_generation.base import generates_text
-from epmq_deploy.recipe import ExportOptions
+from epmq_deploy.recipe import ExportOptions, Recipe
 from epmq_deploy.runtime.ort.graph_runs import session_config
 
 DEMO_FOLDER = "demo"
@@ -36,18 +36,25 @@ def default_libraries() -> Path:
     return Path(cache) / "epmq-deploy" / "web"
 
 
-def check_demo(options: ExportOptions, family: ModelFamily) -> None:
+def check_demo(recipe: Recipe, family: ModelFamily) -> None:
     """Make sure that a page can be written, before any work.
 
     Raises:
-        RecipeError: the model generates text, the target is no browser, or libraries are missing or
-            of another version; names the command that installs them.
+        RecipeError: the model generates text or reads pairs of texts, the target is no browser, or
+            libraries are missing or of another version; names the command that installs them.
     """
+    options = recipe.export
     if not options.demo:
         return
     if generates_text(family):
         raise RecipeError(
             "export.demo: the page only classifies, but this model generates text; leave it out",
+            options=_WITHOUT_DEMO,
+        )
+    if pairs := [name for name, task in recipe.tasks.items() if task.text_pair is not None]:
+        raise RecipeError(
+            f"export.demo: the page has one field for a text, and {pairs[0]} reads pairs; leave it "
+            "out",
             options=_WITHOUT_DEMO,
         )
     if _web_runtime(options) is None:

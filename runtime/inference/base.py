@@ -35,9 +35,10 @@ class ExportedModel(ABC, Generic[Result]):
         """Return predictions for one input, by task.
 
         Args:
-            item: an image (PIL, a file's path, or a uint8 array ``[H, W]`` or ``[H, W, 3]``) or a
-                text. For a task with a prompt, the text takes the place of its only column; give a
-                dictionary of texts by column where it has several.
+            item: an image (PIL, a file's path, or a uint8 array ``[H, W]`` or ``[H, W, 3]``), a
+                text or, for tasks on pairs of texts, both as a tuple or by column. For a task with
+                a prompt, the text takes the place of its only column; give a dictionary of texts by
+                column where it has several.
             tasks: names of the tasks to answer; default: all.
 
         Raises:
@@ -64,8 +65,15 @@ class ExportedModel(ABC, Generic[Result]):
 
     def __call__(self, inputs: Any, tasks: Sequence[str] | None = None) -> Any:
         """Call ``predict`` for one input, ``predict_batch`` for a sequence of them."""
-        several = _is_sequence(inputs)
+        several = self._holds_several(inputs)
         return self.predict_batch(inputs, tasks) if several else self.predict(inputs, tasks)
+
+    def _holds_several(self, inputs: Any) -> bool:
+        """Whether something that was passed is a sequence of inputs rather than one of them."""
+        if isinstance(inputs, np.ndarray):
+            return inputs.ndim == 4
+        single = isinstance(inputs, str | Path | Image.Image | Mapping)
+        return isinstance(inputs, Iterable) and not single
 
     @abstractmethod
     def _sample(self, item: Any, tasks: Sequence[str]) -> Any:
@@ -101,10 +109,3 @@ def text_of(item: Any) -> str:
     if not isinstance(item, str):
         raise ValueError(f"expected a str, found {type(item).__name__}")
     return item
-
-
-def _is_sequence(inputs: Any) -> bool:
-    if isinstance(inputs, np.ndarray):
-        return inputs.ndim == 4
-    single = isinstance(inputs, str | Path | Image.Image | Mapping)
-    return isinstance(inputs, Iterable) and not single

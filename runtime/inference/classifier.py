@@ -1,6 +1,6 @@
 """An exported classifier in an application."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class ExportedClassifier(ExportedModel[Prediction]):
         family: of the model.
         folder: of the export.
         classes: names of each task's classes, where they are known.
+        pairs: the two columns of each task that reads pairs of texts.
         batch_size: inputs per run.
     """
 
@@ -52,6 +53,7 @@ class ExportedClassifier(ExportedModel[Prediction]):
         family: ModelFamily,
         folder: Path,
         classes: Mapping[str, Sequence[str] | None],
+        pairs: Mapping[str, tuple[str, str]],
         batch_size: int,
     ) -> None:
         outputs = [name for name in graph.output_names if name.startswith(LOGITS)]
@@ -59,10 +61,24 @@ class ExportedClassifier(ExportedModel[Prediction]):
         super().__init__(tasks, graph.provider, batch_size)
         self._graph, self._family, self._folder = graph, family, folder
         self._names = {name: classes.get(name) for name in tasks}
+        self._pairs = pairs
+
+    def _holds_several(self, inputs: Any) -> bool:
+        pair = isinstance(inputs, tuple) and len(inputs) == 2 and bool(self._pairs)
+        return not pair and super()._holds_several(inputs)
 
     def _sample(self, item: Any, tasks: Sequence[str]) -> Any:
-        read: Callable[[Any], Any] = text_of if self._family.modality == "text" else _image
-        return read(item)
+        if self._family.modality == "image":
+            return _image(item)
+        single = [name for name in tasks if name not in self._pairs]
+        if not single:
+            return _pair(item, {name: self._pairs[name] for name in tasks})
+        if len(single) < len(tasks):
+            raise ValueError(
+                f"{' and '.join(single)} read one text, other tasks pairs of texts; name the tasks "
+                "to answer"
+            )
+        return text_of(item)
 
     def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Prediction]]:
         batch = self._family.collate(self._folder, samples)
@@ -78,6 +94,26 @@ class ExportedClassifier(ExportedModel[Prediction]):
         best = int(logits.argmax())
         labels = tuple(self._names[task] or map(str, range(len(logits))))
         return Prediction(labels[best], float(scores[best]), scores.astype(np.float32), labels)
+
+
+def _pair(item: Any, columns: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+    """Return an input that is a pair of texts, as a sequence or by column.
+
+    Raises:
+        ValueError: it is none, or lacks a column of a task.
+    """
+    task, names = next(iter(columns.items()))
+    if isinstance(item, Mapping):
+        for task, names in columns.items():
+            if missing := [name for name in names if name not in item]:
+                raise ValueError(f"task {task!r} reads {missing[0]}, which is not given")
+        pairs = {tuple(text_of(item[name]) for name in names) for names in columns.values()}
+        if len(pairs) > 1:
+            raise ValueError("the tasks read different columns; ask one task at a time")
+        item = pairs.pop()
+    if isinstance(item, str) or not isinstance(item, Sequence) or len(item) != 2:
+        raise ValueError(f"task {task!r} reads two texts, {names[0]} and {names[1]}; give both")
+    return text_of(item[0]), text_of(item[1])
 
 
 def _image(item: Any) -> Image.Image:

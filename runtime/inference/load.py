@@ -77,7 +77,9 @@ def load(
     graph = Graph.exported(path, chosen[0], provider=provider, threads=threads)
     if not any(name.startswith(LOGITS) for name in graph.output_names):
         raise RecipeError(f"{path / chosen[0].file} has no output logits_<task>")
-    return ExportedClassifier(graph, family, path, manifest.details.classes, batch_size)
+    tasks = manifest.recipe.tasks
+    pairs = {name: pair for name, task in tasks.items() if (pair := task.text_pair) is not None}
+    return ExportedClassifier(graph, family, path, manifest.details.classes, pairs, batch_size)
 
 
 def _recommended(folder: Path, entries: Mapping[str, Sequence[GraphEntry]]) -> str:

@@ -25,7 +25,7 @@ from epmq_deploy.exporters.browser.page import (
 )
 from epmq_deploy.models import family_of
 from epmq_deploy.models.encoders.clip import FAMILY
-from epmq_deploy.recipe import ExportOptions
+from epmq_deploy.recipe import ExportOptions, Recipe
 
 PINNED = {"onnxruntime-web": "1.30.0", "@huggingface/tokenizers": "0.2.0"}
 TEXTS = ["red tree", "Blue RIVERS, sings!", "unknown words", "trees sleeps " * 30]
@@ -50,11 +50,28 @@ def texts_model(tiny_text: TinyText, tmp_path_factory: pytest.TempPathFactory) -
     return quantized(tiny_text.recipe, tmp_path_factory.mktemp("texts"))
 
 
+def demo_recipe(**task: object) -> Recipe:
+    """One task, and a page that runs it."""
+    return Recipe.model_validate(
+        {
+            "base": {"path": "base"},
+            "tasks": {"tone": {"expert": "expert"} | task},
+            "export": {"target": "wasm", "demo": True},
+        }
+    )
+
+
+def test_tasks_on_pairs_of_texts_have_no_page() -> None:
+    source = {"path": "x.csv", "input_columns": ["premise", "hypothesis"]}
+    with pytest.raises(RecipeError, match="one field for a text, and tone reads pairs"):
+        check_demo(demo_recipe(evaluation=source), FAMILY)
+
+
 @pytest.fixture
 def libraries() -> Path:
     """What the page needs; skips where it is not installed."""
     try:
-        check_demo(ExportOptions(target="wasm", demo=True), FAMILY)
+        check_demo(demo_recipe(), FAMILY)
     except RecipeError as error:
         pytest.skip(f"`make web` was not run: {error}")
     return default_libraries()
