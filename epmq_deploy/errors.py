@@ -23,6 +23,10 @@ class RecipeError(EpmqError):
     """A recipe or option is wrong, or an output is in the way."""
 
 
+class DiskSpaceError(EpmqError):
+    """A disk is full, or has too little room for what is to be written."""
+
+
 class MismatchError(EpmqError):
     """Inputs do not fit together; lists every problem found, not only the first.
 

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,11 @@ from epmq_deploy.artifacts.locks import locked
 from epmq_deploy.artifacts.manifest import AnyManifest, Stage
 from epmq_deploy.artifacts.names import EVAL_FILE
 from epmq_deploy.artifacts.outputs import is_done
+from epmq_deploy.artifacts.space import require_space
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, all_problems, noted
 from epmq_deploy.models.experts import Sources, open_available
+from epmq_deploy.models.sizes import weight_counts
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import EvalOptions, Recipe, Task
 
@@ -76,6 +78,7 @@ def run(
         MismatchError: inputs of any stage do not fit; all at once, before any work.
         RecipeError: an output made from other inputs exists and may not be replaced, or another run
             is using one.
+        DiskSpaceError: the disk has too little room; finished stages and blocks are kept.
     """
     progress = progress or NoProgress()
     with ExitStack() as locks:
@@ -102,6 +105,7 @@ def _run(
     waiting = [stage for stage in stages if not stage.is_done()]
     for stage in waiting:
         refuse_existing(stage.folder, stage.name, overwrite=overwrite)
+    _require_space(recipe, output, sources, {stage.name for stage in waiting})
     file = output / EXPORTED / EVAL_FILE
     report = None if waiting else _earlier_report(recipe, stages[-1].fingerprint, file, overwrite)
     for stage in stages:
@@ -121,6 +125,25 @@ def _run(
     report = replace(report, gates=gates_of(recipe.eval))
     write_report(report, file)
     return report
+
+
+def _require_space(
+    recipe: Recipe, output: Path, sources: Sources, waiting: Collection[Stage]
+) -> None:
+    """Make sure that the disk has room for the stages that are still to run."""
+    from epmq_deploy.exporters.stage import exported_size
+    from epmq_deploy.merging.output import merged_size
+    from epmq_deploy.quantization.stage import codes_size
+
+    counts = weight_counts(sources.base, sources.family)
+    codes, exported = codes_size(counts), exported_size(recipe, counts)
+    needed = merged_size(sources.base, recipe.merge) if "merge" in waiting else 0
+    if "quantize" in waiting:
+        # Finished blocks are kept until the whole is written.
+        needed += max(2 * codes, codes + exported)
+    elif "export" in waiting:
+        needed += exported
+    require_space(output, needed, "the run")
 
 
 def provider_for(options: EvalOptions, device: DeviceName) -> str:

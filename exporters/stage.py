@@ -19,13 +19,14 @@ from epmq_deploy.artifacts.manifest import (
     fingerprint,
 )
 from epmq_deploy.artifacts.outputs import finish_output, open_output
+from epmq_deploy.artifacts.space import require_space
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.data.heads import head_classes, heads_sha256, leaves_head_to_expert, save_heads
 from epmq_deploy.exporters.browser.page import check_demo, check_demo_model, write_demo
 from epmq_deploy.exporters.formats import FORMATS
 from epmq_deploy.exporters.formats.base import ExportContext
-from epmq_deploy.exporters.graphs.build import by_kind, write_graphs
+from epmq_deploy.exporters.graphs.build import FP32_FORMAT, by_kind, write_graphs
 from epmq_deploy.exporters.graphs.quantized_backbone import quantized_layers
 from epmq_deploy.exporters.graphs.specs import Part, parts_of
 from epmq_deploy.exporters.memory import (
@@ -51,6 +52,7 @@ from epmq_deploy.exporters.verification.parity import (
 )
 from epmq_deploy.models import TaskHead, family_of
 from epmq_deploy.models.experts import check_unchanged, open_sources
+from epmq_deploy.models.sizes import WeightCounts, weight_counts
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact, load_inputs
 from epmq_deploy.quantization.results import QuantizedLinear
@@ -106,6 +108,7 @@ def export(
         RecipeError: the output exists or another run is using it, the input is no quantized
             artifact, or a format cannot hold a layer.
         MismatchError: a head does not fit the model, or is that of an expert that was changed.
+        DiskSpaceError: the disk has too little room.
         NumericsError: a written file does not hold the solver's codes, does not run them in a
             low-bit kernel, or differs from torch by more than its format's tolerance.
     """
@@ -114,6 +117,7 @@ def export(
         check_export(recipe.export)
         options = recipe.export
         source = open_output(quantized, "quantize")
+        require_space(output, _needed_space(recipe, quantized), "the export")
         identity, inputs = export_fingerprint(recipe, source.fingerprint)
         family = family_of(quantized / MERGED_FOLDER)
         check_demo(recipe, family)
@@ -153,6 +157,25 @@ def export(
                 fingerprint=identity, recipe=recipe, inputs=inputs | source.models, details=details
             )
             return finish_output(folder, manifest)
+
+
+def exported_size(recipe: Recipe, counts: WeightCounts) -> int:
+    """Return how many bytes all graphs take at least."""
+    bits = recipe.quantize.target_bits or recipe.quantize.bits
+    outside = counts.deployed - counts.in_blocks
+    sizes = [4 * counts.deployed]
+    for name in set(chosen_formats(recipe.export)) - {FP32_FORMAT}:
+        low_bit = FORMATS[name].low_bit
+        sizes.append(int(counts.in_blocks * bits / 8) + outside if low_bit else 2 * counts.deployed)
+    return sum(sizes)
+
+
+def _needed_space(recipe: Recipe, quantized: Path) -> int:
+    """Return how many bytes an export takes at least."""
+    merged = quantized / MERGED_FOLDER
+    family = family_of(merged)
+    checkpoint = Checkpoint.open(ModelFolder.at(merged), family.canonical_key, family.tied)
+    return exported_size(recipe, weight_counts(checkpoint, family))
 
 
 def _add_files(folder: Path, quantized: Path, heads: Mapping[str, TaskHead]) -> None:

@@ -10,6 +10,7 @@ from epmq_deploy.artifacts.folders import atomic_text, refuse_existing_file
 from epmq_deploy.artifacts.locks import locked
 from epmq_deploy.artifacts.manifest import read_manifest
 from epmq_deploy.artifacts.names import EVAL_FILE, MANIFEST
+from epmq_deploy.artifacts.space import explaining_full_disk
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.progress import Progress
@@ -53,7 +54,7 @@ def evaluate(
     file = output or exported / EVAL_FILE
     for path in (file, *views_of(file)):
         refuse_existing_file(path, overwrite=overwrite)
-    with locked(file):
+    with locked(file), explaining_full_disk(file):
         report = measure(recipe, exported, provider=provider, device=device, progress=progress)
         write_report(report, file)
     return report

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from epmq_deploy.artifacts.locks import locked
 from epmq_deploy.artifacts.names import MANIFEST
+from epmq_deploy.artifacts.space import explaining_full_disk
 from epmq_deploy.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -78,13 +79,15 @@ def reserved(
 
     Raises:
         RecipeError: see ``refuse_existing``, or another run is using it.
+        DiskSpaceError: the block ran out of disk space.
     """
     refuse_existing(target, stage, overwrite=overwrite, source=source)
     with locked(target):
         remove_leftovers(target)
         # Another run may have written it since.
         refuse_existing(target, stage, overwrite=overwrite, source=source)
-        yield
+        with explaining_full_disk(target):
+            yield
 
 
 def remove_leftovers(target: Path) -> None:
@@ -145,6 +148,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
     On any error nothing is left behind and an existing ``target`` stays as it was; whether it may
     be replaced is for ``refuse_existing`` to say, before any work.
+
+    Raises:
+        DiskSpaceError: the block ran out of disk space.
     """
     target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +163,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
-        yield temporary
+        with explaining_full_disk(temporary):
+            yield temporary
         if target.exists():
             target.rename(replaced)
         try:
@@ -174,5 +181,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 def atomic_text(target: Path, text: str) -> None:
     """Write a text file so that it is either the old or the whole new one."""
     temporary = target.with_name(f".{target.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(target)
+    try:
+        with explaining_full_disk(target):
+            temporary.write_text(text)
+            temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

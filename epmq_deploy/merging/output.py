@@ -41,15 +41,30 @@ def write_merged(
     base.source.copy_settings(folder)
     if options.dtype != "base":
         _set_dtype(folder / "config.json", options.dtype)
-    layout = {
-        name: (_output_dtype(options, info.dtype), info.shape)
-        for name, info in base.tensors.items()
-    }
+    layout = _layout(base, options)
     converted = (
         (name, _converted(name, value, layout[name][0], merged=merged))
         for name, value, merged in tensors
     )
     save_sharded(folder, layout, progress.track(converted, "merging", total=len(layout)))
+
+
+def merged_size(base: Checkpoint, options: MergeOptions) -> int:
+    """Return how many bytes the weights of a merged model take."""
+    return sum(
+        dtype.itemsize * torch.Size(shape).numel()
+        for dtype, shape in _layout(base, options).values()
+    )
+
+
+def _layout(
+    base: Checkpoint, options: MergeOptions
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Return dtype and shape of what is written, by name."""
+    return {
+        name: (_output_dtype(options, info.dtype), info.shape)
+        for name, info in base.tensors.items()
+    }
 
 
 def _set_dtype(file: Path, dtype: str) -> None:

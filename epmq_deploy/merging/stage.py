@@ -12,13 +12,14 @@ from torch import Tensor
 from epmq_deploy.artifacts.folders import atomic_folder, reserved
 from epmq_deploy.artifacts.manifest import MergeDetails, MergeManifest, fingerprint
 from epmq_deploy.artifacts.outputs import finish_output
+from epmq_deploy.artifacts.space import require_space
 from epmq_deploy.data.heads import heads_sha256
 from epmq_deploy.data.loading import data_sha256, missing_data
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, joined, noted
 from epmq_deploy.merging.base import FromData, FromTaskVectors, MergeMethod, Merger
 from epmq_deploy.merging.data import RecipeData, load_data
 from epmq_deploy.merging.methods import MERGE_METHODS
-from epmq_deploy.merging.output import write_merged
+from epmq_deploy.merging.output import merged_size, write_merged
 from epmq_deploy.merging.preflight import ExpertCheck, warn_about_unmerged_changes
 from epmq_deploy.merging.scaling_search import check_objective, search_scaling
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
@@ -48,6 +49,7 @@ def merge(
     Raises:
         MismatchError: models, data or heads do not fit; all problems at once.
         RecipeError: the output exists or another run is using it, or an option does not fit.
+        DiskSpaceError: the disk has too little room.
         NumericsError: a merged value is NaN or infinite.
     """
     progress = progress or NoProgress()
@@ -55,6 +57,7 @@ def merge(
     with reserved(output, "merge", overwrite=overwrite):
         check_options(recipe)
         sources, errors = _open_sources(recipe)
+        require_space(output, merged_size(sources.base, recipe.merge), "the merged model")
         with ExpertCheck(
             sources, mixed_dtypes=recipe.merge.mixed_dtypes, missing_experts=bool(errors)
         ) as check:

@@ -10,7 +10,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter
 
 from epmq_deploy.artifacts.folders import atomic_folder, atomic_text, unfinished_folder
-from epmq_deploy.errors import EpmqError
+from epmq_deploy.errors import DiskSpaceError, EpmqError
 from epmq_deploy.quantization.artifact import (
     load_artifact,
     load_inputs,
@@ -65,16 +65,21 @@ class FinishedWork:
             log.info("resuming after %d finished blocks of an interrupted run", self.blocks)
         try:
             yield
+        except DiskSpaceError:
+            self._say_what_is_kept("out of disk space")
+            raise
         except EpmqError:
             # The same command would fail again, and another one could not use what there is.
             self.remove()
             raise
         except KeyboardInterrupt:
-            log.warning(
-                "interrupted with %d blocks finished; the same command resumes from there",
-                self.blocks,
-            )
+            self._say_what_is_kept("interrupted")
             raise
+
+    def _say_what_is_kept(self, why: str) -> None:
+        log.warning(
+            "%s with %d blocks finished; the same command resumes from there", why, self.blocks
+        )
 
     def load(self, index: int) -> QuantizedModel | None:
         """Return a block's result, or None when it is still to be done."""

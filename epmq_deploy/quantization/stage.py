@@ -23,6 +23,9 @@ from epmq_deploy.artifacts.manifest import (
     fingerprint,
 )
 from epmq_deploy.artifacts.outputs import finish_output, open_output
+from epmq_deploy.artifacts.space import require_space
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.data.heads import build_heads, heads_of_experts, heads_sha256
 from epmq_deploy.data.loading import data_sha256, load_calibration
 from epmq_deploy.data.pseudo_labels import (
@@ -34,6 +37,7 @@ from epmq_deploy.data.samples import Samples
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.models.experts import ExpertBackbone, check_unchanged, open_sources
+from epmq_deploy.models.sizes import WeightCounts, weight_counts
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.options import without_effect
 from epmq_deploy.options.quantization import QuantizeOptions
@@ -161,11 +165,13 @@ def quantize(
         RecipeError: the output exists or another run is using it, an input folder is not a merged
             model, or options have no effect.
         MismatchError: calibration data or experts are missing or do not fit; all at once.
+        DiskSpaceError: the disk has too little room; what is finished is kept.
         NumericsError: a layer could not be solved as asked.
     """
     check_options(recipe)
     with reserved(output, "quantize", overwrite=overwrite, source=merged):
         merge_manifest = open_output(merged, "merge")
+        require_space(output, _needed_space(recipe, merged, output), "the quantized model")
         identity, inputs = quantize_fingerprint(recipe, merge_manifest.fingerprint)
         ctx = _open_context(recipe, merged, merge_manifest, device or torch.device("cpu"), progress)
         finished = FinishedWork(output, f"{identity} {_arithmetic(recipe.quantize, ctx.device)}")
@@ -181,6 +187,24 @@ def quantize(
         manifest = _write(output, merged, quantized, manifest)
         finished.remove()
         return manifest
+
+
+def codes_size(counts: WeightCounts) -> int:
+    """Return how many bytes the codes of all blocks take: one each."""
+    return counts.in_blocks
+
+
+def _needed_space(recipe: Recipe, merged: Path, output: Path) -> int:
+    """Return how many bytes quantizing takes at least: codes twice, until all blocks are done."""
+    folder = ModelFolder.at(merged)
+    family = family_of(merged).merging(recipe.base.part)
+    checkpoint = Checkpoint.open(folder, family.canonical_key, family.tied)
+    needed = 2 * codes_size(weight_counts(checkpoint, family))
+    parent = next(each for each in output.resolve().parents if each.exists())
+    if parent.stat().st_dev != merged.stat().st_dev:
+        # There the merged model cannot be linked.
+        needed += sum(file.stat().st_size for file in folder.weight_files)
+    return needed
 
 
 def _open_context(
