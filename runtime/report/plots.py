@@ -193,7 +193,7 @@ def _heat_map(name: str, title: str, cells: list[dict[str, Any]], scale: alt.Sca
         .properties(height=_ROW * len(kinds))
     )
     shown = ", ".join(f"{cell['layer']} {cell['shown']}" for cell in cells[:3])
-    description = f"Blocks across, kinds of layers down. The first: {shown}."
+    description = f"One column per block, one row per kind of layer. The first: {shown}."
     return _chart(name, title, description, heat)
 
 

@@ -62,7 +62,7 @@ def noise_table(diagnosis: Diagnosis) -> Table:
         [noise.layer, f"{noise.own_db:.1f}", f"{noise.output_db:.1f}"]
         for noise in diagnosis.worst_first
     ]
-    titles = ["layer", "own", "with earlier layers'"]
+    titles = ["layer", "layer alone", "with earlier layers"]
     return Table("Signal-to-noise ratio of each layer, dB", titles, rows)
 
 
@@ -80,5 +80,5 @@ def layer_table(layers: Iterable[LayerReport]) -> Table:
         ]
         for layer in layers
     ]
-    titles = ["layer", "status", "bits", "group", "rounded", "solved", "why"]
-    return Table("Layers in quantization, with relative errors", titles, rows)
+    titles = ["layer", "status", "bits", "group", "rounding error", "final error", "reason"]
+    return Table("Layers in quantization, with errors relative to their target", titles, rows)
