@@ -104,7 +104,9 @@ def remove_leftovers(target: Path) -> None:
         if match is None or folder.is_symlink() or not folder.is_dir():
             continue
         if match[1] == _REPLACED and not target.exists():
-            log.warning("%s: back from %s, where a killed run left it", target, folder.name)
+            log.warning(
+                "%s: restored from %s, where a killed run had moved it", target, folder.name
+            )
             folder.rename(target)
         else:
             log.info("deleting %s, left by a run that was killed", folder)

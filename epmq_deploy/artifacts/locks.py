@@ -79,7 +79,11 @@ def _acquire(file: Path, target: Path) -> int:
             if holder and (not is_free or _is_elsewhere(holder)):
                 raise RecipeError(_in_use(target, file, holder, is_free=is_free))
             if holder:
-                log.info("%s: process %s ended before its end", target, holder["process"])
+                log.info(
+                    "%s: an earlier run (process %s) ended without finishing",
+                    target,
+                    holder["process"],
+                )
             _write_holder(descriptor)
         except BaseException:
             with suppress(OSError):

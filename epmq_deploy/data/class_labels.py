@@ -117,15 +117,15 @@ def match_classes(
         twice = [name for name in head.names if plain.count(_plain(name)) > 1]
         if twice:
             raise RecipeError(
-                f"{where}: two of the head's classes are called {twice[0]!r}, so that names do not "
-                "tell which one the data mean; give label_names: same_as_head where the data's "
+                f"{where}: two of the head's classes are called {twice[0]!r}, so names do not "
+                "tell which one the data mean; give label_names: same_as_head if the data's "
                 "numbers are the head's"
             )
         raise RecipeError(
             f"{where}: the data and the head name different classes; the data: "
             f"{listed(data_names)}; the head: {listed(head.names)}; list the data's classes in the "
             "data's order and the head's words as label_names, or give label_names: same_as_head "
-            "where the data's numbers are the head's"
+            "if the data's numbers are the head's"
         )
     if head.count is None:
         return list(range(len(data_names))), ""

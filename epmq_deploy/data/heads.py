@@ -166,8 +166,8 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
     head = family.expert_head(Checkpoint.open_expert(source, opened, family.canonical_key))
     if head is None and task.head is not None:
         raise RecipeError(
-            f"{source.path} holds no head of the {family.name} family that head.from_expert could "
-            "take; give classes or matrix"
+            f"{source.path} holds no head of the {family.name} family; give head.classes or "
+            "head.matrix instead of head.from_expert"
         )
     return head
 
@@ -209,7 +209,8 @@ def _names_in(config: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
 def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) -> TaskHead | None:
     if task.head is not None and generates_text(family):
         raise RecipeError(
-            f"the {family.name} family generates its answers and takes no head; give prompt.answers"
+            f"models of the {family.name} family generate text and have no head; leave head out "
+            "and give prompt.answers"
         )
     if task.head is None or task.head.from_expert:
         return head_of_expert(task, family, folder)

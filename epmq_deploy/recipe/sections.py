@@ -83,7 +83,7 @@ class DataSource(Options):
     )
     label_names: tuple[str, ...] | Literal["same_as_head"] | None = Field(
         None,
-        description="what the labels 0, 1, ... are called, in the head's words; default: the names "
+        description="names of the labels 0, 1, ..., as the head calls them; default: the names "
         "in the data, and without any the head's numbers; same_as_head: the head's numbers, "
         "whatever the data call them",
     )

@@ -125,7 +125,9 @@ def test_zero_shot_rows_are_means_of_unit_prompts_times_the_logit_scale() -> Non
 @pytest.mark.parametrize("given", [{"classes": ["a", "b"]}, {"from_expert": True}, {"matrix": "m"}])
 def test_models_that_write_texts_take_no_head(tmp_path: Path, given: dict[str, object]) -> None:
     task = Task(expert="expert", head=Head.model_validate(given))
-    with pytest.raises(MismatchError, match=r"takes no head; give prompt\.answers"):
+    with pytest.raises(
+        MismatchError, match=r"have no head; leave head out and give prompt\.answers"
+    ):
         build_heads({"a": task}, t5.FAMILY, tmp_path, FEATURES)
 
 

@@ -168,7 +168,7 @@ def test_a_head_asked_for_must_be_there(copy: TinyText) -> None:
     # Left out of the recipe, the task just has none, as with every family.
     assert set(build_heads(tasks, FAMILY, copy.base, WIDTH)) == {"topic"}
     asked = tasks["tone"].model_copy(update={"head": Head(from_expert=True)})
-    with pytest.raises(MismatchError, match=r"holds no head .* give classes or matrix"):
+    with pytest.raises(MismatchError, match=r"holds no head .* give head.classes or head.matrix"):
         build_heads({"tone": asked}, FAMILY, copy.base, WIDTH)
 
 
