@@ -96,9 +96,10 @@ def license_of(path_or_id: str) -> str | None:
     """Return the license that a model's card or config names; None where they name none.
 
     Args:
-        path_or_id: folder or hub id; nothing is fetched.
+        path_or_id: folder, file in it, or hub id; nothing is fetched.
     """
-    file = Path(path_or_id) / CARD
+    given = Path(path_or_id)
+    file = (given.parent if given.is_file() else given) / CARD
     on_hub = hub_id(path_or_id)
     if on_hub is not None:
         cached = try_to_load_from_cache(on_hub.repository, CARD, revision=on_hub.revision)

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from epmq_deploy.checkpoints.tensors import StoredTensor, same_values
+from epmq_deploy.checkpoints.wrappers import without_wrappers
 from epmq_deploy.errors import MismatchError, RecipeError
 
 # What ``peft`` puts before names of its own tensors and of the model's, and the usual adapter.
@@ -11,8 +12,6 @@ ROOT = "base_model."
 MODEL_PREFIX = "base_model.model."
 DEFAULT_ADAPTER = "default"
 _WHOLE_MODULES = "modules_to_save"
-# Modules that wrap others without changing names otherwise: compiled, distributed, checkpointed.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Factors that change rows of an embedding table, within other kinds of adapters too.
 TOKENS = "trainable_tokens_"
 _TOKEN_WRAPPER = "token_adapter"
@@ -107,7 +106,7 @@ def _chosen(names: Iterable[str], wanted: str | None, file: str) -> str | None:
 
 def _parsed(stored: str, prefix: str, adapters: Collection[str | None]) -> _Key:
     """Parse a key; ``adapters`` are the names that may follow a module saved whole."""
-    parts = [part for part in stored.split(".") if part not in _WRAPPERS]
+    parts = without_wrappers(stored.split("."))
     if len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     key = ".".join(parts)

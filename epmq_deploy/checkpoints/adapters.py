@@ -25,6 +25,7 @@ from epmq_deploy.checkpoints.tensors import (
     renamed,
     stored_tensors,
 )
+from epmq_deploy.checkpoints.wrappers import unwrapped
 from epmq_deploy.errors import MismatchError
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def adapted_tensors(
     file = folder / ADAPTER_FILE
     tensors = adapter_tensors(stored_tensors([file]), settings.prefix, adapter, str(file))
     once = {copy: name for copy, name in tied.items() if copy not in base and name in base}
+    names = [*tensors.whole, *(f"{module}.weight" for module in tensors.modules)]
+    rename = unwrapped(names, rename, lambda name: name in base or name in once, folder)
     plan = _Plan(tensors, settings, base, rename, once)
     problems = plan.problems()
     if problems:

@@ -1,6 +1,6 @@
 """The tensors of one model by canonical name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.checkpoints.tensors import Rename, TensorInfo
+from epmq_deploy.checkpoints.wrappers import unwrapped
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Checkpoint:
         source: ModelFolder,
         rename: Rename = lambda key: key,
         tied: Mapping[str, str] = MappingProxyType({}),
+        is_known: Callable[[str], bool] | None = None,
     ) -> "Checkpoint":
         """List the tensors of a whole model.
 
@@ -42,12 +44,16 @@ class Checkpoint:
             rename: the name ``transformers`` stores a tensor under, to the canonical one.
             tied: canonical names of tensors that may be copies of others, to those of the others;
                 copies are left out.
+            is_known: whether such a model has a tensor of a canonical name; prefixes that wrappers
+                left in stored names are recognised by it.
 
         Raises:
             RecipeError: the folder holds no safetensors, or a file of it cannot be read.
             MismatchError: it holds tensors that a model of its layout does not have.
         """
         source.check_base()
+        if is_known is not None:
+            rename = unwrapped(source.stored_names, rename, is_known, source.path)
         return cls(source, source.layout.tensors(source.path, rename, tied, {}))
 
     @classmethod
@@ -57,6 +63,7 @@ class Checkpoint:
         base: "Checkpoint",
         rename: Rename,
         tied: Mapping[str, str] = MappingProxyType({}),
+        is_known: Callable[[str], bool] = lambda name: False,
     ) -> "Checkpoint":
         """List an expert's tensors: those it stores, or the base's with its adapter applied.
 
@@ -65,12 +72,20 @@ class Checkpoint:
             base: the model an adapter is applied to.
             rename: as for ``open``.
             tied: as for ``open``.
+            is_known: as for ``open``; names of the base are known.
 
         Raises:
             RecipeError: the folder holds no safetensors, or an unsupported kind of adapter.
             MismatchError: the adapter does not fit the base.
         """
         source.check_expert()
+        if source.layout.is_whole_model:
+            rename = unwrapped(
+                source.stored_names,
+                rename,
+                lambda name: name in base.tensors or is_known(name),
+                source.path,
+            )
         return cls(source, source.layout.tensors(source.path, rename, tied, base.tensors))
 
     def load(self, name: str) -> Tensor:

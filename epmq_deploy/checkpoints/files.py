@@ -11,7 +11,8 @@ INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 _SETTINGS_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
-_NOT_SETTINGS = {INDEX_FILE, "manifest.json", "report.json", "eval.json"}
+_NOT_SETTINGS = {"manifest.json", "report.json", "eval.json"}
+_INDEX_SUFFIX = ".index.json"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -43,5 +44,8 @@ def setting_files(folder: Path) -> tuple[Path, ...]:
     return tuple(
         file
         for file in sorted(folder.iterdir())
-        if file.is_file() and file.suffix in _SETTINGS_SUFFIXES and file.name not in _NOT_SETTINGS
+        if file.is_file()
+        and file.suffix in _SETTINGS_SUFFIXES
+        and file.name not in _NOT_SETTINGS
+        and not file.name.endswith(_INDEX_SUFFIX)
     )

@@ -17,6 +17,7 @@ from epmq_deploy.checkpoints.layouts.base import Layout
 from epmq_deploy.checkpoints.open_clip import OPEN_CLIP_CONFIG
 from epmq_deploy.checkpoints.open_clip_weights import named_folder, split_named
 from epmq_deploy.checkpoints.pickle_conversion import refuse_pickled, refuse_pickled_file
+from epmq_deploy.checkpoints.tensors import stored_tensors
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.registry import Registry
 
@@ -47,15 +48,35 @@ class ModelFolder:
         """Open a local folder, or one made from another name of a model.
 
         Args:
-            path_or_id: a folder; a hub id, of which safetensors and settings are fetched, with
-                ``@revision`` where it is not the main branch; or ``open_clip:NAME=PATH``.
+            path_or_id: a folder, or a file of the model in it; a hub id, of which safetensors and
+                settings are fetched, with ``@revision`` where it is not the main branch; or
+                ``open_clip:NAME=PATH``.
             adapter: name of one of several adapters in the folder.
 
         Raises:
             RecipeError: it is none of these, or the hub does not deliver it; names the conversion
                 for pickled weights. Or it is not clear which adapter is meant.
         """
+        given = Path(path_or_id)
+        if given.is_file():
+            return cls._of_file(given).choosing(adapter)
         return cls.at(_local_folder(path_or_id)).choosing(adapter)
+
+    @classmethod
+    def _of_file(cls, file: Path) -> "ModelFolder":
+        """Open the folder of a file that belongs to a model."""
+        refuse_pickled_file(file, "the folder")
+        folder = cls.at(file.parent)
+        files = folder.layout.weight_files(folder.path)
+        if file in files or (files and file.suffix == ".json"):
+            return folder
+        held = (
+            f"it holds {', '.join(other.name for other in files[:3])}" if files else "it has none"
+        )
+        raise RecipeError(
+            f"{file}: not a file of the model in its folder ({held}); give a model folder, or keep "
+            f"the file in a folder of its own, with {CONFIG_FILE}"
+        )
 
     @classmethod
     def at(cls, path: Path) -> "ModelFolder":
@@ -103,6 +124,15 @@ class ModelFolder:
             refuse_pickled(self.path)
             raise RecipeError(f"{self.path}: {self.layout.without_weights}")
         return files
+
+    @cached_property
+    def stored_names(self) -> tuple[str, ...]:
+        """The names of all tensors in the weight files.
+
+        Raises:
+            RecipeError: as ``weight_files``, or a file cannot be read.
+        """
+        return tuple(stored_tensors(self.weight_files))
 
     def check_base(self) -> None:
         """Make sure that the folder holds the weights of a whole model.
@@ -170,9 +200,6 @@ def _local_folder(path_or_id: str) -> Path:
     named = split_named(path_or_id)
     if named is not None:
         return named_folder(named[0], Path(named[1]))
-    if folder.is_file():
-        refuse_pickled_file(folder, "the folder")
-        raise RecipeError(f"{folder}: a file, where a model folder is needed")
     repository = hub_id(path_or_id)
     if repository is None:
         raise RecipeError(f"{path_or_id}: no such folder")

@@ -19,6 +19,7 @@ from epmq_deploy.checkpoints.tensors import (
     renamed,
     stored_tensors,
 )
+from epmq_deploy.checkpoints.wrappers import unwrapped
 from epmq_deploy.errors import MismatchError, RecipeError
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -108,8 +109,11 @@ def open_clip_tensors(file: Path, rename: Rename) -> dict[str, TensorInfo]:
     """
     tensors: dict[str, TensorInfo] = {}
     problems = []
-    for key, info in stored_tensors([file]).items():
-        plain = key.removeprefix("text.")
+    stored = stored_tensors([file])
+    plain_name = unwrapped(stored.keys(), _without_text, _is_known, file)
+    for key, info in stored.items():
+        plain = plain_name(key)
+        assert isinstance(plain, str), "prefixes alone are taken off"
         if plain in _TRANSPOSED:
             transposed = ComputedTensor(info.shape[::-1], info.dtype, _Transpose(info))
             parts: dict[str, TensorInfo] = {_TRANSPOSED[plain]: transposed}
@@ -125,6 +129,15 @@ def open_clip_tensors(file: Path, rename: Rename) -> dict[str, TensorInfo]:
     if problems:
         raise MismatchError(f"{file}: tensors that CLIP does not have", problems)
     return tensors
+
+
+def _without_text(key: str) -> str:
+    """Return the name in a model with one class for both towers."""
+    return key.removeprefix("text.")
+
+
+def _is_known(plain: str) -> bool:
+    return plain in _TRANSPOSED or bool(_names(plain))
 
 
 def _names(key: str) -> tuple[str, ...]:

@@ -162,8 +162,10 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
     if not leaves_head_to_expert(task, family):
         return None
     source = ModelFolder.open(task.expert, task.adapter)
-    opened = Checkpoint.open(ModelFolder.at(base), family.canonical_key)
-    head = family.expert_head(Checkpoint.open_expert(source, opened, family.canonical_key))
+    opened = Checkpoint.open(ModelFolder.at(base), family.canonical_key, is_known=family.is_known)
+    head = family.expert_head(
+        Checkpoint.open_expert(source, opened, family.canonical_key, is_known=family.is_known)
+    )
     if head is None and task.head is not None:
         raise RecipeError(
             f"{source.path} holds no head of the {family.name} family; give head.classes or "

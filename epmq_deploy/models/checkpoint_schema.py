@@ -45,6 +45,10 @@ class CheckpointSchema(ABC):
     def is_deployed(self, key: str) -> bool:
         """Whether a tensor of the base belongs to the part that is deployed."""
 
+    def is_known(self, key: str) -> bool:
+        """Whether base or experts may hold a tensor of this canonical name."""
+        return self.is_deployed(key) or self.is_head(key)
+
     def is_merged(self, key: str) -> bool:
         """Whether a tensor of the base belongs to the part that is merged: by default, deployed."""
         return self.is_deployed(key)

@@ -86,14 +86,16 @@ def open_available(recipe: Recipe) -> tuple[Sources | None, list[str]]:
             raise
         return None, [*problems, f"{BASE}: {error}"]
     try:
-        base = Checkpoint.open(base_folder, family.canonical_key, family.tied)
+        base = Checkpoint.open(base_folder, family.canonical_key, family.tied, family.is_known)
     except EpmqError as error:
         return None, [*problems, f"{BASE}: {error}"]
     experts = {}
     for name, folder in folders.items():
         try:
             rename = family.expert_rename(folder.config or {})
-            experts[name] = Checkpoint.open_expert(folder, base, rename, family.tied)
+            experts[name] = Checkpoint.open_expert(
+                folder, base, rename, family.tied, family.is_known
+            )
         except EpmqError as error:
             problems.append(f"expert {name!r}: {error}")
     return (Sources(family, base, experts) if experts else None), problems

@@ -46,9 +46,10 @@ def fill(
     Raises:
         MismatchError: names every parameter the checkpoint lacks or holds in another shape.
     """
-    checkpoint = Checkpoint.open(ModelFolder.at(folder), rename, tied)
+    parameters = dict(model.named_parameters())
+    checkpoint = Checkpoint.open(ModelFolder.at(folder), rename, tied, parameters.__contains__)
     problems = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         info = checkpoint.tensors.get(name)
         if info is None:
             problems.append(f"{name} is missing")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import run
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_zoo import build_tiny_zoo
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
@@ -138,12 +138,6 @@ def test_folders_without_weights_are_not_said_to_have_pickles(folder: Path) -> N
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(RecipeError, match=r"no adapter_model\.safetensors next to"):
         ModelFolder.at(folder).check_expert()
-
-
-def test_safetensors_given_as_a_file_are_no_folder(folder: Path) -> None:
-    save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
-    with pytest.raises(RecipeError, match="a file, where a model folder is needed"):
-        ModelFolder.open(str(folder / "model.safetensors"))
 
 
 def test_the_command_prints_the_line_and_goes_on_after_it(

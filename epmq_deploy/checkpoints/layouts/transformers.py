@@ -1,12 +1,12 @@
 """The layout of ``transformers``: safetensors, single or sharded, and JSON settings."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from epmq_deploy.checkpoints.files import INDEX_FILE, SINGLE_FILE
 from epmq_deploy.checkpoints.layouts.base import Layout
 from epmq_deploy.checkpoints.tensors import Rename, TensorInfo, same_values, stored_tensors
+from epmq_deploy.checkpoints.weight_names import has_usual_names, weight_files
 from epmq_deploy.errors import RecipeError
 
 
@@ -18,23 +18,11 @@ class TransformersLayout(Layout):
 
     def recognises(self, folder: Path) -> bool:
         """Recognise a file with all weights, or an index of shards."""
-        return any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+        return has_usual_names(folder)
 
     def weight_files(self, folder: Path) -> tuple[Path, ...]:
-        """List the one file, or the shards the index names."""
-        if (folder / SINGLE_FILE).is_file():
-            return (folder / SINGLE_FILE,)
-        index = folder / INDEX_FILE
-        if not index.is_file():
-            return ()
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecipeError(f"{index}: not an index of safetensors shards") from error
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing:
-            raise RecipeError(f"{folder}: shards missing: {', '.join(missing)}")
-        return tuple(folder / name for name in names)
+        """List the one file, or all shards."""
+        return weight_files(folder)
 
     def tensors(
         self,
@@ -44,7 +32,9 @@ class TransformersLayout(Layout):
         base: Mapping[str, TensorInfo],
     ) -> dict[str, TensorInfo]:
         """List the stored tensors: of tied ones a single copy, or both where the base has both."""
-        tensors: dict[str, TensorInfo] = {**stored_tensors(self.weight_files(folder), rename)}
+        files = self.weight_files(folder)
+        _refuse_first_releases(files)
+        tensors: dict[str, TensorInfo] = {**stored_tensors(files, rename)}
         for copy, original in tied.items():
             if copy in tensors and original in tensors:
                 if same_values(tensors[copy], tensors[original]):
@@ -58,6 +48,17 @@ class TransformersLayout(Layout):
     def _ties_embeddings(self, folder: Path) -> bool:
         """Tell whether the config says that embedding and output layer are one."""
         return (self.config(folder) or {}).get("tie_word_embeddings") is True
+
+
+def _refuse_first_releases(files: Sequence[Path]) -> None:
+    """Refuse Llama and Mistral as their authors lay them out: attention is ordered otherwise."""
+    names = stored_tensors(files)
+    if any(name.endswith("layers.0.attention.wq.weight") for name in names):
+        raise RecipeError(
+            f"{files[0]}: in its authors' layout (layers.0.attention.wq), not in that of "
+            "transformers; give the release for transformers, or convert it with transformers' "
+            "script for this model"
+        )
 
 
 LAYOUT = TransformersLayout()

@@ -26,6 +26,7 @@ _ARCHITECTURE = {
 }
 _IMAGE = ("vision_model.", "visual_projection.")
 _TEXT = ("text_model.", "text_projection.", "logit_scale")
+_IN_TOWERS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.", "final_layer_norm.")
 _MERGED = {"image": _IMAGE, "text": _TEXT, "both": _IMAGE + _TEXT}
 _GROUPS = (
     Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), norm="layer_norm1"),
@@ -93,6 +94,11 @@ class ClipFamily(ImageInputs, ModelFamily):
             for tower in self._towers
             if not any(key.startswith(f"{tower}_model.") for key in tensors)
         ]
+
+    def is_known(self, key: str) -> bool:
+        """Whether it is a part of the model, with the prefix that ``canonical_key`` gives it."""
+        tower, _, rest = key.partition(".")
+        return not tower.endswith("_model") or rest.startswith(_IN_TOWERS)
 
     def is_optional(self, key: str) -> bool:
         """Whether it is a projection: towers are published without, and fine-tuning leaves them."""

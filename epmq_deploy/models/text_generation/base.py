@@ -173,7 +173,7 @@ class TextGenerationFamily(TypedFamily):
         # One module wherever the embedding is used, so that it has one name.
         model.set_input_embeddings(model.get_input_embeddings())
         source = ModelFolder.at(folder)
-        stored = Checkpoint.open(source, self.canonical_key, self.tied).tensors
+        stored = Checkpoint.open(source, self.canonical_key, self.tied, self.is_known).tensors
         untied = [copy for copy in self.tied if copy in stored and copy != OUTPUT]
         if untied:
             raise RecipeError(

@@ -57,6 +57,10 @@ class DecoderFamily(TextGenerationFamily):
     cuts = "left"
     tied = MappingProxyType({OUTPUT: "model.embed_tokens.weight"})
 
+    def is_known(self, key: str) -> bool:
+        """Whether it is a part of the model: names begin with what wrappers are called, too."""
+        return key.startswith(("model.embed_tokens.", f"{_BLOCKS}.", "model.norm.", "lm_head."))
+
     def check_config(self, folder: Path, config: dict[str, Any]) -> None:
         """Refuse sliding-window attention: blocks would not share one mask."""
         windowed = config.get("use_sliding_window", config.get("model_type") == "mistral")

@@ -69,6 +69,10 @@ class T5Family(TextGenerationFamily):
         """Whether a block reads it; early releases hold a tensor that none reads."""
         return "EncDecAttention.relative_attention_bias" not in key
 
+    def is_known(self, key: str) -> bool:
+        """Whether it is a part of the model."""
+        return key.startswith(("shared.", "encoder.", "decoder.", "lm_head."))
+
     def build(self, config: Any) -> Any:
         """Build T5 with a language-model head."""
         from transformers import T5ForConditionalGeneration
