@@ -7,10 +7,10 @@ import typer
 
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.flags import with_flags
-from epmq_deploy.cli.options import CommonOptions, RecipeFile, recipe_of
+from epmq_deploy.cli.options import CommonOptions, PreflightFlag, RecipeFile, recipe_of
 from epmq_deploy.cli.process import silence_onnxruntime
 from epmq_deploy.device import pick_device
-from epmq_deploy.recipe import EvalOptions
+from epmq_deploy.recipe import EvalOptions, with_preflight
 
 if TYPE_CHECKING:
     from epmq_deploy.runtime.evaluation.report import EvalReport
@@ -24,6 +24,7 @@ def command(
         typer.Option("--output", "-o", help="JSON file to write; default: eval.json in EXPORTED."),
     ] = None,
     recipe: RecipeFile = None,
+    preflight: PreflightFlag = None,
     *,
     common: CommonOptions,
     flags: dict[str, Any],
@@ -44,7 +45,7 @@ def command(
 
     terminal = common.terminal()
     silence_onnxruntime()
-    changed = recipe_of(recipe, exported, "export", "eval", flags)
+    changed = with_preflight(recipe_of(recipe, exported, "export", "eval", flags), preflight)
     report = evaluate(
         changed,
         exported,

@@ -6,10 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
-from epmq_deploy.cli.options import CommonOptions, needed
+from epmq_deploy.cli.options import CommonOptions, PreflightFlag, needed
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.options import refuse_repeated, split_entries
-from epmq_deploy.recipe import Recipe, absolute_paths, load_recipe, override, parse_recipe
+from epmq_deploy.recipe import (
+    Recipe,
+    absolute_paths,
+    load_recipe,
+    override,
+    parse_recipe,
+    with_preflight,
+)
 from epmq_deploy.registry import MERGE_METHODS
 
 
@@ -33,6 +40,7 @@ def command(
     list_methods: Annotated[
         bool, typer.Option("--list", help="List all merge methods and exit.")
     ] = False,
+    preflight: PreflightFlag = None,
     *,
     common: CommonOptions,
     flags: dict[str, Any],
@@ -58,6 +66,7 @@ def command(
         return
     folder = needed(output, "--output")
     changed = override(_recipe(recipe, base, expert or []), "merge", flags)
+    changed = with_preflight(changed, preflight)
     # After the recipe was read, so that a wrong one is refused at once.
     from epmq_deploy.cli.tables import stage_table
     from epmq_deploy.merging.stage import merge

@@ -9,7 +9,7 @@ import typer
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.process import log_errors_only
 from epmq_deploy.device import DeviceName, pick_device
-from epmq_deploy.recipe import Recipe, load_recipe, override
+from epmq_deploy.recipe import Preflight, Recipe, load_recipe, override
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,12 @@ RecipeFile = Annotated[
         "--recipe",
         help="Take tasks and options from this recipe instead of the one in the input folder.",
     ),
+]
+
+_PREFLIGHT = Recipe.model_fields["preflight"].description or ""
+PreflightFlag = Annotated[
+    Preflight | None,
+    typer.Option("--preflight", help=f"{_PREFLIGHT[:1].upper()}{_PREFLIGHT[1:]}."),
 ]
 
 

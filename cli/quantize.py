@@ -6,7 +6,15 @@ from typing import Annotated, Any
 import typer
 
 from epmq_deploy.cli.flags import with_flags
-from epmq_deploy.cli.options import CommonOptions, OutputFolder, RecipeFile, needed, recipe_of
+from epmq_deploy.cli.options import (
+    CommonOptions,
+    OutputFolder,
+    PreflightFlag,
+    RecipeFile,
+    needed,
+    recipe_of,
+)
+from epmq_deploy.recipe import with_preflight
 from epmq_deploy.registry import QUANTIZATION_METHODS
 
 
@@ -18,6 +26,7 @@ def command(
     list_methods: Annotated[
         bool, typer.Option("--list", help="List all quantization methods and exit.")
     ] = False,
+    preflight: PreflightFlag = None,
     *,
     common: CommonOptions,
     flags: dict[str, Any],
@@ -45,7 +54,7 @@ def command(
     from epmq_deploy.quantization.stage import quantize
 
     manifest = quantize(
-        recipe_of(recipe, source, "merge", "quantize", flags),
+        with_preflight(recipe_of(recipe, source, "merge", "quantize", flags), preflight),
         source,
         folder,
         overwrite=common.overwrite,

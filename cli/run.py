@@ -8,11 +8,11 @@ import typer
 from epmq_deploy.cli.console import Terminal
 from epmq_deploy.cli.evaluate import show_report
 from epmq_deploy.cli.flags import SEVERAL_HELP, with_flags
-from epmq_deploy.cli.options import CommonOptions
+from epmq_deploy.cli.options import CommonOptions, PreflightFlag
 from epmq_deploy.cli.process import free_memory_eagerly, silence_onnxruntime
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.options import YamlError, read_yaml, split_entries
-from epmq_deploy.recipe import Recipe, load_recipe, override
+from epmq_deploy.recipe import Recipe, load_recipe, override, with_preflight
 
 Assignments = Annotated[
     list[str] | None,
@@ -25,6 +25,7 @@ def command(
     recipe: Annotated[Path, typer.Argument(help="Recipe (YAML).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all stages.")],
     assignments: Assignments = None,
+    preflight: PreflightFlag = None,
     *,
     common: CommonOptions,
 ) -> None:
@@ -36,7 +37,8 @@ def command(
       epmq run recipe.yaml -o out --set quantize.bits=3,eval.max_drop=1 --overwrite
     """
     terminal = common.terminal()
-    run_recipe(assign(load_recipe(recipe), assignments or []), output, common, terminal)
+    changed = with_preflight(assign(load_recipe(recipe), assignments or []), preflight)
+    run_recipe(changed, output, common, terminal)
 
 
 def run_recipe(recipe: Recipe, output: Path, common: CommonOptions, terminal: Terminal) -> None:

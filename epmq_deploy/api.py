@@ -14,7 +14,7 @@ from epmq_deploy.artifacts.manifest import (
 from epmq_deploy.artifacts.outputs import StageOutput
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.progress import Progress
-from epmq_deploy.recipe import Recipe, load_recipe, override
+from epmq_deploy.recipe import Preflight, Recipe, load_recipe, override, with_preflight
 
 if TYPE_CHECKING:
     from epmq_deploy.runtime.evaluation.report import EvalReport
@@ -31,6 +31,7 @@ def merge(
     overwrite: bool = False,
     device: DeviceName = "auto",
     progress: Progress | None = None,
+    preflight: Preflight | None = None,
     **options: Any,
 ) -> StageOutput[MergeManifest]:
     """Merge the recipe's experts into one model.
@@ -41,6 +42,8 @@ def merge(
         overwrite: whether an earlier output may be replaced.
         device: where to compute: ``auto``, ``cpu`` or ``cuda``.
         progress: shows how far the work got.
+        preflight: which images are decoded before any work, in place of the recipe's choice:
+            ``full``, ``sampled`` or ``auto``.
         **options: keys of the recipe's ``merge`` section, which they override.
 
     Raises:
@@ -50,7 +53,7 @@ def merge(
     """
     from epmq_deploy.merging.stage import merge
 
-    changed = override(_recipe(recipe), "merge", options)
+    changed = with_preflight(override(_recipe(recipe), "merge", options), preflight)
     folder = Path(output)
     manifest = merge(
         changed, folder, overwrite=overwrite, device=pick_device(device), progress=progress
@@ -66,6 +69,7 @@ def quantize(
     overwrite: bool = False,
     device: DeviceName = "auto",
     progress: Progress | None = None,
+    preflight: Preflight | None = None,
     **options: Any,
 ) -> StageOutput[QuantizeManifest]:
     """Quantize a merged model to integer codes.
@@ -79,6 +83,8 @@ def quantize(
         overwrite: whether an earlier output may be replaced.
         device: where to compute: ``auto``, ``cpu`` or ``cuda``.
         progress: shows how far the work got.
+        preflight: which images are decoded before any work, in place of the recipe's choice:
+            ``full``, ``sampled`` or ``auto``.
         **options: keys of the recipe's ``quantize`` section, which they override.
 
     Raises:
@@ -89,7 +95,9 @@ def quantize(
     """
     from epmq_deploy.quantization.stage import quantize
 
-    changed = override(_recipe(recipe, merged, "merge"), "quantize", options)
+    changed = with_preflight(
+        override(_recipe(recipe, merged, "merge"), "quantize", options), preflight
+    )
     folder = Path(output)
     manifest = quantize(
         changed,
@@ -153,6 +161,7 @@ def evaluate(
     overwrite: bool = False,
     device: DeviceName = "auto",
     progress: Progress | None = None,
+    preflight: Preflight | None = None,
     **options: Any,
 ) -> "EvalReport":
     """Run every exported graph in onnxruntime on every task, compare, and write the report.
@@ -167,6 +176,8 @@ def evaluate(
         overwrite: whether earlier reports may be replaced.
         device: where experts run in torch, and graphs unless ``provider`` is given.
         progress: shows how far the work got.
+        preflight: which images are decoded before any work, in place of the recipe's choice:
+            ``full``, ``sampled`` or ``auto``.
         **options: keys of the recipe's ``eval`` section, which they override.
 
     Raises:
@@ -177,7 +188,9 @@ def evaluate(
     from epmq_deploy.pipeline import provider_for
     from epmq_deploy.runtime.stage import evaluate
 
-    changed = override(_recipe(recipe, exported, "export"), "eval", options)
+    changed = with_preflight(
+        override(_recipe(recipe, exported, "export"), "eval", options), preflight
+    )
     return evaluate(
         changed,
         Path(exported),
@@ -196,6 +209,7 @@ def run(
     overwrite: bool = False,
     device: DeviceName = "auto",
     progress: Progress | None = None,
+    preflight: Preflight | None = None,
 ) -> "EvalReport":
     """Merge, quantize, export and evaluate, each stage into its folder in ``output``.
 
@@ -207,6 +221,8 @@ def run(
         overwrite: whether outputs made from other inputs may be replaced.
         device: where to compute: ``auto``, ``cpu`` or ``cuda``.
         progress: shows how far each stage got.
+        preflight: which images are decoded before any work, in place of the recipe's choice:
+            ``full``, ``sampled`` or ``auto``.
 
     Raises:
         MismatchError: inputs of any stage do not fit; all at once, before any work.
@@ -215,7 +231,8 @@ def run(
     """
     from epmq_deploy.pipeline import run
 
-    return run(_recipe(recipe), Path(output), overwrite=overwrite, device=device, progress=progress)
+    changed = with_preflight(_recipe(recipe), preflight)
+    return run(changed, Path(output), overwrite=overwrite, device=device, progress=progress)
 
 
 def check_gates(report: "EvalReport") -> None:

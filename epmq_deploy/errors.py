@@ -67,13 +67,14 @@ def joined(subject: str, errors: Sequence[EpmqError]) -> EpmqError:
 
 def all_problems(subject: str, errors: Sequence[EpmqError]) -> MismatchError:
     """Return one error with the problems of all of these."""
-    problems = [
-        text
-        for error in errors
-        for text in (error.problems if isinstance(error, MismatchError) else [str(error)])
-    ]
+    problems = [text for error in errors for text in problems_of(error)]
     options = {key: value for error in errors for key, value in error.options.items()}
     return MismatchError(subject, problems, options=options)
+
+
+def problems_of(error: EpmqError) -> Sequence[str]:
+    """Return the problems that an error lists, or the only one that it is about."""
+    return error.problems if isinstance(error, MismatchError) else (str(error),)
 
 
 def listed(subject: str, problems: Sequence[str]) -> str:

@@ -49,6 +49,8 @@ def recipe_page() -> str:
         "(`owner/name`, `owner/name@revision`) work wherever a model or dataset folder does. "
         "`epmq_deploy.load_recipe` reads it, and every key of `merge`, `quantize`, `export` and "
         "`eval` is also a flag of its command and a keyword of its Python function.",
+        "## preflight",
+        _rows({"preflight": recipe.Recipe.model_fields["preflight"]}),
         "## base",
         _keys(recipe.Base),
         "## tasks",

@@ -8,6 +8,8 @@ from epmq_deploy.errors import RecipeError
 _BATCH = 1000
 _BYTES = frozenset(("binary", "large_binary"))
 _TEXTS = frozenset(("string", "large_string"))
+# Of a column without any value.
+_NULL = frozenset(("null",))
 
 
 def with_images(rows: Any, column: str, where: str) -> Any:
@@ -56,14 +58,9 @@ def _rows_without_image(rows: Any, column: str) -> Iterator[int]:
 def _stores_images(feature: Any) -> bool:
     """Whether a column without the type of an image holds bytes, paths, or both in each row."""
     if isinstance(feature, dict):
-        return (
-            bool(feature)
-            and all(
-                getattr(feature.get(name), "dtype", None) in kinds
-                for name, kinds in {"bytes": _BYTES, "path": _TEXTS}.items()
-                if name in feature
-            )
-            and feature.keys() <= {"bytes", "path"}
+        kinds = {"bytes": _BYTES | _NULL, "path": _TEXTS | _NULL}
+        return bool(feature) and all(
+            getattr(value, "dtype", None) in kinds.get(name, ()) for name, value in feature.items()
         )
     return getattr(feature, "dtype", None) in _BYTES | _TEXTS
 

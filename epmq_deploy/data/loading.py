@@ -10,14 +10,15 @@ from epmq_deploy.checkpoints.hub import hub_id
 from epmq_deploy.data.column_names import input_columns, label_column, with_fields
 from epmq_deploy.data.columns import check_texts, with_images
 from epmq_deploy.data.image_samples import ImageSamples
+from epmq_deploy.data.preflight import check_images
 from epmq_deploy.data.prompts import PromptFormat
 from epmq_deploy.data.rows import load_rows
 from epmq_deploy.data.samples import Samples, TextSamples, batches
-from epmq_deploy.errors import EpmqError, RecipeError
+from epmq_deploy.errors import EpmqError, RecipeError, problems_of
 from epmq_deploy.hashing import file_sha256, files_sha256
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.text_generation.base import TextPair, generates_text
-from epmq_deploy.recipe import DataSource, Task
+from epmq_deploy.recipe import DataSource, Preflight, Task
 from epmq_deploy.recipe.prompt import Prompt
 
 log = logging.getLogger(__name__)
@@ -98,11 +99,13 @@ def load_calibration(
     seed: int,
     option: str,
     without: str,
+    preflight: Preflight,
 ) -> tuple[dict[str, Samples], list[str]]:
     """Load calibration samples by task; say for every other task why its data cannot be used.
 
-    One sample of each task is decoded to make sure that the rest can be. Fewer than asked for are
-    logged. Samples for text generation may lack answers; see ``data.pseudo_labels``.
+    Images are decoded beforehand as ``preflight`` says, and one batch of each task is made. Fewer
+    samples than asked for are logged. Samples for text generation may lack answers; see
+    ``data.pseudo_labels``.
 
     Args:
         tasks: the recipe's tasks.
@@ -112,6 +115,7 @@ def load_calibration(
         seed: of their choice.
         option: that asks for so many, for messages (``merge.samples``).
         without: ends the sentence on a task without data; ``{task}`` is its name.
+        preflight: which images are decoded.
     """
     samples, problems = {}, []
     for name, task in tasks.items():
@@ -124,12 +128,13 @@ def load_calibration(
             chosen = load_samples(
                 name, source, family, prompt=task.prompt, limit=limit, seed=seed, labelled=False
             )
+            check_images(chosen, preflight)
             if isinstance(chosen, TextSamples) and chosen.lacks_labels:
                 family.collate(folder, [TextPair(text, "") for text in chosen.texts(0, 1)])
             else:
                 next(batches(chosen, family, folder, 1))
         except EpmqError as error:
-            problems.append(str(error))
+            problems += problems_of(error)
             continue
         if len(chosen) < limit:
             log.warning(

@@ -9,6 +9,8 @@ from epmq_deploy.data.image_folder import ImageFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import DataSource
 
+# Characters of another library's message that are shown.
+_LONGEST = 300
 _BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".ndjson": "json"}
 
 
@@ -53,7 +55,7 @@ def load_rows(task: str, source: DataSource) -> Any:
     except RecipeError:
         raise
     except Exception as error:  # datasets raises a different type for every loader
-        raise RecipeError(f"{where} cannot be loaded ({first_line(error)})") from error
+        raise RecipeError(f"{where} cannot be loaded ({reason(error)})") from error
     if not isinstance(opened, dict):
         if source.split is not None:
             raise RecipeError(f"{where} has no splits, but split {source.split!r} was asked for")
@@ -66,6 +68,12 @@ def load_rows(task: str, source: DataSource) -> Any:
     return opened[split]
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def reason(error: BaseException) -> str:
+    """Return what an error says, in one line; of an error of ``datasets``, what it is caused by."""
+    from datasets.exceptions import DatasetGenerationError
+
+    # Its own message says only that an error occurred.
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

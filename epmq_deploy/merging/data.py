@@ -132,6 +132,7 @@ def load_data(
         seed=need.seed,
         option=need.option,
         without=f", which {need.purpose} needs",
+        preflight=recipe.preflight,
     )
     experts = ExpertBackbone(sources, device)
     task_heads: dict[str, TaskHead] = {}

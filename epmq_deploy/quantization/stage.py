@@ -141,6 +141,7 @@ def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> di
         option="quantize.samples",
         without=": add tasks.{task}.calibration to the recipe, or use "
         "quantize.preset: weights, which needs none",
+        preflight=recipe.preflight,
     )
     if problems:
         raise MismatchError("calibration data", problems)

@@ -1,6 +1,6 @@
 """The recipe: what a user asks for, one frozen model per section."""
 
-from epmq_deploy.recipe.overrides import override
+from epmq_deploy.recipe.overrides import override, with_preflight
 from epmq_deploy.recipe.reading import absolute_paths, load_recipe, parse_complete, parse_recipe
 from epmq_deploy.recipe.sections import (
     LABEL_COLUMN,
@@ -11,6 +11,7 @@ from epmq_deploy.recipe.sections import (
     EvalOptions,
     ExportOptions,
     Head,
+    Preflight,
     Recipe,
     Task,
     TaskName,
@@ -25,6 +26,7 @@ __all__ = [
     "EvalOptions",
     "ExportOptions",
     "Head",
+    "Preflight",
     "Recipe",
     "Task",
     "TaskName",
@@ -33,4 +35,5 @@ __all__ = [
     "override",
     "parse_complete",
     "parse_recipe",
+    "with_preflight",
 ]

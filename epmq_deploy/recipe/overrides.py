@@ -4,7 +4,7 @@ from typing import Any
 
 from epmq_deploy.options import shared_fields
 from epmq_deploy.recipe.reading import parse_recipe, with_methods
-from epmq_deploy.recipe.sections import METHODS, Recipe
+from epmq_deploy.recipe.sections import METHODS, Preflight, Recipe
 
 # Options of quantization that say how many bits weights have.
 _WAYS_TO_BITS = {"bits", "target_bits", "target_size"}
@@ -48,3 +48,15 @@ def override(recipe: Recipe, section: str, flags: dict[str, Any]) -> Recipe:
             used = {key: value for key, value in content[section].items() if key not in idle}
             changed = parse_recipe(content | {section: used}, f"{section} options")
     return changed
+
+
+def with_preflight(recipe: Recipe, preflight: Preflight | None) -> Recipe:
+    """Return the recipe with another ``preflight``; None leaves it as it is.
+
+    Raises:
+        RecipeError: there is no such value.
+    """
+    if preflight is None:
+        return recipe
+    content = with_methods(recipe, recipe.model_dump(exclude_unset=True))
+    return parse_recipe(content | {"preflight": preflight}, "options")

@@ -19,6 +19,8 @@ from epmq_deploy.registry import MERGE_METHODS, QUANTIZATION_METHODS, Method
 LABEL_COLUMN = "label"
 # In place of names: the data number their classes as the head does.
 SAME_AS_HEAD = "same_as_head"
+# How many of the images that will be used are decoded before work starts.
+Preflight = Literal["auto", "full", "sampled"]
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
 # From the first with 4-bit types to the last one that torch's exporter converts graphs with custom
@@ -252,6 +254,10 @@ class EvalOptions(Options):
     diagnose_samples: int = Field(8, ge=1, description="samples per task for diagnose")
 
 
+# Keys of a recipe that are no sections.
+_SCALARS = frozenset({"preflight"})
+
+
 class Recipe(Options):
     """Everything the four commands need."""
 
@@ -261,6 +267,11 @@ class Recipe(Options):
     quantize: QuantizeChoice = Field(default_factory=lambda: default_options("quantize"))
     export: ExportOptions = Field(default_factory=ExportOptions)
     eval: EvalOptions = Field(default_factory=EvalOptions)
+    preflight: Preflight = Field(
+        "auto",
+        description="which images are decoded before any work: full, all that will be used; "
+        "sampled, some of each data source; auto, all of up to 2000 and some of more",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -271,6 +282,7 @@ class Recipe(Options):
             content = {
                 section: {} if options is None and section in cls.model_fields else options
                 for section, options in content.items()
+                if not (options is None and section in _SCALARS)
             }
             for section, method in DEFAULT_METHODS.items():
                 if isinstance(content.get(section), dict):

@@ -7,8 +7,9 @@ from pathlib import Path
 from epmq_deploy.data.class_labels import HeadClasses
 from epmq_deploy.data.heads import head_classes, head_of_expert
 from epmq_deploy.data.loading import load_samples
+from epmq_deploy.data.preflight import check_images
 from epmq_deploy.data.samples import Samples, batches
-from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
+from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, problems_of
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.recipe import Recipe, Task
@@ -19,7 +20,9 @@ log = logging.getLogger(__name__)
 def evaluation_samples(
     recipe: Recipe, family: ModelFamily, folder: Path, heads: Mapping[str, TaskHead] | None = None
 ) -> dict[str, Samples]:
-    """Return the evaluation samples of every task, loaded and checked; one of each is decoded.
+    """Return the evaluation samples of every task, loaded and checked.
+
+    Images are decoded beforehand as the recipe's ``preflight`` says.
 
     Args:
         recipe: tasks and options.
@@ -46,13 +49,14 @@ def evaluation_samples(
                 name, task.evaluation, family, prompt=task.prompt, limit=recipe.eval.max_samples
             )
             if classes is not None:
+                check_images(samples[name], recipe.preflight)
                 next(batches(samples[name], family, folder, 1))
                 assumption = samples[name].labels(classes).assumption
                 # What is assumed when graphs are evaluated stands in the report.
                 if assumption and heads is None:
                     log.info("%s", assumption)
         except EpmqError as error:
-            problems.append(str(error))
+            problems += problems_of(error)
     if problems:
         raise MismatchError("evaluation", problems)
     return samples

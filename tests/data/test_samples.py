@@ -191,14 +191,17 @@ def image_rows(kind: object, values: list[object], file: Path) -> str:
 
 
 @pytest.mark.parametrize("content", [pa.binary(), pa.large_binary()])
-@pytest.mark.parametrize("with_path", [True, False])
+@pytest.mark.parametrize("path", [pa.string(), pa.large_string(), pa.null(), None])
 def test_structs_of_bytes_and_path_are_images(
-    tmp_path: Path, tiny: TinyZoo, family: ModelFamily, content: pa.DataType, with_path: bool
+    tmp_path: Path,
+    tiny: TinyZoo,
+    family: ModelFamily,
+    content: pa.DataType,
+    path: pa.DataType | None,
 ) -> None:
-    fields = [("bytes", content), *([("path", pa.string())] if with_path else [])]
-    values = [
-        {"bytes": png(image), "path": f"{index}.png"} for index, image in enumerate(pictures())
-    ]
+    fields = [("bytes", content), *([("path", path)] if path is not None else [])]
+    name = None if path is None or path == pa.null() else "x.png"
+    values = [{"bytes": png(image), "path": name} for image in pictures()]
     file = image_rows(pa.struct(fields), values, tmp_path / "x.parquet")
     samples = load_samples("t", DataSource(path=file), family)
     (inputs,) = batches(samples, family, tiny.base, 10)
