@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
+from epmq_deploy.data import csv_table
 from epmq_deploy.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -226,8 +227,11 @@ class ImageFolder:
         if len(self.metadata) > 1:
             raise RecipeError(f"{where} holds {' and '.join(self.metadata)}; keep one of them")
         file = self.path / self.metadata[0]
-        builder = {".csv": "csv", ".jsonl": "json", ".parquet": "parquet"}[file.suffix]
-        rows = datasets.load_dataset(builder, data_files={"rows": [str(file)]})["rows"]
+        if file.suffix in csv_table.SUFFIXES:
+            rows = csv_table.read_csv(file, f"{where}: {file.name}")
+        else:
+            builder = {".jsonl": "json", ".parquet": "parquet"}[file.suffix]
+            rows = datasets.load_dataset(builder, data_files={"rows": [str(file)]})["rows"]
         if _FILE_COLUMN not in rows.column_names:
             raise RecipeError(
                 f"{where}: {file.name} has no column {_FILE_COLUMN!r}, which says which image a "

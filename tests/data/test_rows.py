@@ -12,8 +12,6 @@ from epmq_deploy.recipe import DataSource
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
-        ("x.csv", b"text,label\na,1\nb,1,2,3\n", r"Expected 2 fields in line 3, saw 4"),
-        ("x.csv", b"", "No columns to parse from file"),
         ("x.jsonl", b'{"text": "a"}\n{"text": "b",\n', "JSON parse error: Missing a name"),
         ("x.parquet", b"PAR1 nonsense", "Parquet magic bytes not found"),
     ],
