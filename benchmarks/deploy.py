@@ -141,7 +141,7 @@ def session(file: Path | bytes, level: int = 0) -> onnxruntime.InferenceSession:
 def latencies(
     sessions: Mapping[str, onnxruntime.InferenceSession], feed: dict[str, Any], runs: int
 ) -> dict[str, float]:
-    """Median seconds of each, taking turns."""
+    """Median seconds of each, measured interleaved."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for turn in range(runs + 3):
         for name, one in sessions.items():
@@ -174,7 +174,7 @@ def one_row(depth: int, turns: int) -> dict[str, float]:
 def _bursts(
     sessions: Mapping[str, onnxruntime.InferenceSession], row: np.ndarray, turns: int
 ) -> dict[str, float]:
-    """Median seconds of a run among several in a row, graphs taking turns."""
+    """Median seconds of a run among several in a row, graphs interleaved."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for turn in range(turns + 1):
         for name, one in sessions.items():

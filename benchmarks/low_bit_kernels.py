@@ -4,7 +4,7 @@
 - rows of an INT8 table: Gather, Cast, Mul, as they are exported
   (`epmq_deploy.exporters.lowering.int8.rows`), or ``com.microsoft::GatherBlockQuantized``.
 
-Writes ``results/low_bit_kernels.json``: median milliseconds, variants taking turns.
+Writes ``results/low_bit_kernels.json``: median milliseconds, variants interleaved.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def session(
 def medians(
     sessions: Mapping[str, ort.InferenceSession], x: np.ndarray, runs: int
 ) -> dict[str, float]:
-    """Milliseconds by name, taking turns."""
+    """Milliseconds by name, measured interleaved."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
     for _ in range(runs + 5):
         for name, each in sessions.items():

@@ -98,7 +98,7 @@ def commands_page() -> str:
         for panel, rows in panels.items():
             if len(panels) > 1:
                 parts.append(f"### {panel} {{ #{name}-{_slug(panel)} }}")
-            parts.append(table(("", "what it does"), rows))
+            parts.append(table(("flag", "what it does"), rows))
     return "\n\n".join(parts)
 
 
@@ -138,7 +138,7 @@ def targets_page() -> str:
             "# Targets and formats",
             "## Deployment targets",
             "`export.target` in a recipe, `--target` of `epmq export`.",
-            table(("target", "formats", "what it takes", "why"), targets),
+            table(("target", "formats", "its kernels support", "why"), targets),
             "## Formats",
             "`export.formats` in a recipe, `--formats` of `epmq export`.",
             table(
@@ -186,7 +186,7 @@ def _keys(model: type[Options]) -> str:
 
 def _rows(fields: Mapping[str, FieldInfo]) -> str:
     return table(
-        ("key", "type", "default", "what it says"),
+        ("key", "type", "default", "meaning"),
         (
             (f"`{name}`", _type(field.annotation), _default(field), field.description or "")
             for name, field in fields.items()
