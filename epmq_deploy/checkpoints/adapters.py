@@ -19,7 +19,6 @@ from epmq_deploy.checkpoints.adapter_ties import Ties, resolve_ties
 from epmq_deploy.checkpoints.tensors import (
     ComputedTensor,
     Rename,
-    StoredTensor,
     TensorInfo,
     concatenated,
     renamed,
@@ -218,7 +217,7 @@ class _Plan:
         return concatenated([self.start[name] for name in names])
 
 
-def _as_in_base(info: StoredTensor, original: TensorInfo | None) -> TensorInfo:
+def _as_in_base(info: TensorInfo, original: TensorInfo | None) -> TensorInfo:
     """Return a tensor in the dtype of the one it replaces: ``peft`` trains it in float32."""
     if original is None or original.dtype == info.dtype or not info.dtype.is_floating_point:
         return info

@@ -2,8 +2,9 @@
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
@@ -52,6 +56,14 @@ class TensorInfo(ABC):
     @abstractmethod
     def read_into(self, target: Tensor) -> None:
         """Overwrite a contiguous CPU tensor of this shape and dtype."""
+
+    @abstractmethod
+    def parts(self, count: int) -> "tuple[TensorInfo, ...]":
+        """Split the tensor into equal parts along the first dimension.
+
+        Raises:
+            RecipeError: the dimension is not a multiple of ``count``.
+        """
 
     def load(self) -> Tensor:
         """Read the tensor, CPU."""
@@ -136,33 +148,67 @@ class ComputedTensor(TensorInfo):
         """Compute the tensor, CPU."""
         return self.compute().to(self.dtype).contiguous()
 
+    def parts(self, count: int) -> "tuple[TensorInfo, ...]":
+        """Split the tensor; each part computes all of it."""
+        if count == 1:
+            return (self,)
+        if not self.shape or self.shape[0] % count:
+            raise RecipeError(f"shape {list(self.shape)} cannot be cut into {count} parts")
+        rows = self.shape[0] // count
+        shape = (rows, *self.shape[1:])
+        return tuple(
+            ComputedTensor(shape, self.dtype, partial(self._rows, index * rows, rows))
+            for index in range(count)
+        )
 
-def stored_tensors(
-    files: Iterable[Path], rename: Rename = lambda key: key
-) -> dict[str, StoredTensor]:
-    """List the tensors of safetensors files by canonical name.
+    def _rows(self, first: int, rows: int) -> Tensor:
+        return self.compute().narrow(0, first, rows)
+
+
+def stored_tensors(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """List the tensors of safetensors files by their stored names.
 
     Args:
         files: all files of one model.
-        rename: stored name to canonical name or names.
 
     Raises:
-        RecipeError: a file cannot be read, holds a dtype that is not supported, or two tensors with
-            one canonical name.
+        RecipeError: a file cannot be read, holds a dtype that is not supported, or the name of a
+            tensor in another file.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
             for info in tensors_of_file(file):
-                for name, part in renamed(info, rename(info.key)).items():
-                    other = tensors.setdefault(name, part)
-                    if other is not part:
-                        raise RecipeError(
-                            f"{file}: tensors {other.key!r} and {info.key!r} both mean {name}"
-                        )
+                other = tensors.setdefault(info.key, info)
+                if other is not info:
+                    raise RecipeError(f"{file}: tensor {info.key!r} is in {other.file}, too")
         except (OSError, SafetensorError) as error:
             raise RecipeError(f"{file}: not readable as safetensors ({error})") from error
     return tensors
+
+
+def canonical_tensors(
+    tensors: Mapping[str, TensorInfo], rename: Rename, source: object
+) -> dict[str, TensorInfo]:
+    """Return tensors by canonical name.
+
+    Args:
+        tensors: by stored name.
+        rename: stored name to canonical name or names.
+        source: what to call the model in messages.
+
+    Raises:
+        RecipeError: two tensors have one canonical name.
+    """
+    result: dict[str, TensorInfo] = {}
+    stored_names: dict[str, str] = {}
+    for stored, info in tensors.items():
+        for name, part in renamed(info, rename(stored)).items():
+            other = stored_names.setdefault(name, stored)
+            if other != stored:
+                raise RecipeError(f"{source}: tensors {other!r} and {stored!r} both mean {name}")
+            result[name] = part
+    return result
 
 
 def concatenated(parts: Sequence[TensorInfo]) -> TensorInfo:
@@ -179,8 +225,8 @@ def same_values(one: TensorInfo, other: TensorInfo) -> bool:
     return one.shape == other.shape and torch.equal(one.load(), other.load())
 
 
-def renamed(info: StoredTensor, names: str | tuple[str, ...]) -> dict[str, StoredTensor]:
-    """Return a stored tensor by its canonical name, or its parts by their names."""
+def renamed(info: TensorInfo, names: str | tuple[str, ...]) -> dict[str, TensorInfo]:
+    """Return a tensor by its canonical name, or its parts by their names."""
     names = (names,) if isinstance(names, str) else names
     return dict(zip(names, info.parts(len(names)), strict=True))
 

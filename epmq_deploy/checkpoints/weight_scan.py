@@ -137,6 +137,9 @@ def all_finite(values: Tensor) -> bool:
     """Tell whether values ``[*]`` hold neither NaN nor infinity, without temporaries."""
     if not values.numel():
         return True
+    if values.dtype.itemsize == 1:
+        # 8-bit floats have no minimum and maximum.
+        values = values.to(torch.float32)
     low, high = values.aminmax()
     # NaN anywhere makes both NaN.
     return math.isfinite(float(low)) and math.isfinite(float(high))

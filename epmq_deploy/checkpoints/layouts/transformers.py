@@ -1,11 +1,21 @@
 """The layout of ``transformers``: safetensors, single or sharded, and JSON settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from epmq_deploy.checkpoints.files import INDEX_FILE, SINGLE_FILE
 from epmq_deploy.checkpoints.layouts.base import Layout
-from epmq_deploy.checkpoints.tensors import Rename, TensorInfo, same_values, stored_tensors
+from epmq_deploy.checkpoints.quantized_weights import dequantized, refuse_quantized
+from epmq_deploy.checkpoints.tensors import (
+    Rename,
+    TensorInfo,
+    canonical_tensors,
+    same_values,
+    stored_tensors,
+)
 from epmq_deploy.checkpoints.weight_names import has_usual_names, weight_files
 from epmq_deploy.errors import RecipeError
 
@@ -32,9 +42,12 @@ class TransformersLayout(Layout):
         base: Mapping[str, TensorInfo],
     ) -> dict[str, TensorInfo]:
         """List the stored tensors: of tied ones a single copy, or both where the base has both."""
-        files = self.weight_files(folder)
-        _refuse_first_releases(files)
-        tensors: dict[str, TensorInfo] = {**stored_tensors(files, rename)}
+        stored = stored_tensors(self.weight_files(folder))
+        config = self.config(folder) or {}
+        _refuse_first_releases(folder, stored)
+        refuse_quantized(folder, config, stored)
+        dense = dequantized(folder, config, stored, partial(_dtype_in_base, base, rename))
+        tensors = canonical_tensors(dense, rename, folder)
         for copy, original in tied.items():
             if copy in tensors and original in tensors:
                 if same_values(tensors[copy], tensors[original]):
@@ -50,15 +63,23 @@ class TransformersLayout(Layout):
         return (self.config(folder) or {}).get("tie_word_embeddings") is True
 
 
-def _refuse_first_releases(files: Sequence[Path]) -> None:
+def _refuse_first_releases(folder: Path, names: Collection[str]) -> None:
     """Refuse Llama and Mistral as their authors lay them out: attention is ordered otherwise."""
-    names = stored_tensors(files)
     if any(name.endswith("layers.0.attention.wq.weight") for name in names):
         raise RecipeError(
-            f"{files[0]}: in its authors' layout (layers.0.attention.wq), not in that of "
+            f"{folder}: in its authors' layout (layers.0.attention.wq), not in that of "
             "transformers; give the release for transformers, or convert it with transformers' "
             "script for this model"
         )
+
+
+def _dtype_in_base(
+    base: Mapping[str, TensorInfo], rename: Rename, stored: str
+) -> torch.dtype | None:
+    """Return the dtype of the base's tensor; None where it has none."""
+    names = rename(stored)
+    info = base.get(names if isinstance(names, str) else names[0])
+    return None if info is None else info.dtype
 
 
 LAYOUT = TransformersLayout()
