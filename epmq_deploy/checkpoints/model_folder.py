@@ -17,6 +17,7 @@ from epmq_deploy.checkpoints.layouts.base import Layout
 from epmq_deploy.checkpoints.open_clip import OPEN_CLIP_CONFIG
 from epmq_deploy.checkpoints.open_clip_weights import named_folder, split_named
 from epmq_deploy.checkpoints.pickle_conversion import refuse_pickled, refuse_pickled_file
+from epmq_deploy.checkpoints.quantized_weights import without_quantization
 from epmq_deploy.checkpoints.tensors import stored_tensors
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.registry import Registry
@@ -179,6 +180,8 @@ class ModelFolder:
     def copy_settings(self, target: Path) -> None:
         """Copy config, tokenizer and processor files, in the layout of ``transformers``.
 
+        The config is that of dense weights, whatever these were read from.
+
         Args:
             target: existing folder.
         """
@@ -191,6 +194,10 @@ class ModelFolder:
                 (PREPROCESSOR_FILE, self.preprocessor_config),
             ):
                 (target / name).write_text(json.dumps(content, indent=2) + "\n")
+        dense = without_quantization(self.config or {})
+        if dense != (self.config or {}):
+            text = json.dumps(dense, indent=2, ensure_ascii=False) + "\n"
+            (target / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def _local_folder(path_or_id: str) -> Path:

@@ -36,6 +36,8 @@ _NAMES = {
     "eetq": "EETQ",
     "mxfp4": "MXFP4",
 }
+# Where a config says how weights were quantized.
+_SETTINGS = ("quantization_config", "compression_config")
 # Names of scales, after that of the tensor or of its module.
 _SCALES = ("{tensor}_scale_inv", "{tensor}_scale", "{module}.scale_weight")
 # Scales of what a layer takes and gives, for which there is no use.
@@ -71,6 +73,15 @@ class _Scaled:
         return values.mul_(scale)
 
 
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config without what it, or a part of it, says of quantized weights."""
+    return {
+        key: without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _SETTINGS
+    }
+
+
 def refuse_quantized(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     """Refuse weights that were quantized, other than to 8-bit floats with their scales.
 
@@ -97,7 +108,7 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any], stored: Mapping[st
     )
     if by_tensors is None and not integers:
         return
-    settings = config.get("quantization_config") or config.get("compression_config") or {}
+    settings: Any = next((config[key] for key in _SETTINGS if config.get(key)), {})
     method = str(settings.get("quant_method", "")) if isinstance(settings, dict) else ""
     name = _NAMES.get(method, method) or by_tensors or "integers"
     raise RecipeError(

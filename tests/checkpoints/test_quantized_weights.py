@@ -16,6 +16,7 @@ from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.merging.preflight import check_experts
+from epmq_deploy.merging.stage import merge
 from epmq_deploy.models.experts import open_sources
 from epmq_deploy.recipe import load_recipe
 
@@ -192,3 +193,21 @@ def test_settings_of_a_quantization_that_weights_do_not_have_are_no_matter(tmp_p
     save_file({"a.weight": torch.ones(2, 2)}, tmp_path / FILE)
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     assert list(Checkpoint.open(ModelFolder.open(str(tmp_path))).tensors) == ["a.weight"]
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+def test_a_merged_model_is_dense_whatever_its_base_was(tmp_path: Path, key: str) -> None:
+    models = build_tiny_text_generators(tmp_path, TEXT_GENERATORS["llama"])
+    tensors = load_file(models.base / FILE)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name], tensors[f"{name}_scale_inv"] = quantized(tensors[name], 128, 128)
+    save_file(tensors, models.base / FILE)
+    config = json.loads((models.base / "config.json").read_text())
+    settings = {key: {"quant_method": "fp8"}, "text_config": {key: {}, "é": 1}, "dtype": "float32"}
+    (models.base / "config.json").write_text(json.dumps(config | settings))
+    merge(load_recipe(models.recipe), tmp_path / "merged")
+    written = json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))
+    assert written == config | {"text_config": {"é": 1}, "dtype": "float32"}
+    merged = load_file(tmp_path / "merged" / FILE)
+    assert {value.dtype for value in merged.values()} == {torch.float32}
+    assert not any("scale" in name for name in merged)
