@@ -12,21 +12,11 @@ from epmq_deploy.data.accuracy import embeddings
 from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.predictions import PredictedLogits, predict_logits
+from epmq_deploy.models.problem_types import divergence
 
 # A loss (as divergence from the expert) of each task's samples, ``[n]``.
 Scores = Mapping[str, Tensor]
 _BATCH = 64
-
-
-def divergence(logits: Tensor, expert_logits: Tensor) -> Tensor:
-    """Return the KL divergence of a model's predictions from the expert's, ``[m]``, in nats.
-
-    Args:
-        logits: the model's, ``[m, C]``.
-        expert_logits: the expert's, ``[m, C]``.
-    """
-    expected = expert_logits.log_softmax(dim=1)
-    return (expected.exp() * (expected - logits.log_softmax(dim=1))).sum(dim=1)
 
 
 def standard_error(first: Scores, second: Scores) -> float:
@@ -61,7 +51,9 @@ def predictions_of(
         for inputs in batches(samples, family, folder, _BATCH)
     ]
     return PredictedLogits(
-        torch.cat([part.logits for part in found]), torch.cat([part.counts for part in found])
+        torch.cat([part.logits for part in found]),
+        torch.cat([part.counts for part in found]),
+        found[0].problem_type,
     )
 
 
@@ -138,7 +130,7 @@ class Judge:
         """Return divergences from the experts, by task ``[n]``."""
 
         def loss(task: str, predicted: PredictedLogits) -> Tensor:
-            return divergence(predicted.logits, self.wanted[task].logits)
+            return divergence(predicted.logits, self.wanted[task].logits, predicted.problem_type)
 
         return scored(model, self.family, self.folder, self.samples, self.heads, loss)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.problem_types import SINGLE_LABEL, ProblemType
 
 # What transformers calls classes that nobody named.
 UNNAMED = "LABEL_"
@@ -22,10 +23,12 @@ class HeadClasses:
     Attributes:
         count: how many; None where the head is not known yet.
         names: in the order of its logits; None where nobody named them.
+        problem_type: what its logits mean.
     """
 
     count: int | None = None
     names: tuple[str, ...] | None = None
+    problem_type: ProblemType = SINGLE_LABEL
 
 
 @dataclass(frozen=True)

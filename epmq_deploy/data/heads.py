@@ -19,6 +19,7 @@ from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.hashing import file_sha256
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import Sources
+from epmq_deploy.models.problem_types import SINGLE_LABEL, problem_type
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Task
@@ -26,6 +27,7 @@ from epmq_deploy.recipe import Task
 log = logging.getLogger(__name__)
 
 HEADS_FILE = "heads.safetensors"
+_PROBLEM_TYPE = "problem_type"
 
 
 def build_heads(
@@ -171,6 +173,9 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
             f"{source.path} holds no head of the {family.name} family; give head.classes or "
             "head.matrix instead of head.from_expert"
         )
+    if head is not None:
+        given = None if task.head is None else task.head.problem_type
+        head.problem_type = problem_type(given, source.config or {}, head.classes)
     return head
 
 
@@ -185,13 +190,14 @@ def head_classes(task: Task, head: TaskHead | None) -> HeadClasses:
         head: the head; None where it is not built yet.
     """
     given = task.head
+    kind = SINGLE_LABEL if head is None else head.problem_type
     if given is not None and given.classes is not None:
-        return HeadClasses(len(given.classes), given.classes)
+        return HeadClasses(len(given.classes), given.classes, kind)
     count = None if head is None else head.classes
     if head is None or (given is not None and not given.from_expert):
-        return HeadClasses(count)
+        return HeadClasses(count, problem_type=kind)
     names = _names_in(ModelFolder.open(task.expert, task.adapter).config or {}, head.classes)
-    return HeadClasses(count, names)
+    return HeadClasses(count, names, kind)
 
 
 def _names_in(config: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
@@ -222,7 +228,9 @@ def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) 
             family.zero_shot_head(folder, task.head.classes, task.head.templates, device)
         )
     assert task.head.matrix is not None, "the recipe checks that one kind is given"
-    return TaskHead(_read_matrix(task.head.matrix))
+    head = TaskHead(_read_matrix(task.head.matrix))
+    head.problem_type = problem_type(task.head.problem_type, {}, head.classes)
+    return head
 
 
 def _read_matrix(file: str) -> Tensor:
@@ -238,25 +246,32 @@ def _read_matrix(file: str) -> Tensor:
 
 
 def save_heads(folder: Path, heads: Mapping[str, TaskHead]) -> None:
-    """Write heads into a stage's folder: tensors ``<task>.<part>``, activations as metadata."""
+    """Write heads into a stage's folder: tensors ``<task>.<part>``, all else as metadata."""
     tensors = {
         f"{task}.{part}": tensor
         for task, head in heads.items()
         for part, tensor in head.state_dict().items()
     }
-    activations = {task: head.activation for task, head in heads.items()}
-    save_file(tensors, folder / HEADS_FILE, metadata=activations)
+    metadata: dict[str, str] = {task: head.activation for task, head in heads.items()}
+    metadata |= {
+        f"{task}.{_PROBLEM_TYPE}": head.problem_type
+        for task, head in heads.items()
+        if head.problem_type != SINGLE_LABEL
+    }
+    save_file(tensors, folder / HEADS_FILE, metadata=metadata)
 
 
 def load_heads(folder: Path) -> dict[str, TaskHead]:
     """Read the heads of a stage's folder, by task."""
     parts: dict[str, dict[str, Tensor]] = {}
     with safe_open(folder / HEADS_FILE, framework="pt") as handle:
-        # Heads saved before there was a choice have none.
-        activations = handle.metadata() or {}
+        metadata = handle.metadata() or {}
         for name in handle.keys():  # noqa: SIM118 - no mapping
             task, _, part = name.partition(".")
             parts.setdefault(task, {})[part] = handle.get_tensor(name)
     return {
-        task: TaskHead.of_tensors(tensors, activations[task]) for task, tensors in parts.items()
+        task: TaskHead.of_tensors(
+            tensors, metadata[task], metadata.get(f"{task}.{_PROBLEM_TYPE}", SINGLE_LABEL)
+        )
+        for task, tensors in parts.items()
     }

@@ -51,7 +51,30 @@ class Samples:
         if given is not None:
             return None if given == SAME_AS_HEAD else given
         feature = self.rows.features.get(self.source.label_column)
+        # Of a column of lists, what the lists hold.
+        feature = getattr(feature, "feature", feature)
         return list(feature.names) if hasattr(feature, "names") else None
+
+    def label_values(self, column: str | None = None) -> list[Any]:
+        """Return what a label column holds, as stored.
+
+        Args:
+            column: name; the data source's ``label_column`` where it is None.
+
+        Raises:
+            RecipeError: no such column.
+        """
+        where, column = (
+            f"task {self.task!r}: {self.source.path}",
+            column or self.source.label_column,
+        )
+        if column is None:
+            raise RecipeError(f"{where}: labels are needed, but label_column is not set")
+        if column not in self.rows.column_names:
+            raise RecipeError(
+                f"{where} has no column {column!r}; it has {', '.join(self.rows.column_names)}"
+            )
+        return list(self.rows.select(list(self.indices)).select_columns([column])[column])
 
     def labels(self, head: HeadClasses | None = None) -> ClassLabels:
         """Return the labels as class numbers of a head.
@@ -62,15 +85,8 @@ class Samples:
         Raises:
             RecipeError: no such column, or labels that are no classes of the head.
         """
-        where, column = f"task {self.task!r}: {self.source.path}", self.source.label_column
-        if column is None:
-            raise RecipeError(f"{where}: labels are needed, but label_column is not set")
-        if column not in self.rows.column_names:
-            raise RecipeError(
-                f"{where} has no column {column!r}; it has {', '.join(self.rows.column_names)}"
-            )
-        values = list(self.rows.select(list(self.indices)).select_columns([column])[column])
-        where = f"{where}: column {column!r}"
+        values = self.label_values()
+        where = f"task {self.task!r}: {self.source.path}: column {self.source.label_column!r}"
         labels = class_labels(values, self.indices, self.class_names, head or HeadClasses(), where)
         said = self.source.label_names is not None
         return ClassLabels(labels.numbers) if said else labels

@@ -17,6 +17,7 @@ from epmq_deploy.data.pseudo_labels import (
     with_pseudo_labels,
 )
 from epmq_deploy.data.samples import Samples, batches
+from epmq_deploy.data.targets import targets_of
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone, Sources
@@ -73,13 +74,13 @@ class RecipeData:
             head = head.to(self.experts.device)
         return predict_logits(self.family, head, self.family.embed(model, *inputs), inputs)
 
-    def class_numbers(self, task: str) -> list[int]:
-        """Return the labels of a task's samples as class numbers of its head.
+    def targets(self, task: str) -> Tensor:
+        """Return what the task's head should predict for its samples; see ``data.targets``.
 
         Raises:
-            RecipeError: the data have no labels, or they are no classes of the head.
+            RecipeError: the data have no labels, or they are none of this head.
         """
-        return self.samples[task].labels(self.classes[task]).numbers
+        return torch.from_numpy(targets_of(self.samples[task], self.classes[task]).values)
 
     def backbone(self) -> nn.Module:
         """Return a new model with the base's weights, float32, on the device."""

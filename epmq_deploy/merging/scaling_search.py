@@ -14,16 +14,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from epmq_deploy.data.agreement import Judge, Scores, Tuned, mean_divergence, scored, tune
 from epmq_deploy.errors import EpmqError, MismatchError
 from epmq_deploy.merging.base import Merger
 from epmq_deploy.merging.data import RecipeData
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
-from epmq_deploy.models.predictions import PredictedLogits, entropy
+from epmq_deploy.models.predictions import PredictedLogits
+from epmq_deploy.models.problem_types import REGRESSION, entropy, negative_log_likelihood
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.options.merging import ScaledOptions
 
@@ -36,8 +35,16 @@ def check_objective(data: RecipeData, options: ScaledOptions) -> None:
     """Make sure that the data have what the objective needs.
 
     Raises:
-        MismatchError: names every task without labels, or a model that does not predict classes.
+        MismatchError: names every task without labels, or whose predictions have no entropy; or a
+            model that does not predict classes.
     """
+    if options.search_objective == "entropy":
+        values = [task for task, head in data.heads.items() if head.problem_type == REGRESSION]
+        if values:
+            raise MismatchError(
+                "merge.search_objective: entropy",
+                [f"task {task!r} has a regression head, whose values have none" for task in values],
+            )
     if options.search_objective != "labels":
         return
     subject = "merge.search_objective: labels"
@@ -48,7 +55,7 @@ def check_objective(data: RecipeData, options: ScaledOptions) -> None:
     problems = []
     for task in data.samples:
         try:
-            data.class_numbers(task)
+            data.targets(task)
         except EpmqError as error:
             problems.append(str(error))
     if problems:
@@ -127,11 +134,11 @@ def _loss(data: RecipeData, options: ScaledOptions) -> Callable[[nn.Module], Sco
         ).scores
     labels = {}
     if options.search_objective == "labels":
-        labels = {task: torch.tensor(data.class_numbers(task)) for task in data.samples}
+        labels = {task: data.targets(task) for task in data.samples}
 
     def loss(task: str, predicted: PredictedLogits) -> Tensor:
         if task in labels:
-            return cross_entropy(predicted.logits, labels[task], reduction="none")
-        return entropy(predicted.logits)
+            return negative_log_likelihood(predicted.logits, labels[task], predicted.problem_type)
+        return entropy(predicted.logits, predicted.problem_type)
 
     return lambda model: scored(model, data.family, folder, data.samples, heads, loss)

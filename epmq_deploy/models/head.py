@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from epmq_deploy.models.problem_types import SINGLE_LABEL, ProblemType
+
 Activation = Literal["tanh", "relu", "gelu"]
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -28,6 +30,7 @@ class TaskHead(nn.Module):
         pooler_weight: ``[P, D]``.
         pooler_bias: ``[P]``, with ``pooler_weight``.
         activation: after the pooler: ``tanh`` (BERT, RoBERTa), ``relu`` (DistilBERT) or ``gelu``.
+        problem_type: what the logits mean.
     """
 
     def __init__(
@@ -37,9 +40,11 @@ class TaskHead(nn.Module):
         pooler_weight: Tensor | None = None,
         pooler_bias: Tensor | None = None,
         activation: Activation = "tanh",
+        problem_type: ProblemType = SINGLE_LABEL,
     ) -> None:
         super().__init__()
         self.activation: Activation = activation
+        self.problem_type: ProblemType = problem_type
         self.weight = _frozen(weight)
         self.bias = None if bias is None else _frozen(bias)
         self.pooler_weight = None if pooler_weight is None else _frozen(pooler_weight)
@@ -47,10 +52,13 @@ class TaskHead(nn.Module):
 
     @classmethod
     def of_tensors(
-        cls, tensors: Mapping[str, Tensor], activation: Activation = "tanh"
+        cls,
+        tensors: Mapping[str, Tensor],
+        activation: Activation = "tanh",
+        problem_type: ProblemType = SINGLE_LABEL,
     ) -> "TaskHead":
         """Return the head whose ``state_dict`` is ``tensors``."""
-        return cls(**tensors, activation=activation)
+        return cls(**tensors, activation=activation, problem_type=problem_type)
 
     @property
     def classes(self) -> int:

@@ -5,13 +5,14 @@ predicts every token of the answer, through its output layer, after reading the 
 sample's answer before it ("teacher forcing"): several predictions per sample, none for padding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.head import TaskHead
+from epmq_deploy.models.problem_types import SINGLE_LABEL, ProblemType
 from epmq_deploy.models.text_generation.base import generates_text
 
 
@@ -22,10 +23,12 @@ class PredictedLogits:
     Attributes:
         logits: ``[m, C]``, float32, those of a sample in a row.
         counts: how many belong to each sample, ``[n]``, int64; ``m`` together.
+        problem_type: what the logits mean.
     """
 
     logits: Tensor
     counts: Tensor
+    problem_type: ProblemType = SINGLE_LABEL
 
     def per_sample(self, values: Tensor) -> Tensor:
         """Average ``values [m]`` over each sample's predictions, ``[n]``; 0 where it has none."""
@@ -37,13 +40,7 @@ class PredictedLogits:
     def of_samples(self, start: int, stop: int) -> "PredictedLogits":
         """Return the logits of samples ``start`` to ``stop``."""
         first, last = (int(self.counts[:end].sum()) for end in (start, stop))
-        return PredictedLogits(self.logits[first:last], self.counts[start:stop])
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Return the entropy of predictions ``[m]``, in nats, from logits ``[m, C]``."""
-    scores = logits.log_softmax(dim=1)
-    return -(scores.exp() * scores).sum(dim=1)
+        return replace(self, logits=self.logits[first:last], counts=self.counts[start:stop])
 
 
 def predict_logits(
@@ -58,5 +55,7 @@ def predict_logits(
         inputs: of the model, as ``family.input_names``.
     """
     assert generates_text(family) or head is not None, "classifiers predict through heads"
-    logits = features if head is None else head(features)
-    return PredictedLogits(logits, family.prediction_counts(*inputs))
+    counts = family.prediction_counts(*inputs)
+    if head is None:
+        return PredictedLogits(features, counts)
+    return PredictedLogits(head(features), counts, head.problem_type)

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from epmq_deploy.artifacts.manifest import Distillation
-from epmq_deploy.data.agreement import Judge, divergence, mean_divergence
+from epmq_deploy.data.agreement import Judge, mean_divergence
 from epmq_deploy.data.samples import batches
 from epmq_deploy.models.predictions import PredictedLogits, predict_logits
+from epmq_deploy.models.problem_types import divergence
 from epmq_deploy.progress import NoProgress
 from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.results import QuantizedLinear, QuantizedModel
@@ -150,7 +151,11 @@ def _train(
             features = features.to("cpu", torch.float32)
             predicted = predict_logits(ctx.family, judge.heads.get(task), features, inputs)
             divergences = predicted.per_sample(
-                divergence(predicted.logits / _TEMPERATURE, target.logits / _TEMPERATURE)
+                divergence(
+                    predicted.logits / _TEMPERATURE,
+                    target.logits / _TEMPERATURE,
+                    predicted.problem_type,
+                )
             )
             optimizer.zero_grad()
             divergences.mean().mul(_TEMPERATURE**2).backward()  # type: ignore[no-untyped-call]

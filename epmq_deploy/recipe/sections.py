@@ -83,6 +83,12 @@ class DataSource(Options):
         description="column with integer labels, or with answers for text generation; with null, "
         "the task's expert generates pseudo-labels for text-generation calibration data",
     )
+    label_columns: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="columns with 0 or 1 for one label each, called like the labels; in place of "
+        "label_column where samples have any number of labels",
+    )
     label_names: tuple[str, ...] | Literal["same_as_head"] | None = Field(
         None,
         description="names of the labels 0, 1, ..., as the head calls them; default: the names "
@@ -117,6 +123,14 @@ class Head(Options):
         "but CLIP",
     )
 
+    problem_type: (
+        Literal["single_label_classification", "multi_label_classification", "regression"] | None
+    ) = Field(
+        None,
+        description="what the logits mean; default: what the expert's config.json says, and "
+        "without that regression for a single logit, one of several classes for more",
+    )
+
     @property
     def is_zero_shot(self) -> bool:
         """Whether class names make the classifier."""
@@ -130,6 +144,8 @@ class Head(Options):
             raise ValueError("needs one of classes (with templates), matrix and from_expert: true")
         if not all("{}" in template for template in self.templates):
             raise ValueError("every template needs {} where the class name goes")
+        if self.is_zero_shot and self.problem_type not in (None, "single_label_classification"):
+            raise ValueError("class names alone make heads for single_label_classification")
         return self
 
 

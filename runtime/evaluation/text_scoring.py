@@ -16,7 +16,7 @@ from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.data.samples import Samples, TextSamples
 from epmq_deploy.models.experts import ExpertBackbone
 from epmq_deploy.models.text_generation.base import SpecialTokens, TextGenerationFamily
-from epmq_deploy.runtime.evaluation.rank_correlation import RankCorrelation
+from epmq_deploy.runtime.evaluation.correlation import RankCorrelation
 from epmq_deploy.runtime.evaluation.report import EXPERTS
 from epmq_deploy.runtime.evaluation.scoring import Predicted, Scorer, TaskPredictions, raw_samples
 from epmq_deploy.runtime.evaluation.significance import Floats

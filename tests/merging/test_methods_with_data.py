@@ -21,7 +21,7 @@ from epmq_deploy.merging.regression import regression_mean, shrink_off_diagonal
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
-from epmq_deploy.models.predictions import entropy
+from epmq_deploy.models.problem_types import entropy
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
 DATA_METHODS = ("regmean", "regmean_pp", "fisher", "adamerging")

@@ -7,13 +7,14 @@ import pytest
 import torch
 from tiny_zoo import TinyZoo
 
-from epmq_deploy.data.agreement import divergence, predictions_of, tune
+from epmq_deploy.data.agreement import predictions_of, tune
 from epmq_deploy.data.heads import build_heads
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
+from epmq_deploy.models.problem_types import divergence
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from epmq_deploy.data.agreement import divergence, standard_error
+from epmq_deploy.data.agreement import standard_error
+from epmq_deploy.models.problem_types import divergence
 from epmq_deploy.quantization.bit_budget import stored_bits
 from epmq_deploy.quantization.planning import Choice, allocate, search_anchor
 

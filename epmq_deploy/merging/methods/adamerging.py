@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.lazy import torch
 from epmq_deploy.merging.base import (
     Calibrated,
@@ -99,10 +100,15 @@ class _Tuning:
 
     def _entropies(self, task: str, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return the mean entropy of each sample's predictions ``[n]``."""
-        from epmq_deploy.models.predictions import entropy
+        from epmq_deploy.models.problem_types import REGRESSION, entropy
 
         predicted = self._data.predictions(task, self._model, inputs)
-        return predicted.per_sample(entropy(predicted.logits))
+        if predicted.problem_type == REGRESSION:
+            raise RecipeError(
+                f"task {task!r} has a regression head, whose values have no entropy that "
+                "adamerging could lower; choose another merge method"
+            )
+        return predicted.per_sample(entropy(predicted.logits, predicted.problem_type))
 
     def _cycle(self, task: str) -> Iterator[tuple[Tensor, ...]]:
         for _ in itertools.count():

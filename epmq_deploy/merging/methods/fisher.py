@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from epmq_deploy.checkpoints.tensors import StoredTensor
+    from epmq_deploy.models.predictions import PredictedLogits
 
 
 class FisherOptions(DataOptions, WeightedOptions):
@@ -89,7 +90,7 @@ def fisher_mean(task_vectors: Tensor, fishers: Tensor, scales: Tensor, floor: fl
 
 def diagonal_fisher(
     model: nn.Module,
-    logits: Callable[[tuple[Tensor, ...]], Tensor],
+    predict: Callable[[tuple[Tensor, ...]], PredictedLogits],
     samples: Sequence[tuple[Tensor, ...]],
     labels: int,
     generator: torch.Generator,
@@ -102,7 +103,7 @@ def diagonal_fisher(
 
     Args:
         model: an expert.
-        logits: returns its predictions for one sample's inputs, ``[m, C]``.
+        predict: returns its predictions for one sample's inputs, ``[m, C]``.
         samples: model inputs, one sample each.
         labels: draws of ``y`` per sample; 0 for the exact expectation.
         generator: CPU, of the draws.
@@ -112,8 +113,7 @@ def diagonal_fisher(
     model.requires_grad_(True)
     try:
         for inputs in samples:
-            scores = logits(inputs).log_softmax(dim=1)
-            weighted = _weighted_likelihoods(scores, labels, generator)
+            weighted = _weighted_likelihoods(predict(inputs), labels, generator)
             for number, (likelihood, weight) in enumerate(weighted, start=1):
                 gradients = torch.autograd.grad(
                     likelihood,
@@ -130,13 +130,18 @@ def diagonal_fisher(
 
 
 def _weighted_likelihoods(
-    scores: Tensor, labels: int, generator: torch.Generator
+    predicted: PredictedLogits, labels: int, generator: torch.Generator
 ) -> list[tuple[Tensor, float]]:
     """Return log-likelihoods whose squared gradients, weighted, add up to a sample's Fisher.
 
-    ``scores [m, C]``. The exact expectation sums over predictions too, which are independent given
-    the inputs.
+    The exact expectation sums over predictions too, which are independent given the inputs. A value
+    is the mean of a Gaussian of variance 1, whose Fisher is the square of the value's gradient.
     """
+    from epmq_deploy.models.problem_types import REGRESSION, log_chances
+
+    if predicted.problem_type == REGRESSION:
+        return [(value, 1.0) for value in predicted.logits.flatten()]
+    scores = log_chances(predicted.logits, predicted.problem_type).flatten(0, -2)
     chances = scores.detach().exp().cpu()
     if labels:
         drawn = torch.multinomial(chances, labels, replacement=True, generator=generator)
@@ -147,12 +152,6 @@ def _weighted_likelihoods(
         for row, of_row in enumerate(chances)
         for label, chance in enumerate(of_row)
     ]
-
-
-def _logits(
-    data: CalibrationData, task: str, model: nn.Module, inputs: tuple[Tensor, ...]
-) -> Tensor:
-    return data.predictions(task, model, inputs).logits
 
 
 def collect(
@@ -169,7 +168,7 @@ def collect(
         expert = data.experts.become(task)
         fisher = diagonal_fisher(
             expert,
-            partial(_logits, data, task, expert),
+            partial(data.predictions, task, expert),
             list(data.batches(task, 1)),
             options.labels,
             torch.Generator().manual_seed(options.seed),

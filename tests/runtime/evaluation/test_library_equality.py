@@ -6,7 +6,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from epmq_deploy.runtime.evaluation.rank_correlation import correlations
+from epmq_deploy.runtime.evaluation.correlation import rank_correlations
 from epmq_deploy.runtime.evaluation.significance import holm, mcnemar, median_interval, wilson
 
 
@@ -44,4 +44,4 @@ def test_spearman_with_equal_values() -> None:
         first, second = rng.integers(0, 5, (2, 30)).astype(float)
         once = np.ones((1, 30))
         expected = stats.spearmanr(first, second).statistic
-        assert correlations(once, first, second)[0] == pytest.approx(expected, abs=1e-12)
+        assert rank_correlations(once, first, second)[0] == pytest.approx(expected, abs=1e-12)

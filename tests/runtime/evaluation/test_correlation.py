@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from epmq_deploy.runtime.evaluation.comparison import compare
-from epmq_deploy.runtime.evaluation.rank_correlation import RankCorrelation, correlations
+from epmq_deploy.runtime.evaluation.correlation import RankCorrelation, rank_correlations
 from epmq_deploy.runtime.evaluation.significance import Floats
 from epmq_deploy.runtime.evaluation.text_scoring import NumberPredictions
 
@@ -55,7 +55,7 @@ def test_equals_the_plain_reference_in_samples_that_repeat_values() -> None:
     rng = np.random.default_rng(1)
     first, second = rng.integers(0, 6, 15).astype(float), rng.integers(0, 6, 15).astype(float)
     counts = rng.integers(0, 4, (20, 15)).astype(float)
-    for row, found in zip(counts, correlations(counts, first, second), strict=True):
+    for row, found in zip(counts, rank_correlations(counts, first, second), strict=True):
         chosen = np.repeat(np.arange(15), row.astype(int))
         assert found == pytest.approx(plain(first[chosen].tolist(), second[chosen].tolist()))
 

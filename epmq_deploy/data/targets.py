@@ -1,0 +1,116 @@
+"""What a head should predict for a task's samples: a class, a set of labels, or a value."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from epmq_deploy.data.class_labels import HeadClasses, class_labels, match_classes
+from epmq_deploy.data.samples import Samples
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a head should predict.
+
+    Attributes:
+        values: class numbers int64 ``[n]``, labels int64 ``[n, C]`` of 0 and 1, or values float64
+            ``[n]``, by the head's problem type.
+        assumption: what was assumed because names are missing; empty where nothing was.
+    """
+
+    values: npt.NDArray[Any]
+    assumption: str = ""
+
+
+def targets_of(samples: Samples, head: HeadClasses) -> Targets:
+    """Return what a task's head should predict for its samples.
+
+    Raises:
+        RecipeError: the data have no labels, or they are none of this head.
+    """
+    if head.problem_type == MULTI_LABEL:
+        return _label_sets(samples, head)
+    if samples.source.label_columns is not None:
+        raise RecipeError(
+            f"task {samples.task!r}: label_columns is for multi_label_classification, and the head "
+            f"is for {head.problem_type}; give label_column, or head.problem_type"
+        )
+    if head.problem_type == REGRESSION:
+        values = [
+            _value(value, row, samples)
+            for value, row in zip(samples.label_values(), samples.indices, strict=True)
+        ]
+        return Targets(np.array(values, dtype=np.float64))
+    labels = samples.labels(head)
+    return Targets(np.array(labels.numbers, dtype=np.int64), labels.assumption)
+
+
+def _label_sets(samples: Samples, head: HeadClasses) -> Targets:
+    """Return the labels of a head for any number of labels, ``[n, C]``."""
+    where = f"task {samples.task!r}: {samples.source.path}"
+    columns = samples.source.label_columns
+    if columns is not None:
+        table = [
+            [_flag(value, row, f"{where}: column {column!r}") for value, row in column_values]
+            for column in columns
+            for column_values in [zip(samples.label_values(column), samples.indices, strict=True)]
+        ]
+        flags = np.array(table, dtype=np.int64).T
+        places, assumption = match_classes(columns, head, where)
+        labels = np.zeros((len(flags), head.count or len(columns)), dtype=np.int64)
+        labels[:, places] = flags
+        return Targets(labels, assumption)
+    where = f"{where}: column {samples.source.label_column!r}"
+    sets = samples.label_values()
+    for entries, row in zip(sets, samples.indices, strict=True):
+        if not isinstance(entries, list):
+            raise RecipeError(
+                f"{where} must hold a list of labels in every row, row {row} holds {entries!r}; "
+                "labels in several columns of 0 and 1 are named by label_columns"
+            )
+    count = head.count or 0
+    if _are_flags(sets, count):
+        rows = [
+            [_flag(value, row, where) for value in entries]
+            for entries, row in zip(sets, samples.indices, strict=True)
+        ]
+        return Targets(np.array(rows, dtype=np.int64))
+    flat = [value for entries in sets for value in entries]
+    owners = [number for number, entries in enumerate(sets) for _ in entries]
+    found = class_labels(
+        flat, [samples.indices[owner] for owner in owners], samples.class_names, head, where
+    )
+    labels = np.zeros((len(sets), max([count, *(n + 1 for n in found.numbers)])), dtype=np.int64)
+    labels[owners, found.numbers] = 1
+    return Targets(labels, found.assumption)
+
+
+def _are_flags(sets: Sequence[Sequence[Any]], count: int) -> bool:
+    """Whether every list holds 0 or 1 for each label, rather than the labels that apply."""
+    return all(
+        len(entries) == count and all(not isinstance(v, str) and v in (0, 1) for v in entries)
+        for entries in sets
+    )
+
+
+def _flag(value: Any, row: int, where: str) -> int:
+    if isinstance(value, str) or value not in (0, 1):
+        raise RecipeError(f"{where} must hold 0 or 1, row {row} holds {value!r}")
+    return int(value)
+
+
+def _value(value: Any, row: int, samples: Samples) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise RecipeError(
+            f"task {samples.task!r}: {samples.source.path}: column "
+            f"{samples.source.label_column!r} must hold numbers for a regression head, row {row} "
+            f"holds {value!r}"
+        )
+    return float(value)
