@@ -79,7 +79,8 @@ def _sections(report: EvalReport) -> list[list[tuple[str, list[str]]]]:
         ("95% interval", [f"{item.low:.1f} to {item.high:.1f}" for item in intervals]),
         ("drop against fp32 merged", ["" if d is None else f"{d:.2f}" for d in drops]),
     ]
-    return [accuracies, averages, cost_lines(report)]
+    sections = [accuracies, report.further_metrics, averages, cost_lines(report)]
+    return [section for section in sections if section]
 
 
 def _diagnoses(report: EvalReport) -> list[str]:

@@ -52,6 +52,7 @@ from epmq_deploy.exporters.verification.parity import (
 )
 from epmq_deploy.models import TaskHead, family_of
 from epmq_deploy.models.experts import check_unchanged, open_sources
+from epmq_deploy.models.problem_types import SINGLE_LABEL
 from epmq_deploy.models.sizes import WeightCounts, weight_counts
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact, load_inputs
@@ -143,6 +144,11 @@ def export(
                 merge=source.details.merge,
                 target=TARGETS.named(options.target).recorded() if options.target else None,
                 classes=classes,
+                problem_types={
+                    name: head.problem_type
+                    for name, head in written.heads.items()
+                    if head.problem_type != SINGLE_LABEL
+                },
                 graphs=tuple(
                     _entry(graph, parities[graph.path], folder, options)
                     for of_part in graphs
@@ -227,7 +233,9 @@ def _write(
         parts, heads = parts_of(
             recipe.tasks, family, backbone, merged, device=device, progress=progress
         )
-    check_demo_model(options, family, merged, heads)
+    check_demo_model(
+        options, family, merged, {name: head.problem_type for name, head in heads.items()}
+    )
     graphs = [
         write_graphs(
             part.model,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from epmq_deploy.artifacts.names import MANIFEST
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.recipe import Recipe, parse_complete
+from epmq_deploy.recipe import ProblemType, Recipe, parse_complete
 from epmq_deploy.version import __version__
 
 FORMAT_VERSION = 1
@@ -193,6 +193,7 @@ class ExportDetails(_Record):
         parity_inputs: what graphs were compared with torch on.
         tasks_without_parity: by task, why it gave no samples for that.
         codes: sha256 of every layer's codes, one byte per code, row by row.
+        problem_types: by task, of heads that do not choose one of several classes.
     """
 
     merge: MergeDetails
@@ -202,6 +203,7 @@ class ExportDetails(_Record):
     parity_inputs: Literal["calibration", "example"]
     tasks_without_parity: Mapping[str, str]
     codes: Mapping[str, str]
+    problem_types: Mapping[str, ProblemType] = Field(default_factory=dict)
 
 
 Details = TypeVar("Details", bound=_Record)

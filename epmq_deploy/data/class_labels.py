@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.problem_types import SINGLE_LABEL, ProblemType
+from epmq_deploy.models.problem_types import SINGLE_LABEL
+from epmq_deploy.recipe import ProblemType
 
 # What transformers calls classes that nobody named.
 UNNAMED = "LABEL_"

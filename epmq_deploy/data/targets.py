@@ -11,7 +11,10 @@ import numpy.typing as npt
 from epmq_deploy.data.class_labels import HeadClasses, class_labels, match_classes
 from epmq_deploy.data.samples import Samples
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION
+from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+
+# As many times the share of equally frequent classes are uneven.
+_UNEVEN = 1.5
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,28 @@ def targets_of(samples: Samples, head: HeadClasses) -> Targets:
         return Targets(np.array(values, dtype=np.float64))
     labels = samples.labels(head)
     return Targets(np.array(labels.numbers, dtype=np.int64), labels.assumption)
+
+
+def imbalance(targets: Targets, head: HeadClasses) -> str:
+    """Say how unevenly classes are represented; empty where they are not, or there are none.
+
+    Args:
+        targets: of all samples.
+        head: says which classes there are.
+    """
+    if head.problem_type != SINGLE_LABEL:
+        return ""
+    classes = head.count or int(targets.values.max()) + 1
+    counts = np.bincount(targets.values, minlength=classes)
+    largest = int(counts.argmax())
+    share = float(counts[largest] / counts.sum())
+    if share < max(0.5, _UNEVEN / classes):
+        return ""
+    name = head.names[largest] if head.names else str(largest)
+    return (
+        f"{100 * share:.0f}% of the samples are of class {name}, so that always answering it gives "
+        "this accuracy; a metric like macro_f1 or matthews_correlation tells more"
+    )
 
 
 def _label_sets(samples: Samples, head: HeadClasses) -> Targets:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from epmq_deploy.models.problem_types import SINGLE_LABEL, ProblemType
+from epmq_deploy.models.problem_types import SINGLE_LABEL
+from epmq_deploy.recipe import ProblemType
 
 Activation = Literal["tanh", "relu", "gelu"]
 ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.head import TaskHead
-from epmq_deploy.models.problem_types import SINGLE_LABEL, ProblemType
+from epmq_deploy.models.problem_types import SINGLE_LABEL
 from epmq_deploy.models.text_generation.base import generates_text
+from epmq_deploy.recipe import ProblemType
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,15 @@ Names and defaults are those of ``transformers`` (``PreTrainedConfig.problem_typ
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.recipe import ProblemType
 
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 SINGLE_LABEL: ProblemType = "single_label_classification"
 MULTI_LABEL: ProblemType = "multi_label_classification"
 REGRESSION: ProblemType = "regression"

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import (
     Field,
     StringConstraints,
+    field_validator,
     model_validator,
 )
 
@@ -23,6 +24,18 @@ SAME_AS_HEAD = "same_as_head"
 Preflight = Literal["auto", "full", "sampled"]
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
+# As transformers calls them.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+MetricName = Literal[
+    "accuracy",
+    "f1",
+    "macro_f1",
+    "micro_f1",
+    "matthews_correlation",
+    "mean_average_precision",
+    "spearmanr",
+    "pearsonr",
+]
 # From the first with 4-bit types to the last one that torch's exporter converts graphs with custom
 # operators to (measured on torch 2.13).
 OPSETS = range(21, 26)
@@ -123,9 +136,7 @@ class Head(Options):
         "but CLIP",
     )
 
-    problem_type: (
-        Literal["single_label_classification", "multi_label_classification", "regression"] | None
-    ) = Field(
+    problem_type: ProblemType | None = Field(
         None,
         description="what the logits mean; default: what the expert's config.json says, and "
         "without that regression for a single logit, one of several classes for more",
@@ -160,12 +171,24 @@ class Task(Options):
     evaluation: DataSource | None = Field(None, description="labelled samples for evaluation")
     head: Head | None = Field(None, description="the task's classifier")
     prompt: Prompt | None = Field(None, description="the task in words, for text generation")
+    metric: tuple[MetricName, ...] | None = Field(
+        None,
+        min_length=1,
+        description="how answers are scored: the first metric counts, others are shown beside it; "
+        "default: accuracy for classes, micro_f1 for any number of labels, spearmanr for values",
+    )
 
     @property
     def text_pair(self) -> tuple[str, str] | None:
         """The two columns whose texts the model reads together; None where it reads one text."""
         source = self.evaluation or self.calibration
         return None if source is None else source.input_columns
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _one_metric(cls, given: Any) -> Any:
+        """Return a metric that is given by itself as the only one."""
+        return (given,) if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _same_inputs(self) -> "Task":

@@ -8,7 +8,7 @@ are never fetched here.
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from epmq_deploy.exporters.targets.base import WebRuntime
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
 from epmq_deploy.models.image_inputs import image_processor
+from epmq_deploy.models.problem_types import SINGLE_LABEL
 from epmq_deploy.models.text_generation.base import generates_text
-from epmq_deploy.recipe import ExportOptions, Recipe
+from epmq_deploy.recipe import ExportOptions, ProblemType, Recipe
 from epmq_deploy.runtime.ort.graph_runs import session_config
 
 DEMO_FOLDER = "demo"
@@ -76,7 +77,10 @@ def check_demo(recipe: Recipe, family: ModelFamily) -> None:
 
 
 def check_demo_model(
-    options: ExportOptions, family: ModelFamily, folder: Path, tasks: Collection[str]
+    options: ExportOptions,
+    family: ModelFamily,
+    folder: Path,
+    problem_types: Mapping[str, ProblemType],
 ) -> None:
     """Make sure that the page can preprocess for a model and has something to show.
 
@@ -84,14 +88,21 @@ def check_demo_model(
         options: of the export.
         family: the model's family.
         folder: a model folder with preprocessor or tokenizer.
-        tasks: those with a head.
+        problem_types: of the tasks that have a head.
 
     Raises:
-        RecipeError: it cannot, or there is no task with a head.
+        RecipeError: it cannot, or there is no task with a head, or one that it cannot show.
     """
     if not options.demo:
         return
-    if not tasks:
+    others = [name for name, kind in problem_types.items() if kind != SINGLE_LABEL]
+    if others:
+        raise RecipeError(
+            f"export.demo: the page shows one of several classes, and {others[0]} has a head for "
+            f"{problem_types[others[0]]}; leave it out",
+            options=_WITHOUT_DEMO,
+        )
+    if not problem_types:
         raise RecipeError(
             "export.demo: no task has a head, so there is nothing to show", options=_WITHOUT_DEMO
         )

@@ -9,10 +9,12 @@ from epmq_deploy.data.heads import head_classes, head_of_expert
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.data.preflight import check_images
 from epmq_deploy.data.samples import Samples, batches
+from epmq_deploy.data.targets import targets_of
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, problems_of
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.recipe import Recipe, Task
+from epmq_deploy.runtime.evaluation.predictions import metrics_of, metrics_of_text
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +53,13 @@ def evaluation_samples(
             if classes is not None:
                 check_images(samples[name], recipe.preflight)
                 next(batches(samples[name], family, folder, 1))
-                assumption = samples[name].labels(classes).assumption
+                metrics_of(task, classes)
+                assumption = targets_of(samples[name], classes).assumption
                 # What is assumed when graphs are evaluated stands in the report.
                 if assumption and heads is None:
                     log.info("%s", assumption)
+            else:
+                metrics_of_text(task)
         except EpmqError as error:
             problems += problems_of(error)
     if problems:

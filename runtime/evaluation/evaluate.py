@@ -12,6 +12,7 @@ from epmq_deploy.artifacts.outputs import open_output
 from epmq_deploy.data.class_labels import HeadClasses
 from epmq_deploy.data.heads import head_classes, heads_of_experts, load_heads
 from epmq_deploy.data.loading import data_sha256
+from epmq_deploy.data.targets import imbalance, targets_of
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, check_unchanged, open_sources
@@ -22,8 +23,9 @@ from epmq_deploy.recipe import EvalOptions, Recipe
 from epmq_deploy.runtime.evaluation.bench import Bench
 from epmq_deploy.runtime.evaluation.comparison import average_interval, compare
 from epmq_deploy.runtime.evaluation.data import evaluation_samples
+from epmq_deploy.runtime.evaluation.predictions import TaskPredictions, metrics_of, metrics_of_text
 from epmq_deploy.runtime.evaluation.report import EXPERTS, REFERENCE, EvalReport, Gates, Row
-from epmq_deploy.runtime.evaluation.scoring import ClassScorer, Scorer, TaskPredictions
+from epmq_deploy.runtime.evaluation.scoring import ClassScorer, Scorer
 from epmq_deploy.runtime.evaluation.text_scoring import TextScorer
 from epmq_deploy.runtime.ort.sessions import by_format
 
@@ -34,6 +36,8 @@ def eval_fingerprint(recipe: Recipe, exported: str) -> str:
     for name, task in recipe.tasks.items():
         if task.evaluation is not None:
             inputs[f"evaluation:{name}"] = data_sha256(task.evaluation, task.prompt)
+        if task.metric is not None:
+            inputs[f"metric:{name}"] = " ".join(task.metric)
     options = recipe.eval.model_dump(mode="json", exclude={item.name for item in fields(Gates)})
     return fingerprint("eval", options, inputs)
 
@@ -69,7 +73,10 @@ def measure(
     family = family_of(exported)
     heads = {} if generates_text(family) else load_heads(exported)
     samples = evaluation_samples(recipe, family, exported, heads)
-    classes = {task: head_classes(recipe.tasks[task], heads[task]) for task in heads}
+    classes = {
+        task: head_classes(recipe.tasks[task], heads[task]) for task in samples if task in heads
+    }
+    targets = {task: targets_of(samples[task], head) for task, head in classes.items()}
     formats = by_format(manifest.graphs)
     if REFERENCE not in formats:
         raise MismatchError("evaluation", [f"{exported} has no {REFERENCE} graph to compare with"])
@@ -77,7 +84,7 @@ def measure(
     experts = _experts(recipe, manifest, device or torch.device("cpu"))
     if experts is not None and heads:
         heads = heads_of_experts(recipe.tasks, experts.sources, heads, experts.device)
-    scorer = _scorer(options, family, exported, manifest.graphs, asked, heads, classes, experts)
+    scorer = _scorer(recipe, family, exported, manifest.graphs, asked, heads, classes, experts)
     bench = Bench(exported, formats, scorer, samples, options, asked, progress)
     models = scorer.open(bench.threads[0])
     predictions = {
@@ -104,11 +111,16 @@ def measure(
         hub_metrics={
             task: predicted.score(REFERENCE).hub_name for task, predicted in predictions.items()
         },
-        assumptions=tuple(
-            said
+        assumptions=tuple(said for target in targets.values() if (said := target.assumption)),
+        imbalances=tuple(
+            f"task {task!r}: {said}"
             for task, head in classes.items()
-            if task in samples and (said := samples[task].labels(head).assumption)
+            if (said := imbalance(targets[task], head))
         ),
+        class_names={
+            task: head.names or tuple(map(str, range(head.count or 0)))
+            for task, head in classes.items()
+        },
         layers=tuple(load_reports(exported)) if (exported / REPORT_FILE).is_file() else (),
     )
 
@@ -127,6 +139,8 @@ def row_of(
     scores = {task: predicted.score(name) for task, predicted in predictions.items()}
     accuracy = {task: score.percent for task, score in scores.items()}
     intervals = {task: score.interval for task, score in scores.items()}
+    costs["metrics"] = {task: found.percents(name) for task, found in predictions.items()}
+    costs["recalls"] = {task: found.recalls(name) for task, found in predictions.items()}
     if name not in (EXPERTS, REFERENCE):
         reference = {task: predicted.score(REFERENCE) for task, predicted in predictions.items()}
         same = {task: predicted.same(name, REFERENCE) for task, predicted in predictions.items()}
@@ -136,7 +150,7 @@ def row_of(
 
 
 def _scorer(
-    options: EvalOptions,
+    recipe: Recipe,
     family: ModelFamily,
     exported: Path,
     graphs: Sequence[GraphEntry],
@@ -146,11 +160,13 @@ def _scorer(
     experts: ExpertBackbone | None,
 ) -> Scorer[Any, Any]:
     """How models of this family are scored."""
-    size = options.batch_size
+    size = recipe.eval.batch_size
     if generates_text(family):
-        longest = options.max_tokens
-        return TextScorer(family, exported, graphs, provider, size, longest, experts)
-    return ClassScorer(family, exported, graphs, provider, size, heads, classes, experts)
+        longest = recipe.eval.max_tokens
+        metrics = {task: metrics_of_text(options) for task, options in recipe.tasks.items()}
+        return TextScorer(family, exported, graphs, provider, size, longest, experts, metrics)
+    metrics = {task: metrics_of(recipe.tasks[task], head) for task, head in classes.items()}
+    return ClassScorer(family, exported, graphs, provider, size, heads, classes, metrics, experts)
 
 
 def _experts(

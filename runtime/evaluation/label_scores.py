@@ -4,7 +4,8 @@ The score itself is scikit-learn's. Bootstrap samples are scored here, all at on
 all these scores are made of: how often each label is true, predicted, and both.
 """
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -49,10 +50,18 @@ class LabelScore(ResampledScore):
     truth: Labels
     classes: int
 
-    compute: ClassVar[Callable[[Labels, Labels], float]]
-    of_sums: ClassVar[Callable[[Sums], Floats]]
     # The class of samples that are added for doubt; the most frequent one where it is None.
     positive: ClassVar[int | None] = None
+
+    @staticmethod
+    @abstractmethod
+    def compute(truth: Labels, predicted: Labels) -> float:
+        """Return the score, 1 at best."""
+
+    @staticmethod
+    @abstractmethod
+    def of_sums(sums: Sums) -> Floats:
+        """Return the score of bootstrap samples, ``[R]``."""
 
     @property
     def count(self) -> int:
@@ -66,10 +75,8 @@ class LabelScore(ResampledScore):
 
     def resampled(self, counts: Floats) -> Floats:
         """Return the score of bootstrap samples."""
-        true, predicted, both = self._incidence
-        # Sparse: most classes are not those of a sample.
-        sums = [np.asarray((matrix.T @ counts.T).T) for matrix in (both, predicted, true)]
-        return type(self).of_sums(Sums(*sums, counts.sum(axis=1)))
+        both, predicted, true = (np.asarray((m.T @ counts.T).T) for m in self._incidence)
+        return type(self).of_sums(Sums(both, predicted, true, counts.sum(axis=1)))
 
     def with_doubt(self, reference: Self) -> tuple[Self, Self]:
         """Return both with two samples of one class, of which each predicts one and none."""
@@ -89,11 +96,17 @@ class LabelScore(ResampledScore):
 
     @cached_property
     def _incidence(self) -> tuple[Any, Any, Any]:
-        """Which labels are true, predicted and both, sparse ``[n, C]``."""
+        """Which labels are both true and predicted, which are predicted, which true, ``[n, C]``.
+
+        Sparse: most classes are not those of a sample.
+        """
         from scipy.sparse import csr_array
 
         true, predicted = (_matrix(labels, self.classes) for labels in (self.truth, self.predicted))
-        return tuple(csr_array(m.astype(np.float64)) for m in (true, predicted, true * predicted))  # type: ignore[return-value]
+        both, predicted, true = (
+            csr_array(matrix.astype(np.float64)) for matrix in (true * predicted, predicted, true)
+        )
+        return both, predicted, true
 
 
 def _matrix(labels: Labels, classes: int) -> Labels:
@@ -101,7 +114,7 @@ def _matrix(labels: Labels, classes: int) -> Labels:
     return labels if labels.ndim == 2 else np.eye(classes, dtype=np.int64)[labels]
 
 
-def _f1(truth: Labels, predicted: Labels, average: str) -> float:
+def _f1(truth: npt.NDArray[Any], predicted: npt.NDArray[Any], average: str) -> float:
     from sklearn.metrics import f1_score
 
     return float(f1_score(truth, predicted, average=average, zero_division=0))
@@ -129,8 +142,8 @@ class F1(LabelScore):
 
     @staticmethod
     def compute(truth: Labels, predicted: Labels) -> float:
-        """Return scikit-learn's ``f1_score``."""
-        return _f1(truth, predicted, "binary")
+        """Return scikit-learn's ``f1_score`` of the second class, whatever else is predicted."""
+        return _f1(np.equal(truth, 1), np.equal(predicted, 1), "binary")
 
     @staticmethod
     def of_sums(sums: Sums) -> Floats:

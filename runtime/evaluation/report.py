@@ -1,6 +1,6 @@
 """The results of an evaluation, as plain data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from epmq_deploy.quantization.results import LayerReport
@@ -34,6 +34,9 @@ class Row:
         footprint: load time and memory.
         low_bit: whether it is a low-bit graph, held against gates and recommended; others are
             references. None in reports of earlier versions.
+        metrics: times 100, by task and name of the metric; the first is ``accuracy``.
+        recalls: by task, the percentage of each class's samples that are predicted; None for
+            classes without samples.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Row:
     timings: tuple[Timing, ...] = ()
     footprint: Footprint | None = None
     low_bit: bool | None = None
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    recalls: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
 
     @property
     def is_candidate(self) -> bool:
@@ -101,6 +106,8 @@ class EvalReport:
         metrics: by task, what stands in for accuracy; empty texts where nothing does.
         hub_metrics: by task, the metric as the Hugging Face hub names it.
         assumptions: a sentence for each task whose labels were taken on trust.
+        imbalances: a sentence for each task with one class that outweighs the others.
+        class_names: by task, in the order of ``Row.recalls``.
     """
 
     rows: tuple[Row, ...]
@@ -114,6 +121,8 @@ class EvalReport:
     metrics: Mapping[str, str] = field(default_factory=dict)
     hub_metrics: Mapping[str, str] = field(default_factory=dict)
     assumptions: tuple[str, ...] = ()
+    imbalances: tuple[str, ...] = ()
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def other_metrics(self) -> tuple[str, ...]:
@@ -123,7 +132,17 @@ class EvalReport:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What has to be known to read the percentages: other metrics, and what was assumed."""
-        return (*self.other_metrics, *self.assumptions)
+        return (*self.other_metrics, *self.assumptions, *self.imbalances)
+
+    @property
+    def further_metrics(self) -> list[tuple[str, list[str]]]:
+        """Return metrics beside each task's score: what they are, and one cell per row."""
+        first = self.rows[0].metrics
+        return [
+            (f"{task}, {name}", [f"{row.metrics[task][name]:.1f}" for row in self.rows])
+            for task in self.samples
+            for name in list(first.get(task, {}))[1:]
+        ]
 
     @property
     def measure(self) -> str:

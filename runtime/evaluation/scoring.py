@@ -7,46 +7,29 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.data.accuracy import embeddings
 from epmq_deploy.data.class_labels import HeadClasses
 from epmq_deploy.data.samples import Samples, batches
+from epmq_deploy.data.targets import targets_of
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone
 from epmq_deploy.models.text_generation.base import SpecialTokens
+from epmq_deploy.recipe import MetricName
 from epmq_deploy.runtime.evaluation.latency import Runs
-from epmq_deploy.runtime.evaluation.metrics import Accuracy, Score
+from epmq_deploy.runtime.evaluation.predictions import (
+    KEPT,
+    PREDICTIONS,
+    Predicted,
+    TaskPredictions,
+)
 from epmq_deploy.runtime.evaluation.report import EXPERTS
-from epmq_deploy.runtime.evaluation.significance import Booleans
 from epmq_deploy.runtime.ort.sessions import Graph
 
-Predicted = npt.NDArray[Any]
 Model = TypeVar("Model", bound=Runs)
 Family = TypeVar("Family", bound=ModelFamily)
-
-
-@dataclass(frozen=True)
-class TaskPredictions:
-    """What every model predicts for the samples of one task.
-
-    Attributes:
-        truth: ``[n]``, of any type that ``==`` compares (class numbers, texts).
-        predicted: by model name, likewise.
-    """
-
-    truth: Predicted
-    predicted: Mapping[str, Predicted]
-
-    def score(self, model: str) -> Score:
-        """How well a model does."""
-        return Accuracy(np.asarray(self.predicted[model] == self.truth, dtype=np.bool_))
-
-    def same(self, model: str, other: str) -> Booleans:
-        """For which samples two models predict the same, ``[n]``."""
-        return np.asarray(self.predicted[model] == self.predicted[other], dtype=np.bool_)
 
 
 @dataclass(frozen=True)
@@ -93,16 +76,18 @@ def raw_samples(samples: Samples, start: int, size: int) -> list[Any]:
 
 @dataclass(frozen=True)
 class ClassScorer(Scorer[Graph, ModelFamily]):
-    """Classification: the class of the largest logit.
+    """Models that predict through heads.
 
     Attributes:
         heads: by task, for the experts.
         classes: of the heads, by task.
+        metrics: by task.
         experts: in torch, or None.
     """
 
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     classes: Mapping[str, HeadClasses] = field(default_factory=dict)
+    metrics: Mapping[str, Sequence[MetricName]] = field(default_factory=dict)
     experts: ExpertBackbone | None = None
 
     def open(self, threads: int | None) -> Mapping[str, Graph]:
@@ -118,17 +103,22 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
         """Return predictions; each sample is decoded once."""
         expert = self.experts.become(task) if self.experts else None
         names = [*([EXPERTS] if expert else []), *models]
-        classes: dict[str, list[Predicted]] = {name: [] for name in names}
+        head = self.classes[task]
+        kept = KEPT[head.problem_type]
+        parts: dict[str, list[Predicted]] = {name: [] for name in names}
         output = f"logits_{task}"
         for batch in batches(samples, self.family, self.folder, self.batch_size):
             for name, graph in models.items():
-                classes[name].append(graph.run(batch, [output])[output].argmax(axis=1))
+                parts[name].append(kept(graph.run(batch, [output])[output]))
             if expert is not None:
                 logits = self.heads[task](embeddings(expert, self.family, batch))
-                classes[EXPERTS].append(logits.argmax(dim=1).numpy())
-        predicted = {name: np.concatenate(parts) for name, parts in classes.items()}
-        truth = np.array(samples.labels(self.classes[task]).numbers)
-        return TaskPredictions(truth, predicted)
+                parts[EXPERTS].append(kept(logits.numpy()))
+        return PREDICTIONS[head.problem_type](
+            targets_of(samples, head).values,
+            {name: np.concatenate(values) for name, values in parts.items()},
+            self.metrics[task],
+            head.count or 0,
+        )
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """Return a batch of samples."""

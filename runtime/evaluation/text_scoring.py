@@ -5,7 +5,7 @@ An answer is right if it equals the expected one word by word; numbers are score
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,11 @@ from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.data.samples import Samples, TextSamples
 from epmq_deploy.models.experts import ExpertBackbone
 from epmq_deploy.models.text_generation.base import SpecialTokens, TextGenerationFamily
+from epmq_deploy.recipe import MetricName
 from epmq_deploy.runtime.evaluation.correlation import RankCorrelation
+from epmq_deploy.runtime.evaluation.predictions import Predicted, TaskPredictions
 from epmq_deploy.runtime.evaluation.report import EXPERTS
-from epmq_deploy.runtime.evaluation.scoring import Predicted, Scorer, TaskPredictions, raw_samples
+from epmq_deploy.runtime.evaluation.scoring import Scorer, raw_samples
 from epmq_deploy.runtime.evaluation.significance import Floats
 from epmq_deploy.runtime.ort.generation import TextGenerator, text_generator
 from epmq_deploy.runtime.ort.sessions import Graph, by_format
@@ -27,8 +29,7 @@ from epmq_deploy.runtime.ort.sessions import Graph, by_format
 class NumberPredictions(TaskPredictions):
     """Numbers, as texts."""
 
-    def score(self, model: str) -> RankCorrelation:
-        """Return the score."""
+    def _by(self, metric: MetricName, model: str) -> RankCorrelation:
         return RankCorrelation(_numbers(self.predicted[model]), _numbers(self.truth))
 
 
@@ -39,10 +40,12 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
     Attributes:
         max_tokens: longest answer.
         experts: in torch, or None.
+        metrics: by task.
     """
 
     max_tokens: int
     experts: ExpertBackbone | None = None
+    metrics: Mapping[str, tuple[MetricName, ...]] = field(default_factory=dict)
 
     @property
     def special_tokens(self) -> SpecialTokens:
@@ -87,8 +90,18 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
             name: np.array(list(map(normalised, texts))) for name, texts in generated.items()
         }
         assert isinstance(samples, TextSamples), "text generation reads texts"
-        kind = TaskPredictions if samples.prompt_format.decimals is None else NumberPredictions
-        return kind(np.array(list(map(normalised, truth))), predicted)
+        wanted = np.array(list(map(normalised, truth)))
+        metrics, listed = self.metrics[task], samples.prompt_format.answers
+        if samples.prompt_format.decimals is not None:
+            return NumberPredictions(wanted, predicted, metrics)
+        if listed is None or metrics == ("accuracy",):
+            return TaskPredictions(wanted, predicted, metrics)
+        return TaskPredictions(
+            _numbered(wanted, listed),
+            {name: _numbered(texts, listed) for name, texts in predicted.items()},
+            metrics,
+            len(listed) + 1,
+        )
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """Return a batch of texts with the number of tokens of the longest expected answer.
@@ -105,6 +118,12 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
 def normalised(text: str) -> str:
     """Return an answer in lower case and with single spaces, as answers are compared."""
     return " ".join(text.split()).casefold()
+
+
+def _numbered(texts: Predicted, answers: Sequence[str]) -> Predicted:
+    """Return the numbers of listed answers; that after the last for any other text."""
+    places = {normalised(answer): number for number, answer in enumerate(answers)}
+    return np.array([places.get(text, len(answers)) for text in texts.tolist()])
 
 
 def _numbers(texts: Predicted) -> Floats:

@@ -11,6 +11,8 @@ from PIL import Image
 
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.images import read_rgb, to_rgb
+from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from epmq_deploy.recipe import ProblemType
 from epmq_deploy.runtime.inference.base import ExportedModel, text_of
 from epmq_deploy.runtime.ort.sessions import Graph
 
@@ -35,7 +37,29 @@ class Prediction:
     labels: tuple[str, ...]
 
 
-class ExportedClassifier(ExportedModel[Prediction]):
+@dataclass(frozen=True)
+class LabelSet:
+    """The labels that a model gives one input for a task with any number of them.
+
+    Attributes:
+        labels: names of those with a probability above 1/2.
+        scores: probabilities of all, float32 ``[C]``.
+        names: of all.
+    """
+
+    labels: tuple[str, ...]
+    scores: npt.NDArray[np.float32]
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """The value that a regression head gives one input."""
+
+    value: float
+
+
+class ExportedClassifier(ExportedModel[Prediction | LabelSet | Value]):
     """One graph of an export with its preprocessing.
 
     Args:
@@ -43,6 +67,7 @@ class ExportedClassifier(ExportedModel[Prediction]):
         family: of the model.
         folder: of the export.
         classes: names of each task's classes, where they are known.
+        problem_types: of tasks that do not choose one of several classes.
         pairs: the two columns of each task that reads pairs of texts.
         batch_size: inputs per run.
     """
@@ -53,6 +78,7 @@ class ExportedClassifier(ExportedModel[Prediction]):
         family: ModelFamily,
         folder: Path,
         classes: Mapping[str, Sequence[str] | None],
+        problem_types: Mapping[str, ProblemType],
         pairs: Mapping[str, tuple[str, str]],
         batch_size: int,
     ) -> None:
@@ -61,7 +87,7 @@ class ExportedClassifier(ExportedModel[Prediction]):
         super().__init__(tasks, graph.provider, batch_size)
         self._graph, self._family, self._folder = graph, family, folder
         self._names = {name: classes.get(name) for name in tasks}
-        self._pairs = pairs
+        self._pairs, self._problem_types = pairs, problem_types
 
     def _holds_several(self, inputs: Any) -> bool:
         pair = isinstance(inputs, tuple) and len(inputs) == 2 and bool(self._pairs)
@@ -80,7 +106,9 @@ class ExportedClassifier(ExportedModel[Prediction]):
             )
         return text_of(item)
 
-    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Prediction]]:
+    def _answers(
+        self, samples: Sequence[Any], tasks: Sequence[str]
+    ) -> list[dict[str, Prediction | LabelSet | Value]]:
         batch = self._family.collate(self._folder, samples)
         logits = self._graph.run(batch, [LOGITS + name for name in tasks])
         return [
@@ -88,12 +116,20 @@ class ExportedClassifier(ExportedModel[Prediction]):
             for row in range(len(samples))
         ]
 
-    def _predict(self, task: str, logits: npt.NDArray[np.float32]) -> Prediction:
-        scores = np.exp(logits.astype(np.float64) - logits.max())
+    def _predict(self, task: str, logits: npt.NDArray[np.float32]) -> Prediction | LabelSet | Value:
+        kind = self._problem_types.get(task, SINGLE_LABEL)
+        if kind == REGRESSION:
+            return Value(float(logits[0]))
+        names = tuple(self._names[task] or map(str, range(len(logits))))
+        exact = logits.astype(np.float64)
+        if kind == MULTI_LABEL:
+            scores = 1 / (1 + np.exp(-exact))
+            chosen = tuple(name for name, logit in zip(names, logits, strict=True) if logit > 0)
+            return LabelSet(chosen, scores.astype(np.float32), names)
+        scores = np.exp(exact - exact.max())
         scores /= scores.sum()
         best = int(logits.argmax())
-        labels = tuple(self._names[task] or map(str, range(len(logits))))
-        return Prediction(labels[best], float(scores[best]), scores.astype(np.float32), labels)
+        return Prediction(names[best], float(scores[best]), scores.astype(np.float32), names)
 
 
 def _pair(item: Any, columns: Mapping[str, tuple[str, str]]) -> tuple[str, str]:

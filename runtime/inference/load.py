@@ -79,7 +79,10 @@ def load(
         raise RecipeError(f"{path / chosen[0].file} has no output logits_<task>")
     tasks = manifest.recipe.tasks
     pairs = {name: pair for name, task in tasks.items() if (pair := task.text_pair) is not None}
-    return ExportedClassifier(graph, family, path, manifest.details.classes, pairs, batch_size)
+    details = manifest.details
+    return ExportedClassifier(
+        graph, family, path, details.classes, details.problem_types, pairs, batch_size
+    )
 
 
 def _recommended(folder: Path, entries: Mapping[str, Sequence[GraphEntry]]) -> str:

@@ -10,6 +10,7 @@ def markdown_table(report: EvalReport) -> str:
     lines = [_line(titles), _line(["---", *("--:" for _ in report.rows)])]
     for task in report.samples:
         lines.append(_line([_escaped(task), *(_percent(row, task) for row in report.rows)]))
+    lines += [_line([_escaped(label), *cells]) for label, cells in report.further_metrics]
     intervals = (
         f"**{row.average:.2f}** [{row.average_interval.low:.1f}, {row.average_interval.high:.1f}]"
         for row in report.rows

@@ -19,8 +19,10 @@ from epmq_deploy.runtime.report.plots import (
 )
 from epmq_deploy.runtime.report.tables import (
     accuracy_table,
+    class_table,
     cost_table,
     layer_table,
+    metric_table,
     noise_table,
 )
 from epmq_deploy.version import __version__
@@ -54,6 +56,8 @@ def html_page(report: EvalReport) -> str:
         charts={"accuracy": accuracy, "tradeoff": tradeoff, "layers": layers},
         specs={chart.name: chart.spec for chart in charts},
         accuracy_table=accuracy_table(report),
+        metric_table=metric_table(report),
+        class_table=class_table(report),
         cost_table=cost_table(report),
         diagnoses=diagnoses,
         layer_table=layer_table(report.layers) if report.layers else None,

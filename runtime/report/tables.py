@@ -48,6 +48,28 @@ def accuracy_table(report: EvalReport) -> Table:
     return Table(f"{report.measure.capitalize()} of every model on every task", titles, rows)
 
 
+def metric_table(report: EvalReport) -> Table | None:
+    """Return metrics beside each task's score; None where no task has any."""
+    rows = [[label, *cells] for label, cells in report.further_metrics]
+    titles = ["task, metric", *(row.title for row in report.rows)]
+    return Table("Further metrics, times 100", titles, rows) if rows else None
+
+
+def class_table(report: EvalReport) -> Table | None:
+    """Return how many of each class's samples are predicted; None where tasks have no classes."""
+    rows = [
+        [task, name, *("" if cell is None else f"{cell:.1f}" for cell in cells)]
+        for task, names in report.class_names.items()
+        for name, *cells in zip(
+            names, *(row.recalls.get(task, ()) for row in report.rows), strict=False
+        )
+    ]
+    titles = ["task", "class", *(row.title for row in report.rows)]
+    return (
+        Table("Correct predictions among each class's samples, %", titles, rows) if rows else None
+    )
+
+
 def cost_table(report: EvalReport) -> Table:
     """Return size, load time, memory and latencies of every graph."""
     graphs = [row for row in report.rows if row.timings]

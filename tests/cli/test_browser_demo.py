@@ -25,6 +25,7 @@ from epmq_deploy.exporters.browser.page import (
 )
 from epmq_deploy.models import family_of
 from epmq_deploy.models.encoders.clip import FAMILY
+from epmq_deploy.models.problem_types import REGRESSION, SINGLE_LABEL
 from epmq_deploy.recipe import ExportOptions, Recipe
 
 PINNED = {"onnxruntime-web": "1.30.0", "@huggingface/tokenizers": "0.2.0"}
@@ -363,7 +364,9 @@ def test_preprocessing_the_page_lacks_is_refused(
     (tmp_path / "config.json").write_text((tiny.base / "config.json").read_text())
     options, family = ExportOptions(target="wasm", demo=True), family_of(tiny.base)
     with pytest.raises(RecipeError, match=message):
-        check_demo_model(options, family, tmp_path, ["red"])
+        check_demo_model(options, family, tmp_path, {"red": SINGLE_LABEL})
     with pytest.raises(RecipeError, match="no task has a head"):
-        check_demo_model(options, family, tiny.base, [])
-    check_demo_model(options, family, tiny.base, ["red"])
+        check_demo_model(options, family, tiny.base, {})
+    check_demo_model(options, family, tiny.base, {"red": SINGLE_LABEL})
+    with pytest.raises(RecipeError, match="red has a head for regression"):
+        check_demo_model(options, family, tiny.base, {"red": REGRESSION})

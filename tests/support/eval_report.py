@@ -8,8 +8,8 @@ from epmq_deploy.quantization.results import LayerReport
 from epmq_deploy.runtime.evaluation.diagnosis import Diagnosis, LayerNoise
 from epmq_deploy.runtime.evaluation.evaluate import row_of
 from epmq_deploy.runtime.evaluation.latency import Timing
+from epmq_deploy.runtime.evaluation.predictions import TaskPredictions
 from epmq_deploy.runtime.evaluation.report import EvalReport, Gates, Row
-from epmq_deploy.runtime.evaluation.scoring import TaskPredictions
 from epmq_deploy.runtime.evaluation.significance import Interval
 from epmq_deploy.runtime.ort.footprint import Footprint
 

@@ -13,8 +13,8 @@ from epmq_deploy.cli.eval_table import eval_table
 from epmq_deploy.errors import GateError, RecipeError
 from epmq_deploy.runtime.evaluation.evaluate import row_of
 from epmq_deploy.runtime.evaluation.gates import check_gates, misses, recommend
+from epmq_deploy.runtime.evaluation.predictions import TaskPredictions
 from epmq_deploy.runtime.evaluation.report import Gates, Row
-from epmq_deploy.runtime.evaluation.scoring import TaskPredictions
 from epmq_deploy.runtime.evaluation.significance import Interval
 from epmq_deploy.runtime.report.json_report import read_report, report_dict
 from epmq_deploy.runtime.report.markdown import markdown_table
