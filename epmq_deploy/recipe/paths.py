@@ -33,6 +33,22 @@ def expanded(path: str, folder: Path) -> Path:
     return home
 
 
+def absolute(path: Path) -> Path:
+    """Return an absolute path without following links.
+
+    A link has a name and neighbours, which the file in a content store that it leads to lacks.
+    ``..`` after a link stays: its meaning depends on where the link leads.
+    """
+    whole = path.absolute()
+    result = Path(whole.anchor)
+    for part in whole.relative_to(whole.anchor).parts:
+        if part == ".." and result.name not in ("", "..") and not result.is_symlink():
+            result = result.parent
+        else:
+            result = result / part
+    return result
+
+
 def _exists(path: Path) -> bool:
     """Tell whether a file or folder is there.
 

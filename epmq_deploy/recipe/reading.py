@@ -11,7 +11,7 @@ from pydantic import (
 from epmq_deploy.errors import RecipeError, listed
 from epmq_deploy.options import YamlDocument, YamlError, read_yaml
 from epmq_deploy.recipe.messages import booleans_for_numbers, describe, line_of
-from epmq_deploy.recipe.paths import expanded
+from epmq_deploy.recipe.paths import absolute, expanded
 from epmq_deploy.recipe.sections import DataSource, Head, Recipe
 
 
@@ -66,7 +66,7 @@ def load_recipe(file: str | Path) -> Recipe:
         not_text = [item["loc"] for item in error.errors() if item["type"] == "string_type"]
         content = _sections(document.with_text(not_text).content)
     recipe = _validated(content, str(file), document)
-    return absolute_paths(recipe, file.resolve().parent, document, str(file))
+    return absolute_paths(recipe, absolute(file).parent, document, str(file))
 
 
 def _read_document(file: Path) -> YamlDocument:
@@ -99,7 +99,7 @@ def _sections(content: Any) -> Any:
 def absolute_paths(
     recipe: Recipe, folder: Path, document: YamlDocument | None = None, source: str = "recipe"
 ) -> Recipe:
-    """Make every local path absolute, seen from ``folder``; hub ids stay as they are.
+    """Make every local path absolute, seen from ``folder``; hub ids and links stay as they are.
 
     ``~``, ``$NAME`` and ``${NAME}`` in paths stand for the home folder and environment variables.
 
@@ -118,7 +118,7 @@ def absolute_paths(
     problems: list[str] = []
 
     def local(path: str) -> str:
-        return str((folder / expanded(path, folder)).resolve())
+        return str(absolute(folder / expanded(path, folder)))
 
     def located(path: str) -> str:
         named = split_named(path)
