@@ -1,5 +1,6 @@
 """Settings of the whole process; only the command line makes them, the library does not."""
 
+import io
 import logging
 import os
 import signal
@@ -15,6 +16,9 @@ def prepare_process() -> None:
     """Set up signals, environment, warnings and logs; call before torch is imported."""
     # Ending by an exception lets temporary folders be removed.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # Names of classes and files may have characters that the terminal's encoding lacks.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     # Read when torch is imported. Threads that wait by spinning make torch dozens of times slower
     # wherever there are fewer free cores than threads: containers, shared machines.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -33,7 +33,7 @@ def physical_cores(processors: Collection[int], topology: Path = _TOPOLOGY) -> i
     for number in processors:
         file = topology / f"cpu{number}" / "topology" / "thread_siblings_list"
         try:
-            siblings.add(file.read_text().strip())
+            siblings.add(file.read_text(encoding="utf-8").strip())
         except OSError:
             siblings.add(str(number))
     return max(1, len(siblings))
@@ -46,10 +46,12 @@ def cpu_quota(process: Path = _PROCESS) -> float | None:
         process: folder with ``cgroup`` and ``mountinfo`` of the process.
     """
     try:
-        groups = _groups((process / "cgroup").read_text())
+        groups = _groups((process / "cgroup").read_text(encoding="utf-8"))
         quotas = [
             quota
-            for version, root, mounted in _mounts((process / "mountinfo").read_text())
+            for version, root, mounted in _mounts(
+                (process / "mountinfo").read_text(encoding="utf-8")
+            )
             if version in groups
             for folder in _upwards(groups[version], root, mounted)
             if (quota := _quota(folder, version)) is not None
@@ -98,10 +100,10 @@ def _quota(folder: Path, version: int) -> float | None:
     """Return the quota of one control group, in processors."""
     try:
         if version == 2:
-            quota, period = (folder / "cpu.max").read_text().split()
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         else:
-            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
+            quota = (folder / "cpu.cfs_quota_us").read_text(encoding="utf-8").strip()
+            period = (folder / "cpu.cfs_period_us").read_text(encoding="utf-8").strip()
     except OSError:
         return None
     unlimited = quota == "max" or int(quota) <= 0

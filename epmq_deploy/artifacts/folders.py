@@ -14,6 +14,7 @@ from epmq_deploy.artifacts.locks import locked
 from epmq_deploy.artifacts.names import MANIFEST
 from epmq_deploy.artifacts.space import explaining_full_disk
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.recipe.paths import check_encoding
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def refuse_existing(
         RecipeError: ``target`` exists and may not be replaced, cannot be a folder, or lies within
             ``source`` or around it.
     """
+    check_encoding(target)
     place = target.resolve()
     if source is not None:
         given = source.resolve()
@@ -137,7 +139,7 @@ def refuse_existing_file(file: Path, *, overwrite: bool) -> None:
 def _stage_of(folder: Path) -> str | None:
     """Return the stage whose output a folder is, whatever version wrote it."""
     try:
-        content = json.loads((folder / MANIFEST).read_text())
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     ours = isinstance(content, dict) and "fingerprint" in content
@@ -185,7 +187,7 @@ def atomic_text(target: Path, text: str) -> None:
     temporary = target.with_name(f".{target.name}.tmp")
     try:
         with explaining_full_disk(target):
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
             temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)

@@ -187,6 +187,6 @@ def _write_holder(descriptor: int) -> None:
 def _machine() -> str:
     """Identify the running kernel, which containers share; elsewhere the host by its name."""
     try:
-        return _BOOT_ID.read_text().strip()
+        return _BOOT_ID.read_text(encoding="utf-8").strip()
     except OSError:
         return socket.gethostname()

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from epmq_deploy.artifacts.names import MANIFEST
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import ProblemType, Recipe, parse_complete
+from epmq_deploy.recipe.paths import check_encoding
 from epmq_deploy.version import __version__
 
 FORMAT_VERSION = 1
@@ -320,11 +321,12 @@ def read_manifest(folder: Path, stage: Stage) -> AnyManifest:
 
 def _read(folder: Path, stage: str) -> dict[str, Any]:
     """Read a manifest as plain data, and make sure that it is this stage's."""
+    check_encoding(folder)
     file = folder / MANIFEST
     if not file.is_file():
         raise RecipeError(f"{folder}: no {MANIFEST}; expected the output of `epmq {stage}`")
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
         written_by, layout = content["stage"], content["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{file}: not a manifest of epmq-deploy") from error

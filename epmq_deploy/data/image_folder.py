@@ -15,6 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from epmq_deploy.data import csv_table
+from epmq_deploy.data.conversion_cache import cache_folder
 from epmq_deploy.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -231,7 +232,10 @@ class ImageFolder:
             rows = csv_table.read_csv(file, f"{where}: {file.name}")
         else:
             builder = {".jsonl": "json", ".parquet": "parquet"}[file.suffix]
-            rows = datasets.load_dataset(builder, data_files={"rows": [str(file)]})["rows"]
+            files = {"rows": [str(file)]}
+            rows = datasets.load_dataset(builder, data_files=files, cache_dir=cache_folder())[
+                "rows"
+            ]
         if _FILE_COLUMN not in rows.column_names:
             raise RecipeError(
                 f"{where}: {file.name} has no column {_FILE_COLUMN!r}, which says which image a "

@@ -5,6 +5,7 @@ from typing import Any
 
 from epmq_deploy.checkpoints.hub import hub_id
 from epmq_deploy.data import csv_table
+from epmq_deploy.data.conversion_cache import cache_folder
 from epmq_deploy.data.image_folder import ImageFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import DataSource
@@ -41,7 +42,7 @@ def load_rows(task: str, source: DataSource) -> Any:
             if builder is None:
                 known = ", ".join((*_BUILDERS, *csv_table.SUFFIXES))
                 raise RecipeError(f"{where}: unknown kind of file; known: {known}")
-            opened = datasets.load_dataset(builder, data_files=str(path))
+            opened = datasets.load_dataset(builder, data_files=str(path), cache_dir=cache_folder())
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             opened = datasets.load_from_disk(str(path))
         elif on_hub is not None:
@@ -51,7 +52,7 @@ def load_rows(task: str, source: DataSource) -> Any:
         elif (images := ImageFolder.scan(path)).holds_images:
             return images.split(source.split, where).rows(where)
         else:
-            opened = datasets.load_dataset(source.path, source.subset)
+            opened = datasets.load_dataset(source.path, source.subset, cache_dir=cache_folder())
     except RecipeError:
         raise
     except Exception as error:  # datasets raises a different type for every loader

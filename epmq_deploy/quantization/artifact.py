@@ -72,7 +72,10 @@ def load_inputs(folder: Path) -> dict[str, LayerInputs]:
 
 def load_reports(folder: Path) -> list[LayerReport]:
     """Load the reports of all layers, in running order."""
-    return [LayerReport(**report) for report in json.loads((folder / REPORT_FILE).read_text())]
+    return [
+        LayerReport(**report)
+        for report in json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    ]
 
 
 def load_artifact(folder: Path) -> tuple[dict[str, QuantizedLinear], Mapping[str, Tensor]]:

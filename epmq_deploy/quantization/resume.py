@@ -42,7 +42,7 @@ class FinishedWork:
     def __init__(self, output: Path, fingerprint: str) -> None:
         self._folder = unfinished_folder(output)
         file = self._folder / _FINGERPRINT
-        if not file.is_file() or file.read_text() != fingerprint:
+        if not file.is_file() or file.read_text(encoding="utf-8") != fingerprint:
             if self.blocks:
                 log.info(
                     "starting from the beginning: the %d finished blocks of an interrupted run "
@@ -51,7 +51,7 @@ class FinishedWork:
                 )
             self.remove()
             self._folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(fingerprint)
+            file.write_text(fingerprint, encoding="utf-8")
         for folder in self._folder.glob(".block-*"):
             shutil.rmtree(folder, ignore_errors=True)
         self.scratch = self._folder / "scratch"
@@ -107,7 +107,7 @@ class FinishedWork:
         file, adapter = self._folder / f"{name}.json", TypeAdapter(kind)
         if not file.is_file():
             atomic_text(file, adapter.dump_json(make()).decode())
-        return adapter.validate_json(file.read_text())
+        return adapter.validate_json(file.read_text(encoding="utf-8"))
 
     def remove(self) -> None:
         """Forget everything."""

@@ -2,7 +2,10 @@
 
 import os
 import re
+import sys
 from pathlib import Path
+
+from epmq_deploy.errors import RecipeError
 
 _VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
@@ -47,6 +50,23 @@ def absolute(path: Path) -> Path:
         else:
             result = result / part
     return result
+
+
+def check_encoding(path: Path) -> None:
+    """Make sure that every library can open a path: its name is text in the system's encoding.
+
+    Raises:
+        RecipeError: it has bytes that are no text, or characters that the encoding lacks.
+    """
+    try:
+        os.fsencode(path)
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            f"{str(path)!a}: not a name in this system's encoding "
+            f"({sys.getfilesystemencoding()}); rename it, or set the environment variable "
+            "PYTHONUTF8=1"
+        ) from error
 
 
 def _exists(path: Path) -> bool:

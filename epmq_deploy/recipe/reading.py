@@ -11,7 +11,7 @@ from pydantic import (
 from epmq_deploy.errors import RecipeError, listed
 from epmq_deploy.options import YamlDocument, YamlError, read_yaml
 from epmq_deploy.recipe.messages import booleans_for_numbers, describe, line_of
-from epmq_deploy.recipe.paths import absolute, expanded
+from epmq_deploy.recipe.paths import absolute, check_encoding, expanded
 from epmq_deploy.recipe.sections import DataSource, Head, Recipe
 
 
@@ -58,6 +58,7 @@ def load_recipe(file: str | Path) -> Recipe:
         RecipeError: unreadable, no YAML, or invalid; every problem with its line.
     """
     file = Path(file)
+    check_encoding(file)
     document = _read_document(file)
     content = _sections(document.content)
     try:
@@ -118,7 +119,10 @@ def absolute_paths(
     problems: list[str] = []
 
     def local(path: str) -> str:
-        return str(absolute(folder / expanded(path, folder)))
+        check_encoding(Path(path))
+        whole = absolute(folder / expanded(path, folder))
+        check_encoding(whole)
+        return str(whole)
 
     def located(path: str) -> str:
         named = split_named(path)
@@ -134,7 +138,7 @@ def absolute_paths(
     def checked(make_absolute: Callable[[str], str], path: str, *key: str) -> str:
         try:
             return make_absolute(path)
-        except ValueError as error:
+        except (ValueError, RecipeError) as error:
             problems.append(f"{line_of(document, key)}{'.'.join(key)}: {path!r}: {error}")
             return path
 

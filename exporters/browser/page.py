@@ -252,4 +252,4 @@ def _source(name: str) -> bytes:
 
 def _installed(folder: Path, package: str) -> str | None:
     file = folder / "node_modules" / package / "package.json"
-    return str(json.loads(file.read_text())["version"]) if file.is_file() else None
+    return str(json.loads(file.read_text(encoding="utf-8"))["version"]) if file.is_file() else None

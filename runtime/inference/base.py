@@ -104,8 +104,12 @@ def text_of(item: Any) -> str:
     """Return an input that is a text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or has halves of characters (surrogates) that no tokenizer takes.
     """
     if not isinstance(item, str):
         raise ValueError(f"expected a str, found {type(item).__name__}")
+    try:
+        item.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not Unicode ({error.reason})") from error
     return item

@@ -80,7 +80,8 @@ def measure_footprint(
             [sys.executable, "-P", str(_PROBE)],
             input=json.dumps(task),
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             check=False,
         )
     if done.returncode != 0:

@@ -96,7 +96,8 @@ def _work_apart(task: Task) -> None:
         [sys.executable, "-P", worker.__file__],
         input=json.dumps(task._asdict()),
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
     if done.returncode != 0:

@@ -28,7 +28,11 @@ def peak_bytes() -> int | None:
     """
     if not _STATUS.is_file():
         return None
-    line = next(text for text in _STATUS.read_text().splitlines() if text.startswith("VmHWM"))
+    line = next(
+        text
+        for text in _STATUS.read_text(encoding="utf-8").splitlines()
+        if text.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -122,6 +122,11 @@ def test_images_of_any_depth_and_mode_are_read_as_in_evaluation(
         model(tmp_path / "unknown.tif")
 
 
+def test_texts_with_halves_of_characters_are_refused(texts: Path) -> None:
+    with pytest.raises(MismatchError, match=r"input 1: the text is not Unicode \(surrogates"):
+        load(texts)(["red", "tree \ud83d"])
+
+
 def test_texts_get_the_labels_of_the_graph(texts: Path) -> None:
     model = load(texts, format="qdq", batch_size=2)
     samples = ["red tree", "blue river sings", "green"]
