@@ -10,6 +10,9 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
+# Of tokenizer and image processor together; the image processor's settings are in its section.
+PROCESSOR_FILE = "processor_config.json"
+IMAGE_SECTION = "image_processor"
 _SETTINGS_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
 _NOT_SETTINGS = {"manifest.json", "report.json", "eval.json"}
 _INDEX_SUFFIX = ".index.json"

@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG
-from epmq_deploy.checkpoints.files import CONFIG_FILE, PREPROCESSOR_FILE, setting_files
+from epmq_deploy.checkpoints.files import (
+    CONFIG_FILE,
+    PREPROCESSOR_FILE,
+    read_json_if_there,
+    setting_files,
+)
 from epmq_deploy.checkpoints.hub import fetch_snapshot, hub_id
 from epmq_deploy.checkpoints.layouts import transformers
 from epmq_deploy.checkpoints.layouts.adapter import AdapterLayout, adapter_folders
@@ -169,7 +174,7 @@ class ModelFolder:
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any] | None:
-        """As ``config``, of ``preprocessor_config.json``."""
+        """As ``config``, of ``preprocessor_config.json``, whichever file has its settings."""
         return self.layout.preprocessor_config(self.path)
 
     @property
@@ -189,15 +194,18 @@ class ModelFolder:
             if file.name != OPEN_CLIP_CONFIG:
                 shutil.copyfile(file, target / file.name)
         if self.layout.translates_settings:
-            for name, content in (
-                (CONFIG_FILE, self.config),
-                (PREPROCESSOR_FILE, self.preprocessor_config),
-            ):
-                (target / name).write_text(json.dumps(content, indent=2) + "\n")
+            _write_json(target / CONFIG_FILE, self.config)
+        # Other programs read the image processor's settings from a file of their own.
+        image_settings = self.preprocessor_config
+        if image_settings != read_json_if_there(target / PREPROCESSOR_FILE):
+            _write_json(target / PREPROCESSOR_FILE, image_settings)
         dense = without_quantization(self.config or {})
         if dense != (self.config or {}):
-            text = json.dumps(dense, indent=2, ensure_ascii=False) + "\n"
-            (target / CONFIG_FILE).write_text(text, encoding="utf-8")
+            _write_json(target / CONFIG_FILE, dense)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _local_folder(path_or_id: str) -> Path:

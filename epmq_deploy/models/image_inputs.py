@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq_deploy.checkpoints.files import IMAGE_SECTION, PREPROCESSOR_FILE, PROCESSOR_FILE
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.compat import runs_on_pillow
 from epmq_deploy.errors import RecipeError
@@ -74,11 +75,14 @@ def image_processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    file = folder / "preprocessor_config.json"
+    file = folder / PREPROCESSOR_FILE
     model_folder = ModelFolder.at(folder)
     settings = model_folder.preprocessor_config
     if settings is None:
-        raise RecipeError(f"{file} is missing; it says how images become pixel_values")
+        raise RecipeError(
+            f"{file} is missing, and there is no {PROCESSOR_FILE} with {IMAGE_SECTION}; one of "
+            "them has to say how images become pixel_values"
+        )
     if model_folder.layout.translates_settings:
         return CLIPImageProcessorPil.from_dict(settings)
     try:

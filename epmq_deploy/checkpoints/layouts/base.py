@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 from epmq_deploy.checkpoints.files import (
     CONFIG_FILE,
+    IMAGE_SECTION,
     PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
     read_json_if_there,
 )
 from epmq_deploy.checkpoints.tensors import Rename, TensorInfo
@@ -72,9 +74,16 @@ class Layout(ABC):
         return read_json_if_there(folder / CONFIG_FILE)
 
     def preprocessor_config(self, folder: Path) -> dict[str, Any] | None:
-        """Return the content of ``preprocessor_config.json``; None without one.
+        """Return the settings of the image processor; None without any.
+
+        Those in ``processor_config.json`` come before those in ``preprocessor_config.json``, as in
+        ``transformers``.
 
         Raises:
-            RecipeError: it is not a JSON object, or describes unsupported preprocessing.
+            RecipeError: a file is not a JSON object, or describes unsupported preprocessing.
         """
+        together = read_json_if_there(folder / PROCESSOR_FILE) or {}
+        nested = together.get(IMAGE_SECTION)
+        if isinstance(nested, dict):
+            return nested
         return read_json_if_there(folder / PREPROCESSOR_FILE)
