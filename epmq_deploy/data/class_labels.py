@@ -15,6 +15,7 @@ from epmq_deploy.recipe import ProblemType
 # What transformers calls classes that nobody named.
 UNNAMED = "LABEL_"
 _SHOWN = 10
+_BOOLEANS = ("false", "true")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ def class_labels(
     Raises:
         RecipeError: a label is missing, is no class, or names do not fit together.
     """
+    spoken = head.names is not None and _by_name(_BOOLEANS, head.names) is not None
+    if spoken and all(isinstance(value, bool) for value in values):
+        data_names = data_names or _BOOLEANS
     named = any(isinstance(value, str) for value in values)
     if named:
         texts = [_text(value, row, where) for value, row in zip(values, rows, strict=True)]
@@ -153,18 +157,28 @@ def listed(names: Sequence[str]) -> str:
 def _numbered(
     numbers: list[int], rows: Sequence[int], head: HeadClasses, where: str
 ) -> ClassLabels:
-    """Take numbers without names as the head's."""
+    """Take numbers without names as the head's; as its names, where all of these are numbers."""
+    if head.names is not None and all(_digits(name) for name in head.names):
+        named = {int(_digits(name)): place for place, name in enumerate(head.names)}
+        if set(numbers) <= named.keys():
+            said = f"{where} holds numbers, taken as the names of the head's classes"
+            return ClassLabels([named[number] for number in numbers], said)
+    start = 0
+    if head.count is not None and numbers and min(numbers) > 0 and max(numbers) == head.count:
+        start = 1
     for number, row in zip(numbers, rows, strict=True):
-        if head.count is not None and number >= head.count:
+        if head.count is not None and number - start >= head.count:
             raise RecipeError(
                 f"{where}: row {row} holds label {number}, but its head has {head.count} classes, "
                 f"0 to {head.count - 1}"
             )
-    if head.names is None:
+    if head.names is None and not start:
         return ClassLabels(numbers)
-    order = listed([f"{number} {name}" for number, name in enumerate(head.names)])
+    names = head.names or tuple(f"class {number}" for number in range(head.count or 0))
+    order = listed([f"{number} {name}" for number, name in enumerate(names, start)])
     return ClassLabels(
-        numbers, f"{where} holds numbers without names, taken as the head's classes ({order})"
+        [number - start for number in numbers],
+        f"{where} holds numbers without names, taken as the head's classes ({order})",
     )
 
 

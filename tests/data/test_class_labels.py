@@ -135,3 +135,25 @@ def test_labels_that_are_none_are_named_by_row(values: list[object], message: st
 
 def test_whole_numbers_may_be_stored_as_floats() -> None:
     assert labels([1.0, 2.0], None, None, 3).numbers == [1, 2]
+
+
+def test_booleans_are_named_where_the_head_names_them() -> None:
+    assert labels([True, False], None, ("True", "False")).numbers == [0, 1]
+    assert labels([True, False], None, ("no", "yes")).numbers == [1, 0]
+
+
+def test_numbers_are_names_where_all_the_head_s_names_are_numbers() -> None:
+    stars = labels([1, 5, 3], None, ("1", "2", "3", "4", "5"))
+    assert stars.numbers == [0, 4, 2]
+    assert "taken as the names of the head's classes" in stars.assumption
+    # Zero is the name of no class, so these can only be places.
+    assert labels([0, 4], None, ("1", "2", "3", "4", "5")).numbers == [0, 4]
+
+
+def test_numbers_up_to_the_number_of_classes_count_from_1() -> None:
+    found = labels([3, 1, 2], None, MNLI)
+    assert found.numbers == [2, 0, 1]
+    assert "(1 contradiction, 2 entailment, 3 neutral)" in found.assumption
+    assert "1 class 0" in labels([1, 2], None, None, 2).assumption
+    with pytest.raises(RecipeError, match="row 1 holds label 3"):
+        labels([0, 3], None, MNLI)

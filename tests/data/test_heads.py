@@ -136,3 +136,15 @@ def test_the_width_is_found_wherever_the_model_is(tiny: TinyZoo) -> None:
     # Unlike the CPU, this device refuses inputs that are elsewhere, as CUDA does.
     elsewhere = family.load(tiny.base).to("meta")
     assert family.embedding_width(elsewhere, tiny.base) == FEATURES
+
+
+def test_equal_class_names_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    classes = ("shoe", "crane", "shirt", "crane")
+    task = Task(expert=str(ZOO / "experts" / "icons"), head=Head(classes=classes))
+    base = ZOO / "base"
+    family = family_of(base)
+    width = family.embedding_width(family.load(base), base)
+    heads = build_heads({"birds": task}, family, base, width)
+    assert "several classes are called crane" in caplog.text
+    assert torch.equal(heads["birds"].weight[1], heads["birds"].weight[3])
+    assert head_classes(task, heads["birds"]).names == classes
