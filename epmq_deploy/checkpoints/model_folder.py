@@ -178,6 +178,11 @@ class ModelFolder:
         return self.layout.preprocessor_config(self.path)
 
     @property
+    def declared_base(self) -> str | None:
+        """The base that an adapter says it was made for; None for whole models."""
+        return self.layout.declared_base(self.path)
+
+    @property
     def setting_files(self) -> tuple[Path, ...]:
         """Everything next to the weights: config, tokenizer, processor."""
         return setting_files(self.path)

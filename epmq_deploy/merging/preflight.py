@@ -11,6 +11,7 @@ from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.tensors import StoredTensor, TensorInfo
 from epmq_deploy.checkpoints.weight_scan import READERS, is_finite
 from epmq_deploy.errors import EpmqError, MismatchError, joined
+from epmq_deploy.merging.origins import warn_about_origins
 from epmq_deploy.models.experts import BASE, Sources
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ def check_experts(
     """
     with ExpertCheck(sources, mixed_dtypes=mixed_dtypes, missing_experts=missing_experts) as check:
         check.check_remaining()
+    warn_about_origins(sources, check.names)
     warn_about_unmerged_changes(sources)
     return check.names
 

@@ -19,6 +19,7 @@ from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, joined, no
 from epmq_deploy.merging.base import FromData, FromTaskVectors, MergeMethod, Merger
 from epmq_deploy.merging.data import RecipeData, load_data
 from epmq_deploy.merging.methods import MERGE_METHODS
+from epmq_deploy.merging.origins import warn_about_origins
 from epmq_deploy.merging.output import merged_size, write_merged
 from epmq_deploy.merging.preflight import ExpertCheck, warn_about_unmerged_changes
 from epmq_deploy.merging.scaling_search import check_objective, search_scaling
@@ -66,6 +67,7 @@ def merge(
                     _check_patterns(recipe.merge, check.names)
             data = _load_data(recipe, sources, errors, device, progress)
             check.check_layout(errors)
+            warn_about_origins(sources, check.names)
             vectors = CheckpointTaskVectors(
                 sources.base, sources.experts, check.names, device, check
             )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG, ADAPTER_FILE
 from epmq_deploy.checkpoints.adapters import adapted_tensors
+from epmq_deploy.checkpoints.files import read_json
 from epmq_deploy.checkpoints.layouts import open_clip, transformers
 from epmq_deploy.checkpoints.layouts.base import Layout
 from epmq_deploy.checkpoints.tensors import Rename, TensorInfo
@@ -43,6 +44,11 @@ class AdapterLayout(Layout):
     ) -> dict[str, TensorInfo]:
         """List all tensors of the base, those the adapter changes as computed ones."""
         return adapted_tensors(folder, base, rename, tied, self._chosen)
+
+    def declared_base(self, folder: Path) -> str | None:
+        """Return what ``peft`` was given as the base."""
+        declared = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return declared if isinstance(declared, str) and declared else None
 
 
 def adapter_folders(folder: Path) -> dict[str, Path]:

@@ -65,6 +65,10 @@ class Layout(ABC):
             MismatchError: the tensors do not belong to such a model, or do not fit the base.
         """
 
+    def declared_base(self, folder: Path) -> str | None:
+        """Return path or hub id of the base that an adapter was made for, as it says; else None."""
+        return None
+
     def config(self, folder: Path) -> dict[str, Any] | None:
         """Return the content of ``config.json``; None without one.
 
