@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 T = TypeVar("T")
 
@@ -66,27 +67,68 @@ def classifier_modalities(model_type: object) -> set[str]:
     return {modality for modality, names in tables.items() if model_type in names}
 
 
-def weight_renamings(model: Any) -> tuple[Any, ...] | None:
+def model_type_of_class(name: str) -> str | None:
+    """Return the model type of a model class of ``transformers``, by its name; None for others.
+
+    That classes carry their config's class is not documented; checked with transformers 5.23.
+    """
+    import transformers
+
+    config_class = getattr(getattr(transformers, name, None), "config_class", None)
+    model_type = getattr(config_class, "model_type", None)
+    return model_type if isinstance(model_type, str) and model_type else None
+
+
+def weight_steps(model: Any) -> tuple[Any, ...] | None:
     """Return ``transformers``' steps from names in files to those of the loaded model.
 
-    None where its files store several of its tensors as one. Not documented; checked with
-    transformers 5.23.
+    Steps rename tensors, or cut one into equal parts along its first dimension. None where files
+    and model differ in another way. Not documented; checked with transformers 5.23.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
 
-    current = get_model_conversion_mapping(model, add_legacy=False)
-    if not all(isinstance(step, WeightRenaming) for step in current):
+    if not all(map(_is_simple, get_model_conversion_mapping(model, add_legacy=False))):
         return None
-    steps = get_model_conversion_mapping(model)
-    return tuple(step for step in steps if isinstance(step, WeightRenaming))
+    return tuple(filter(_is_simple, get_model_conversion_mapping(model)))
 
 
-def renamed(name: str, renamings: tuple[Any, ...]) -> str:
-    """Return the loaded model's name for a stored tensor; see ``weight_renamings``."""
-    from transformers.core_model_loading import apply_renamings
+def _is_simple(step: Any) -> bool:
+    from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
-    return str(apply_renamings(name, list(renamings)))
+    if not isinstance(step, WeightConverter):
+        return isinstance(step, WeightRenaming)
+    (operation, *others) = step.operations
+    equal_parts = isinstance(operation, Chunk) and operation.num_shards_attribute is None
+    return equal_parts and operation.dim == 0 and not others and len(step.source_patterns) == 1
+
+
+def renamed(name: str, steps: tuple[Any, ...]) -> str | tuple[str, ...]:
+    """Return the loaded model's name for a stored tensor, several for its parts.
+
+    Args:
+        name: in a file.
+        steps: as ``weight_steps`` returns them.
+    """
+    from transformers.core_model_loading import WeightConverter, apply_renamings
+
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    key = str(apply_renamings(name, [step for step in steps if step not in converters]))
+    for converter in converters:
+        first, pattern = converter.rename_source_key(key)
+        if pattern is not None:
+            targets = converter.target_patterns
+            return tuple(first.replace(targets[0], target, 1) for target in targets)
+    return key
+
+
+def transposed_layers(model: "Module") -> dict[str, Any]:
+    """Return the layers, by dotted name, that hold the transpose of a linear layer's weight.
+
+    Where ``transformers`` keeps their class is not documented; checked with transformers 5.23.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def runs_on_pillow(processor: Any) -> bool:

@@ -13,7 +13,7 @@ from epmq_deploy.compat import (
     renamed,
     runs_on_pillow,
     tensor_version,
-    weight_renamings,
+    weight_steps,
 )
 
 
@@ -49,12 +49,12 @@ def test_model_types_say_what_their_classifiers_read() -> None:
 def test_names_in_files_become_those_of_the_loaded_model() -> None:
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8}
     model = ViTForImageClassification(ViTConfig(**shape, intermediate_size=8, patch_size=4))
-    renamings = weight_renamings(model)
-    assert renamings is not None
+    steps = weight_steps(model)
+    assert steps is not None
     names = dict(model.named_parameters())
     stored = "vit.encoder.layer.0.attention.attention.query.weight"
-    assert renamed(stored, renamings) in names
-    assert all(renamed(name, renamings) == name for name in names)
+    assert renamed(stored, steps) in names
+    assert all(renamed(name, steps) == name for name in names)
 
 
 def test_processors_say_whether_they_run_on_pillow() -> None:

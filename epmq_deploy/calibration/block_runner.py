@@ -12,10 +12,15 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.activations import BlockBatch, advance, capture_block_batch
+from epmq_deploy.calibration.activations import (
+    BlockBatch,
+    advance,
+    capture_arguments,
+    capture_block_batches,
+)
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.models import Block, ModelFamily
-from epmq_deploy.models.tokens import TokenWeights
+from epmq_deploy.models.tokens import TokenWeights, weights_of_runs
 
 # Per task, a function that yields batches of model inputs.
 TaskBatches = Mapping[str, Callable[[], Iterable[tuple[Tensor, ...]]]]
@@ -62,15 +67,25 @@ class CalibrationBatch:
     student: BlockBatch
     expert: BlockBatch | None = None
 
-    def token_weights(self, stream: str, activations: Tensor, unpooled: float) -> Tensor | None:
+    def token_weights(
+        self, stream: str, activations: Tensor, unpooled: float, runs: int = 1
+    ) -> Tensor | None:
         """Return the weight of each token of a stream, float32 ``[B, T]``; None when all weigh 1.
 
         Args:
             stream: whose tokens ``activations`` hold.
-            activations: ``[B, T, ...]``.
+            activations: ``[B, T, ...]``, or what a layer receives in several runs, ``[1, n, ...]``.
             unpooled: weight of tokens that no head reads, 1 where all of them matter.
+            runs: how many runs of a layer ``activations`` are of.
         """
-        return self.tokens[stream].weights(activations.shape, unpooled, activations.device)
+        tokens, device = self.tokens[stream], activations.device
+        if runs == 1:
+            return tokens.weights(activations.shape, unpooled, device)
+        shape = self.student.hidden.peek().shape
+        weights = tokens.weights(shape, unpooled, device)
+        if weights is None:
+            weights = torch.ones(shape[:2], device=device)
+        return weights_of_runs(weights, activations.shape[1])
 
 
 class BlockRunner:
@@ -85,7 +100,7 @@ class BlockRunner:
         cache: keeps what blocks receive.
         device: where to run.
         dtype: to keep hidden states in; default: their own.
-        products: dtype in which blocks multiply matrices.
+        products: dtype in which blocks multiply matrices, where they run in that dtype.
 
     Attributes:
         batches: by task, at the entrance of the current block.
@@ -113,7 +128,9 @@ class BlockRunner:
         self._device = device
         self._dtype = dtype
         self._products = products
-        self._streams = {block.stream for block in blocks}
+        self._streams = {block.stream for block in blocks} | {
+            block.stream_of(group) for block in blocks for group in block.groups
+        }
         self.batches: dict[str, list[CalibrationBatch]] = {task: [] for task in batches}
 
     def enter(self, block: Block) -> None:
@@ -123,35 +140,66 @@ class BlockRunner:
         to its other blocks ``advance`` has taken the batches already.
 
         Raises:
-            NumericsError: the block does not run.
+            NumericsError: the block does not run as the family says.
         """
         index = self._blocks.index(block)
         if any(earlier.stream == block.stream for earlier in self._blocks[:index]):
+            self._take_arguments(block.arguments or "")
             return
-        ahead = [later.name for later in self._blocks[index:]]
+        # One that repeats runs itself on the way to its later runs.
+        ahead = [later.name for later in self._blocks[index + (block.repeats > 1) :]]
         for task, inputs_of_task in self._inputs.items():
             # Freed before the new ones are captured.
             self.batches[task] = []
             student = self._student.become(task, without=ahead)
             expert = self._experts.become(task, without=ahead) if self._experts else None
             for inputs in inputs_of_task():
-                self.batches[task].append(
-                    CalibrationBatch(
-                        {name: self._family.tokens(*inputs, stream=name) for name in self._streams},
-                        self._captured(student, block, inputs),
-                        None if expert is None else self._captured(expert, block, inputs),
-                    )
-                )
+                self.batches[task] += self._captured(student, expert, block, inputs)
 
-    def _captured(self, model: nn.Module, first: Block, inputs: tuple[Tensor, ...]) -> BlockBatch:
+    def _captured(
+        self,
+        student: nn.Module,
+        expert: nn.Module | None,
+        block: Block,
+        inputs: tuple[Tensor, ...],
+    ) -> list[CalibrationBatch]:
+        """Return a batch of inputs at the entrance of a block, one for each of its repeats."""
+        tokens = {name: self._family.tokens(*inputs, stream=name) for name in self._streams}
+        of_student = self._captured_in(student, block, inputs)
+        of_expert: Sequence[BlockBatch | None] = [None] * block.repeats
+        if expert is not None:
+            of_expert = self._captured_in(expert, block, inputs)
+        return [CalibrationBatch(tokens, *pair) for pair in zip(of_student, of_expert, strict=True)]
+
+    def _captured_in(
+        self, model: nn.Module, first: Block, inputs: tuple[Tensor, ...]
+    ) -> list[BlockBatch]:
         on_device = [value.to(self._device) for value in inputs]
-        return capture_block_batch(
+        run = partial(self._family.embed, model, *on_device)
+        captured = capture_block_batches(
             model.get_submodule(first.name),
-            partial(self._family.embed, model, *on_device),
+            run,
             self._cache,
             self._dtype,
-            self._products,
+            torch.float32 if self._family.float32_blocks else self._products,
+            first.repeats,
         )
+        stream = [block for block in self._blocks if block.stream == first.stream]
+        others = dict.fromkeys(block.arguments for block in stream if block.arguments is not None)
+        if others:
+            (batch,) = captured
+            named = {name: model.get_submodule(name) for name in others}
+            batch.arguments = capture_arguments(named, run, self._cache)
+            batch.arguments[""] = batch.args, batch.kwargs
+        return captured
+
+    def _take_arguments(self, name: str) -> None:
+        """Give batches the arguments of the block of this name, where blocks differ in theirs."""
+        for batches in self.batches.values():
+            for batch in batches:
+                for of_model in (batch.student, batch.expert):
+                    if of_model is not None and of_model.arguments:
+                        of_model.args, of_model.kwargs = of_model.arguments[name]
 
     def advance(self, block: Block, done: Mapping[str, nn.Module] | None = None) -> None:
         """Take all batches through the student's block to the next one.

@@ -15,8 +15,15 @@ from torch import Tensor
 from epmq_deploy.errors import RecipeError
 
 # From a stored tensor's name to its canonical one; several names split it into equal parts along
-# the first dimension.
+# the first dimension, and a ``Transposed`` one exchanges its dimensions.
 Rename = Callable[[str], str | tuple[str, ...]]
+
+
+class Transposed(str):
+    """Canonical name of a matrix that files hold the transpose of, as GPT-2's do."""
+
+    __slots__ = ()
+
 
 # Dtypes by their names in safetensors files.
 DTYPES = {
@@ -52,6 +59,15 @@ class TensorInfo(ABC):
     def nbytes(self) -> int:
         """Size of its values in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in files."""
+        return self.shape
+
+    def to_store(self, value: Tensor) -> Tensor:
+        """Return a value of this shape as files hold it, in ``stored_shape``."""
+        return value
 
     @abstractmethod
     def read_into(self, target: Tensor) -> None:
@@ -128,6 +144,46 @@ class StoredTensor(TensorInfo):
             StoredTensor(shape, self.dtype, self.file, self.key, self.offset + index * size)
             for index in range(count)
         )
+
+
+@dataclass(frozen=True)
+class TransposedTensor(TensorInfo):
+    """The transpose of another matrix.
+
+    Attributes:
+        original: the matrix as it is stored.
+    """
+
+    original: TensorInfo
+
+    @classmethod
+    def of(cls, info: TensorInfo) -> "TransposedTensor":
+        """Return a matrix with its dimensions exchanged.
+
+        Raises:
+            RecipeError: it is no matrix.
+        """
+        if len(info.shape) != 2:
+            raise RecipeError(f"a tensor of shape {list(info.shape)}, where a matrix is needed")
+        return cls(info.shape[::-1], info.dtype, info)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape in files."""
+        return self.original.shape
+
+    def to_store(self, value: Tensor) -> Tensor:
+        """Return the transpose."""
+        return value.T.contiguous()
+
+    def read_into(self, target: Tensor) -> None:
+        """Read the stored matrix and exchange its dimensions."""
+        target.copy_(self.original.load().T)
+
+    def parts(self, count: int) -> "tuple[TensorInfo, ...]":
+        """Return the tensor, which is never cut."""
+        assert count == 1, "a transposed tensor has one name"
+        return (self,)
 
 
 @dataclass(frozen=True)
@@ -227,6 +283,8 @@ def same_values(one: TensorInfo, other: TensorInfo) -> bool:
 
 def renamed(info: TensorInfo, names: str | tuple[str, ...]) -> dict[str, TensorInfo]:
     """Return a tensor by its canonical name, or its parts by their names."""
+    if isinstance(names, Transposed):
+        return {str(names): TransposedTensor.of(info)}
     names = (names,) if isinstance(names, str) else names
     return dict(zip(names, info.parts(len(names)), strict=True))
 

@@ -27,7 +27,7 @@ from epmq_deploy.recipe import Task
 log = logging.getLogger(__name__)
 
 HEADS_FILE = "heads.safetensors"
-_PROBLEM_TYPE = "problem_type"
+_PROBLEM_TYPE, _NORM_EPSILON = "problem_type", "norm_epsilon"
 
 
 def build_heads(
@@ -258,6 +258,11 @@ def save_heads(folder: Path, heads: Mapping[str, TaskHead]) -> None:
         for task, head in heads.items()
         if head.problem_type != SINGLE_LABEL
     }
+    metadata |= {
+        f"{task}.{_NORM_EPSILON}": repr(head.norm_epsilon)
+        for task, head in heads.items()
+        if head.norm_weight is not None
+    }
     save_file(tensors, folder / HEADS_FILE, metadata=metadata)
 
 
@@ -271,7 +276,10 @@ def load_heads(folder: Path) -> dict[str, TaskHead]:
             parts.setdefault(task, {})[part] = handle.get_tensor(name)
     return {
         task: TaskHead.of_tensors(
-            tensors, metadata[task], metadata.get(f"{task}.{_PROBLEM_TYPE}", SINGLE_LABEL)
+            tensors,
+            metadata[task],
+            metadata.get(f"{task}.{_PROBLEM_TYPE}", SINGLE_LABEL),
+            float(metadata.get(f"{task}.{_NORM_EPSILON}", "1e-5")),
         )
         for task, tensors in parts.items()
     }

@@ -13,6 +13,7 @@ from epmq_deploy.checkpoints.files import read_json
 from epmq_deploy.checkpoints.weight_scan import all_finite
 from epmq_deploy.checkpoints.writing import save_sharded
 from epmq_deploy.errors import NumericsError
+from epmq_deploy.models.experts import Sources
 from epmq_deploy.options.merging import MergeOptions
 from epmq_deploy.progress import Progress
 
@@ -21,7 +22,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 def write_merged(
     folder: Path,
-    base: Checkpoint,
+    sources: Sources,
     tensors: Iterator[tuple[str, Tensor, bool]],
     options: MergeOptions,
     progress: Progress,
@@ -30,7 +31,7 @@ def write_merged(
 
     Args:
         folder: existing folder.
-        base: its settings are copied, and it has all tensors.
+        sources: the base's settings are copied, and it has all tensors.
         tensors: name, value and whether it was merged, in the base's order.
         options: set the dtype.
         progress: shows one step per tensor.
@@ -38,12 +39,14 @@ def write_merged(
     Raises:
         NumericsError: values are not finite, or not in the chosen dtype.
     """
+    base = sources.base
     base.source.copy_settings(folder)
+    _adapt_config(folder / "config.json", sources)
     if options.dtype != "base":
         _set_dtype(folder / "config.json", options.dtype)
     layout = _layout(base, options)
     converted = (
-        (name, _converted(name, value, layout[name][0], merged=merged))
+        (name, base.tensors[name].to_store(_converted(name, value, layout[name][0], merged=merged)))
         for name, value, merged in tensors
     )
     save_sharded(folder, layout, progress.track(converted, "merging", total=len(layout)))
@@ -62,9 +65,17 @@ def _layout(
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """Return dtype and shape of what is written, by name."""
     return {
-        name: (_output_dtype(options, info.dtype), info.shape)
+        name: (_output_dtype(options, info.dtype), info.stored_shape)
         for name, info in base.tensors.items()
     }
+
+
+def _adapt_config(file: Path, sources: Sources) -> None:
+    """Have the config describe what was merged, where that is not what the base's describes."""
+    config = sources.base.source.config or {}
+    adapted = sources.family.merged_config(config)
+    if adapted != config:
+        file.write_text(json.dumps(adapted, indent=2) + "\n", encoding="utf-8")
 
 
 def _set_dtype(file: Path, dtype: str) -> None:

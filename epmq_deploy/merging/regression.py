@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.block_runner import BlockRunner, SameForAllTasks
+from epmq_deploy.calibration.activations import joined_runs
+from epmq_deploy.calibration.block_runner import BlockRunner, CalibrationBatch, SameForAllTasks
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.merging.base import Calibrated, CalibrationData, Context, TaskVectors
-from epmq_deploy.models import Block
+from epmq_deploy.models import Block, Group
 from epmq_deploy.models.modules import first_input
-from epmq_deploy.models.tokens import TokenWeights
 from epmq_deploy.options.merging import RegressionOptions
 
 # Added to the diagonal, relative to its mean: decides in directions without inputs.
@@ -156,8 +156,7 @@ class _Regression:
         sums = [Accumulator() for _ in block.groups]
         firsts = [expert.get_submodule(block.inner(group.layers[0])) for group in block.groups]
         for batch in self._runner.batches[task]:
-            tokens = [batch.tokens[block.stream_of(group)] for group in block.groups]
-            with _accumulating(firsts, sums, tokens):
+            with _accumulating(firsts, sums, block, batch):
                 if self._merged is None:
                     self._runner.step(block, expert, batch.student)
                 else:
@@ -182,20 +181,31 @@ class _Regression:
 
 @contextmanager
 def _accumulating(
-    layers: Sequence[nn.Module], sums: Sequence[Accumulator], tokens: Sequence[TokenWeights]
+    layers: Sequence[nn.Module],
+    sums: Sequence[Accumulator],
+    block: Block,
+    batch: CalibrationBatch,
 ) -> Iterator[None]:
-    """Add what layers receive to their sums; padding does not count."""
+    """Add what the first layer of each group of a block receives to its sums.
 
-    def hook(accumulator: Accumulator, counted: TokenWeights) -> Callable[..., None]:
+    Padding does not count.
+    """
+
+    def hook(accumulator: Accumulator, group: Group) -> Callable[..., None]:
+        received: list[Tensor] = []
+
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = first_input(args, kwargs)
-            accumulator.add(inputs, counted.weights(inputs.shape, 1.0, inputs.device))
+            received.append(first_input(args, kwargs))
+            if len(received) == group.runs:
+                inputs = joined_runs(received)
+                stream = block.stream_of(group)
+                accumulator.add(inputs, batch.token_weights(stream, inputs, 1.0, group.runs))
 
         return add
 
     handles = [
-        layer.register_forward_pre_hook(hook(accumulator, counted), with_kwargs=True)
-        for layer, accumulator, counted in zip(layers, sums, tokens, strict=True)
+        layer.register_forward_pre_hook(hook(accumulator, group), with_kwargs=True)
+        for layer, accumulator, group in zip(layers, sums, block.groups, strict=True)
     ]
     try:
         yield

@@ -74,7 +74,7 @@ def merge(
             merger, details = _prepare(recipe.merge, vectors, data, check)
             with atomic_folder(output) as folder:
                 tensors = _merged_and_copied(merger, vectors)
-                write_merged(folder, sources.base, tensors, recipe.merge, progress)
+                write_merged(folder, sources, tensors, recipe.merge, progress)
                 check.check_remaining()
                 warn_about_unmerged_changes(sources)
                 return finish_output(folder, _manifest(recipe, sources, vectors, details))

@@ -8,14 +8,18 @@ kind; ``generic`` answers them for encoders without a family by running the mode
 exported is a ``Deployable``.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.blocks import Block, Group
+from epmq_deploy.models.decoder_use import is_classifier
 from epmq_deploy.models.deployable import Deployable, MultiTaskModel
 from epmq_deploy.models.generic.family import generic_family
 from epmq_deploy.models.head import TaskHead
-from epmq_deploy.models.loading import read_config
+from epmq_deploy.models.loading import model_type_of, read_config
+from epmq_deploy.models.text_generation.base import TextGenerationFamily
 from epmq_deploy.registry import Registry
 
 MODEL_FAMILIES: Registry[ModelFamily] = Registry(
@@ -40,15 +44,23 @@ def families() -> tuple[ModelFamily, ...]:
     return tuple(MODEL_FAMILIES.values())
 
 
-def family_of(folder: Path) -> ModelFamily:
+def family_of(folder: Path, experts: Collection[ModelFolder] = ()) -> ModelFamily:
     """Return the family that a Hugging Face folder belongs to.
 
+    Args:
+        folder: of the base, or of what was made from it.
+        experts: folders of the base's experts: classifiers make a decoder one, too.
+
     Raises:
-        RecipeError: no ``config.json``, or a model type that no family recognises and the generic
-            one cannot take apart.
+        RecipeError: no ``config.json``, one without a model type, or one that no family recognises
+            and the generic one cannot take apart.
     """
     config = read_config(folder)
     for family in families():
         if family.recognises(config):
+            writes = isinstance(family, TextGenerationFamily) and family.encoder_decoder is None
+            if writes and is_classifier(ModelFolder.at(folder), config, experts):
+                break
             return family
+    model_type_of(folder, config)
     return generic_family(folder)

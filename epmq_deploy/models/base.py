@@ -8,6 +8,7 @@ from torch import nn
 
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.checkpoint_schema import CheckpointSchema
+from epmq_deploy.models.head import embedding_width
 from epmq_deploy.models.head_source import HeadSource
 from epmq_deploy.models.inputs import ModelInputs
 from epmq_deploy.models.loading import config_differences
@@ -41,11 +42,11 @@ class ModelFamily(CheckpointSchema, Network, ModelInputs, HeadSource):
         )
 
     def embedding_width(self, model: nn.Module, folder: Path) -> int:
-        """Return ``D``, the width of what ``embed`` returns."""
+        """Return ``D``, the width that heads take; see ``TaskHead``."""
         device = next(model.parameters()).device
         inputs = (value.to(device) for value in self.example_inputs(folder, 1))
         with torch.inference_mode():
-            return self.embed(model, *inputs).shape[1]
+            return embedding_width(self.embed(model, *inputs))
 
 
 class TypedFamily(ModelFamily):

@@ -57,6 +57,10 @@ class CheckpointSchema(ABC):
     def is_optional(self, key: str) -> bool:
         """Whether an expert may leave out a merged tensor because it is the base's."""
 
+    def merged_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the ``config.json`` of a merged model, given the base's: by default, the same."""
+        return dict(config)
+
     def is_head(self, key: str) -> bool:
         """Whether a tensor belongs to a task's head: kept per expert, never merged."""
         return False

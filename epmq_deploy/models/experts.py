@@ -80,7 +80,7 @@ def open_available(recipe: Recipe) -> tuple[Sources | None, list[str]]:
     if base_folder is None:
         return None, problems
     try:
-        family = family_of(base_folder.path).merging(recipe.base.part)
+        family = family_of(base_folder.path, folders.values()).merging(recipe.base.part)
     except RecipeError as error:
         if not problems:
             raise

@@ -11,6 +11,7 @@ from torch import nn
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.checkpoints.tensors import Rename
+from epmq_deploy.compat import model_type_of_class
 from epmq_deploy.errors import MismatchError, RecipeError
 
 # What config.json calls the sizes and functions that most transformers have.
@@ -74,6 +75,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config is None:
         raise RecipeError(f"{folder}: no config.json; expected a Hugging Face model folder")
     return config
+
+
+def model_type_of(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the model type that a folder's ``config.json`` names.
+
+    Raises:
+        RecipeError: it names none.
+    """
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type:
+        return model_type
+    advice = "add the one its architecture has"
+    for name in config.get("architectures") or ():
+        if (known := model_type_of_class(str(name))) is not None:
+            advice = f'{name} has "model_type": "{known}"; add that'
+    raise RecipeError(
+        f"{folder}: config.json names no model_type, so nothing can load it; {advice}"
+    )
 
 
 def config_differences(

@@ -15,7 +15,12 @@ class Network(ABC):
 
     Parameter names of the loaded module equal the tensor names of the checkpoint, so that one name
     means the same thing in merging, quantization and export.
+
+    Attributes:
+        float32_blocks: whether blocks run in float32 alone, with products as well.
     """
+
+    float32_blocks: bool = False
 
     @abstractmethod
     def load(self, folder: Path) -> nn.Module:
@@ -27,7 +32,7 @@ class Network(ABC):
 
     @abstractmethod
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """Compute what heads take, ``[batch, D]``, from ``inputs`` as ``input_names``.
+        """Compute what heads take from ``inputs`` as ``input_names``; see ``TaskHead``.
 
         Text generation has no heads: logits ``[n, V]`` of all tokens of the batch's answers.
         """

@@ -1,5 +1,6 @@
 """How texts become token ids and masks."""
 
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,8 @@ from epmq_deploy.models.inputs import ModelInputs
 from epmq_deploy.models.loading import read_config
 from epmq_deploy.models.shared_tokenizer import SharedTokenizer
 from epmq_deploy.models.tokenizer import open_tokenizer
+
+log = logging.getLogger(__name__)
 
 _EXAMPLE_TOKENS = 8
 
@@ -28,15 +31,22 @@ class TextInputs(ModelInputs):
 
     Attributes:
         tokenizer_files: of a tokenizer that is not stored as ``tokenizer.json``.
+        pads_with_end: whether the end of a text pads where there is no padding token; what is
+            padded is masked in any case.
     """
 
     modality = "text"
     input_names: tuple[str, ...] = ("input_ids", "attention_mask")
     tokenizer_files: tuple[str, ...] = ("vocab.txt",)
+    pads_with_end: bool = False
 
     def positions(self, config: dict[str, Any]) -> int:
         """Return the length of the longest text the encoder takes, in tokens."""
         return int(config["max_position_embeddings"])
+
+    def vocabulary(self, config: dict[str, Any]) -> int:
+        """Return the number of tokens that the model has embeddings of."""
+        return int(config["vocab_size"])
 
     def collate(self, folder: Path, samples: Sequence[Any]) -> tuple[Tensor, ...]:
         """Turn texts into token ids, mask and segments as ``input_names``, int64 ``[B, T]``.
@@ -69,7 +79,11 @@ class TextInputs(ModelInputs):
         """
         config = read_config(folder)
         return _tokenizer(
-            folder, self.tokenizer_files, int(config["vocab_size"]), self.positions(config)
+            folder,
+            self.tokenizer_files,
+            self.vocabulary(config),
+            self.positions(config),
+            pads_with_end=self.pads_with_end,
         )
 
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
@@ -107,9 +121,12 @@ def example_texts(
 
 @lru_cache(maxsize=4)
 def _tokenizer(
-    folder: Path, files: tuple[str, ...], vocabulary: int, positions: int
+    folder: Path, files: tuple[str, ...], vocabulary: int, positions: int, *, pads_with_end: bool
 ) -> SharedTokenizer:
     tokenizer = open_tokenizer(folder, files, vocabulary, "texts need")
+    if tokenizer.pad_token_id is None and pads_with_end and tokenizer.eos_token_id is not None:
+        log.info("%s: no padding token, so %s pads, masked", folder, tokenizer.eos_token)
+        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise RecipeError(f"{folder}: the tokenizer has no padding token")
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)

@@ -37,6 +37,21 @@ class TokenWeights:
         return weights
 
 
+def weights_of_runs(tokens: Tensor, rows: int) -> Tensor:
+    """Return weights of what a layer receives in several runs, ``[1, rows]``.
+
+    Only its first run is on tokens. The rows of the others, such as a table of positions that all
+    tokens share, weigh together as much as the tokens do.
+
+    Args:
+        tokens: weights of the tokens, ``[B, T]``.
+        rows: of all runs together.
+    """
+    others = rows - tokens.numel()
+    share = (tokens.sum() / others).expand(others)
+    return torch.cat([tokens.flatten(), share])[None]
+
+
 def counted(activations: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return rows ``[n, K]`` of tokens with a positive weight, and those weights ``[n]``, float32.
 

@@ -19,6 +19,9 @@ _BITS = 8
 # Share of all weights; a smaller layer is not worth the operators that unpack it.
 _WORTH = 0.002
 
+_KINDS = (nn.Linear, nn.Conv2d, nn.Embedding)
+_FORWARDS = tuple(kind.forward for kind in _KINDS)
+
 
 @dataclass(frozen=True)
 class RoundingGrid:
@@ -101,7 +104,7 @@ def _users_by_weight(model: nn.Module, inside: set[str]) -> list[dict[str, nn.Mo
 
 def is_quantizable(module: nn.Module) -> bool:
     """Return whether a module's weight can be stored as codes."""
-    return isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding)
+    return isinstance(module, _KINDS)
 
 
 def _why_kept(name: str, module: nn.Module, options: QuantizeOptions, total: int) -> str:
@@ -111,6 +114,9 @@ def _why_kept(name: str, module: nn.Module, options: QuantizeOptions, total: int
         return "outside the blocks"
     if options.skips(name):
         return "skipped by option"
+    if type(module).forward not in _FORWARDS:
+        # Such as scaling what is looked up.
+        return f"outside the blocks, a {type(module).__name__} that does more than its weight says"
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return "outside the blocks, a grouped convolution"
     if weight.numel() < _WORTH * total:

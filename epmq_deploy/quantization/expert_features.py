@@ -57,6 +57,7 @@ class ExpertRecorder:
         if self._experts is None or not batches:
             return []
         module = self._experts.module(task, block.name)
+        repeated = {name for group in block.groups if group.runs > 1 for name in group.layers}
         return [
             record(
                 module,
@@ -67,6 +68,7 @@ class ExpertRecorder:
                 self._dtype,
                 self._layer_dtype,
                 block.passes_on,
+                repeated,
             )
             for batch in batches
         ]

@@ -36,6 +36,8 @@ class GroupInputs:
         pooled: whether only what the layers give for pooled tokens reaches the heads.
         input_of: what they receive for one batch ``[B, T, K]``, by task and the batch's index.
         features: what the experts' layers gave.
+        runs: how often the layers run in their block; of several, ``input_of`` and ``features``
+            hold the rows of all, ``[1, n, ...]``.
     """
 
     layers: Sequence[str]
@@ -43,6 +45,7 @@ class GroupInputs:
     pooled: bool
     input_of: Callable[[str, int], Tensor]
     features: Features
+    runs: int = 1
 
 
 class StatisticsSource(Protocol):
@@ -92,7 +95,7 @@ class ActivationStatistics:
         for index, batch in enumerate(self._runner.batches[task]):
             inputs = group.input_of(task, index)
             outputs = {name: features[index][name].peek() for name in group.layers if features}
-            token_weights = batch.token_weights(group.stream, inputs, unpooled)
+            token_weights = batch.token_weights(group.stream, inputs, unpooled, group.runs)
             accumulator.add(inputs, token_weights, weights, outputs, self._settings.mix)
         return accumulator.statistics()
 

@@ -229,6 +229,8 @@ class NormRefit:
             unpooled = self._unpooled if pooled else 1.0
             weights = batch.token_weights(block.stream, inputs, unpooled)
             activations, token_weights = counted(pre_affine(norm, inputs), weights)
+            # Some models hand norms what products left in another dtype.
+            activations = activations.to(torch.float32)
             target = activations
             if self._mix and features:
                 feature, _ = counted(features[index][name].peek(), weights)

@@ -146,8 +146,11 @@ class BlockQuantizer:
             names,
             block.stream_of(group),
             group.pooled,
-            norm.output if norm else self._input_of(block, names[0], done),
+            norm.output
+            if norm and group.runs == 1
+            else self._input_of(block, names[0], done, group.runs),
             features,
+            group.runs,
         )
         result.extend(self._groups.quantize(names, self._statistics.sums(inputs)))
 
@@ -173,7 +176,7 @@ class BlockQuantizer:
         return norm
 
     def _input_of(
-        self, block: Block, name: str, done: Mapping[str, nn.Module]
+        self, block: Block, name: str, done: Mapping[str, nn.Module], runs: int
     ) -> Callable[[str, int], Tensor]:
         """Return a function for what a layer receives with all earlier layers quantized."""
         student = self._model.get_submodule(block.name)
@@ -181,7 +184,7 @@ class BlockQuantizer:
 
         def received(task: str, index: int) -> Tensor:
             batch = self._runner.batches[task][index].student
-            return input_of(student, layer, batch, done, self._cache)
+            return input_of(student, layer, batch, done, self._cache, runs)
 
         return received
 

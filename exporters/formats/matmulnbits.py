@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from epmq_deploy.exporters.formats.base import ExportContext, FormatPlan, GraphFormat
 from epmq_deploy.exporters.lowering.layers import low_bit_nodes, read_packed
+from epmq_deploy.exporters.lowering.naming import ShareRuns
 from epmq_deploy.exporters.packing.packed_linear import unpack_linear
 from epmq_deploy.quantization.results import QuantizedLinear
 
@@ -20,8 +21,8 @@ class MatMulNBitsFormat(GraphFormat):
     stores_two_bits = True
 
     def plan(self, layers: Mapping[str, QuantizedLinear], context: ExportContext) -> FormatPlan:
-        """Return a plan without passes; packing has checked all that the operator demands."""
-        return FormatPlan()
+        """Return a plan; packing has checked all that the operator demands."""
+        return FormatPlan([ShareRuns()])
 
     def read(self, model: ir.Model) -> Iterator[tuple[str, QuantizedLinear]]:
         """Yield what the MatMulNBits nodes multiply by."""

@@ -14,6 +14,7 @@ from epmq_deploy.exporters.formats.base import TRACED_OPSET, ExportContext, Form
 from epmq_deploy.exporters.graphs.swap import export_copy, swapped_copy
 from epmq_deploy.exporters.graphs.trace import trace
 from epmq_deploy.exporters.lowering.int8.matmul import integer_layers
+from epmq_deploy.exporters.lowering.layers import linear_runs
 from epmq_deploy.exporters.lowering.two_bits import NarrowToTwoBits
 from epmq_deploy.exporters.memory import (
     eager_free,
@@ -173,7 +174,16 @@ def _write(
     path = output / f"{part}{fmt.suffix}.onnx"
     verify_valid(graph, path.name)
     size = write_model(graph, path, limit=file_limit)
-    integer = integer_layers(graph.graph)
     return WrittenGraph(
-        fmt.name, part, path, size, version, plan.details, linear, rows, integer, accuracy_level
+        fmt.name,
+        part,
+        path,
+        size,
+        version,
+        plan.details,
+        linear,
+        rows,
+        integer_layers(graph.graph),
+        accuracy_level,
+        linear_runs(graph.graph, linear),
     )

@@ -2,11 +2,12 @@
 
 Naming, in every exported file: the node that multiplies by a quantized layer carries the layer's
 dotted name, and the layer's initializers are ``<layer>.codes``, ``<layer>.scales`` and, where
-present, ``<layer>.zero_points``.
+present, ``<layer>.zero_points``. A linear layer that runs several times has a node a run; those
+after the first are called ``<layer>#2``, ``<layer>#3`` and so on.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -17,11 +18,40 @@ from epmq_deploy.exporters.packing.packed_linear import PackedLinear
 DOMAIN = "com.microsoft"
 OP_TYPE = "MatMulNBits"
 LAYER_KEY = "epmq_deploy.layer"
+_RUN = "#"
 
 
 def low_bit_nodes(graph: ir.Graph) -> Iterator[ir.Node]:
     """All MatMulNBits nodes; their names are the layers' once `NameLayers` ran."""
     return (node for node in graph if node.domain == DOMAIN and node.op_type == OP_TYPE)
+
+
+def run_name(layer: str, run: int) -> str:
+    """Return what the node of a layer's run is called, the first being 1."""
+    return layer if run == 1 else f"{layer}{_RUN}{run}"
+
+
+def layer_of(node_name: object) -> str:
+    """Return the layer of a node named by ``run_name``."""
+    return str(node_name).partition(_RUN)[0]
+
+
+def linear_runs(graph: ir.Graph, layers: Collection[str]) -> frozenset[str]:
+    """Return the names of the nodes that multiply the model's inputs by one of these layers.
+
+    A node whose input is computed from constants alone, such as a table of positions, is left out:
+    runtimes compute it once, when they load the file.
+    """
+    varying: set[ir.Value] = set(graph.inputs)
+    names = set()
+    for node in graph:
+        if not any(value in varying for value in node.inputs if value is not None):
+            continue
+        varying.update(node.outputs)
+        layer, _, run = str(node.name).partition(_RUN)
+        if layer in layers and (not run or run.isdigit()):
+            names.add(str(node.name))
+    return frozenset(names)
 
 
 def add_initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

@@ -1,5 +1,7 @@
 """Naming the nodes of layers, low-bit and float alike, after their modules."""
 
+from collections import Counter
+
 import onnx_ir as ir
 
 from epmq_deploy.exporters.compat import module_of
@@ -7,8 +9,9 @@ from epmq_deploy.exporters.lowering.layers import (
     LAYER_KEY,
     add_initializer,
     constant,
+    layer_of,
     low_bit_nodes,
-    refuse_repeated,
+    run_name,
 )
 
 _BACKBONE = "backbone."
@@ -20,19 +23,18 @@ class NameLayers(ir.passes.InPlacePass):
     """Give MatMulNBits nodes and their initializers their layers' names.
 
     Equal initializers of different layers, which the optimizer merged into one, get one each
-    again: onnxruntime does not fuse a QDQ layer whose initializers are shared.
+    again, and so do all runs of one layer: onnxruntime does not fuse a QDQ layer whose initializers
+    are shared. ``ShareRuns`` undoes that where sharing does no harm.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Name them.
-
-        Raises:
-            MismatchError: a layer runs more than once.
-        """
+        """Name them."""
         nodes = list(low_bit_nodes(model.graph))
-        refuse_repeated(nodes)
+        runs: Counter[str] = Counter()
         for node in nodes:
-            node.name = node.metadata_props[LAYER_KEY]
+            layer = node.metadata_props[LAYER_KEY]
+            runs[layer] += 1
+            node.name = run_name(layer, runs[layer])
             if not node.outputs[0].is_graph_output():
                 node.outputs[0].name = f"{node.name}.product"
             for index, suffix in _SUFFIXES:
@@ -41,6 +43,25 @@ class NameLayers(ir.passes.InPlacePass):
                     tensor = ir.Tensor(array, name=f"{node.name}.{suffix}")
                     node.replace_input_with(index, add_initializer(model.graph, tensor))
         return ir.passes.PassResult(model, modified=bool(nodes))
+
+
+class ShareRuns(ir.passes.InPlacePass):
+    """Have all MatMulNBits nodes of one layer read the first one's initializers."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Share them."""
+        first: dict[str, ir.Node] = {}
+        modified = False
+        for node in low_bit_nodes(model.graph):
+            original = first.setdefault(layer_of(node.name), node)
+            if original is node:
+                continue
+            modified = True
+            for index, _ in _SUFFIXES:
+                if constant(node, index) is not None:
+                    model.graph.initializers.pop(str(node.inputs[index].name))  # type: ignore[union-attr]
+                    node.replace_input_with(index, original.inputs[index])
+        return ir.passes.PassResult(model, modified=modified)
 
 
 class NameFloatLayers(ir.passes.InPlacePass):

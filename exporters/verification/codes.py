@@ -8,6 +8,7 @@ import onnx_ir as ir
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.exporters.formats import formats_of
 from epmq_deploy.exporters.lowering.int8.rows import read_rows
+from epmq_deploy.exporters.lowering.layers import layer_of
 from epmq_deploy.quantization.results import QuantizedLinear
 
 FORMAT_KEY = "epmq_deploy.format"
@@ -28,11 +29,12 @@ def read_codes(path: Path) -> dict[str, QuantizedLinear]:
 
 
 def stored_layers(path: Path) -> Iterator[tuple[str, QuantizedLinear]]:
-    """As `read_codes`, one layer in memory at a time."""
+    """As `read_codes`, one layer in memory at a time; one with several runs comes as often."""
     model = ir.load(path)
     name = model.metadata_props.get(FORMAT_KEY)
     if name is None:
         raise MismatchError(str(path), [f"no {FORMAT_KEY} in its metadata: not exported by epmq"])
     (fmt,) = formats_of([name])
-    yield from fmt.read(model)
+    for node, layer in fmt.read(model):
+        yield layer_of(node), layer
     yield from read_rows(model.graph)

@@ -48,12 +48,15 @@ class WrittenGraph(GraphFile):
         rows: convolutions and embeddings likewise.
         integer: layers that are to run as integer GEMM, by dotted name.
         accuracy_level: of the MatMulNBits nodes.
+        runs: names of the nodes that multiply the model's inputs by linear layers; None for one
+            node a layer, called like it.
     """
 
     linear: Mapping[str, QuantizedLinear]
     rows: Mapping[str, QuantizedLinear]
     integer: Collection[str]
     accuracy_level: int
+    runs: Collection[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,9 @@ def verify_graph(graph: WrittenGraph) -> ExportedGraph:
             release_memory()
             verify_int8_rows(graph.path, graph.rows)
             release_memory()
-        nodes = verify_runs_low_bit(graph.path, graph.linear, graph.accuracy_level, graph.integer)
+        nodes = verify_runs_low_bit(
+            graph.path, graph.linear, graph.accuracy_level, graph.integer, graph.runs
+        )
     return ExportedGraph(
         graph.format, graph.part, graph.path, graph.bytes, graph.opset, graph.layers, nodes
     )

@@ -14,7 +14,7 @@ from epmq_deploy.checkpoints.memory_map import release_mapped
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.exporters.files import weightless
 from epmq_deploy.exporters.lowering.int8.matmul import INT8_SUFFIX
-from epmq_deploy.exporters.lowering.layers import DOMAIN, OP_TYPE
+from epmq_deploy.exporters.lowering.layers import DOMAIN, OP_TYPE, layer_of
 from epmq_deploy.exporters.verification.codes import stored_layers
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.solver.grid import expand_groups
@@ -102,6 +102,7 @@ def verify_runs_low_bit(
     layers: Mapping[str, QuantizedLinear],
     accuracy_level: int,
     integer: Collection[str] = (),
+    runs: Collection[str] | None = None,
 ) -> int:
     """Check that onnxruntime multiplies every linear layer with its low-bit kernel.
 
@@ -110,6 +111,7 @@ def verify_runs_low_bit(
         layers: the linear ones, by dotted name.
         accuracy_level: of the MatMulNBits nodes.
         integer: layers, by dotted name, that are to run as integer GEMM instead.
+        runs: names of the nodes that multiply by them; default: one a layer, called like it.
 
     Returns:
         Number of nodes that multiply by one of ``layers`` in the graph onnxruntime runs.
@@ -126,7 +128,8 @@ def verify_runs_low_bit(
             f"{', '.join(unfused)}"
         )
     levels = executed_low_bit_layers(graph, path.name)
-    missing = sorted(layers.keys() - levels.keys() - set(integer))
+    expected = set(layers if runs is None else runs)
+    missing = sorted(expected - levels.keys() - set(integer))
     if missing:
         raise NumericsError(
             f"{path.name}: onnxruntime would not run these layers in low bits: {', '.join(missing)}"
@@ -137,7 +140,7 @@ def verify_runs_low_bit(
             f"{path.name}: these layers would not run at accuracy level {accuracy_level}: "
             f"{', '.join(other)}"
         )
-    return len(levels) + len(layers.keys() & set(integer))
+    return len(levels) + sum(layer_of(name) in layers for name in set(integer))
 
 
 def executed_low_bit_layers(graph: onnx.GraphProto, file: str) -> dict[str, int]:

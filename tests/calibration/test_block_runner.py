@@ -88,6 +88,7 @@ def runner_of(student: Any, experts: Experts | None = None, **options: Any) -> B
     """Return a runner over the batches above."""
     family: Any = SimpleNamespace(
         embed=lambda model, values: model(values),
+        float32_blocks=False,
         tokens=lambda values, *, stream: TokenWeights(pooled=torch.zeros(len(values)).long()),
     )
     batches = {task: (lambda values=values: values) for task, values in inputs().items()}

@@ -2,17 +2,23 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_families import ARCHITECTURES, TEXT, VISION, TinyModels, build_tiny_models
+from tiny_families import ARCHITECTURES, TEXT, TinyModels, build_tiny_models
 from transformers import AutoConfig, AutoModel
 
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import Block, Group, family_of
+from epmq_deploy.models.blocks import EVERY_TOKEN
+from epmq_deploy.models.encoders.classifier import HeadLayout
 from epmq_deploy.models.generic.family import GenericFamily
 from epmq_deploy.models.generic.tracing import find_blocks
+
+# The token that two samples' heads read.
+FIRST = torch.zeros(2, dtype=torch.int64)
 
 
 def built(folder: Path, name: str) -> TinyModels:
@@ -27,8 +33,8 @@ def test_the_same_is_found_as_families_know(tmp_path: Path, name: str) -> None:
     family = family_of(models.base)
     model = family.load(models.base)
     inputs = family.example_inputs(models.base, 2)
-    one = bool(getattr(family, "reads_one_token", False))
-    found = find_blocks(model, lambda: family.embed(model, *inputs), first_token=one)
+    read = family.tokens(*inputs).pooled
+    found = find_blocks(model, lambda: family.embed(model, *inputs), read=read)
     assert found == family.blocks(model)
 
 
@@ -90,31 +96,75 @@ def refused(folder: Path, model_type: str, **settings: object) -> str:
     return str(caught.value)
 
 
-def test_a_layer_that_runs_more_than_once_is_refused(tmp_path: Path) -> None:
-    text = refused(
-        tmp_path,
-        "deberta-v2",
-        **TEXT,
-        relative_attention=True,
-        pos_att_type=["c2p", "p2c"],
-        share_att_key=True,
-    )
-    assert "runs more than once" in text
+@pytest.mark.parametrize("shared", [True, False], ids=["v3", "v2"])
+def test_layers_on_positions_are_found(tmp_path: Path, shared: bool) -> None:
+    """DeBERTa's attention multiplies a table of positions, by its own layers or by the queries'."""
+    name = "deberta-v3" if shared else "deberta-v2"
+    models = built(tmp_path, name)
+    family = family_of(models.base)
+    first, second = family.blocks(family.load(models.base))
+    attention = f"{first.name}.attention.self"
+    queries = (f"{attention}.query_proj", f"{attention}.key_proj")
+    if shared:
+        assert first.groups[:2] == (Group(queries, runs=2), Group((f"{attention}.value_proj",)))
+        assert second.stream == first.stream
+    else:
+        assert first.groups[0] == Group((*queries, f"{attention}.value_proj"))
+        positions = {layer for group in first.groups for layer in group.layers if "pos_" in layer}
+        assert positions == {f"{attention}.pos_key_proj", f"{attention}.pos_query_proj"}
+        assert {g.stream for g in first.groups if set(g.layers) & positions} == {EVERY_TOKEN}
+        # A convolution stands between the two.
+        assert second.stream != first.stream
 
 
-def test_repeated_blocks_are_needed(tmp_path: Path) -> None:
-    text = refused(tmp_path, "albert", **TEXT, embedding_size=16, num_hidden_groups=1)
-    assert "no repeated blocks" in text
+def test_a_block_that_repeats_is_one_block(tmp_path: Path) -> None:
+    models = built(tmp_path, "albert")
+    family = family_of(models.base)
+    (block,) = family.blocks(family.load(models.base))
+    assert block.repeats == 3
+    assert not any(group.pooled for group in block.groups)
+
+
+def test_blocks_with_other_arguments_name_whose_they_are(tmp_path: Path) -> None:
+    """Global attention in every third block, local attention in the others."""
+    models = built(tmp_path, "modernbert")
+    family = family_of(models.base)
+    blocks = family.blocks(family.load(models.base))
+    assert [block.arguments for block in blocks] == [None, "layers.1", "layers.1", None]
+    assert {block.stream for block in blocks} == {""}
+
+
+def test_blocks_are_needed() -> None:
+    hidden = torch.randn(2, 3, 8)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    with pytest.raises(RecipeError, match="Sequential has no blocks with linear layers; those"):
+        find_blocks(model, lambda: model(hidden)[:, 0], read=FIRST)
 
 
 def test_encoders_that_need_their_pooler_are_refused(tmp_path: Path) -> None:
     assert "does not run without pooler" in refused(tmp_path, "layoutlm", **TEXT)
 
 
-def test_heads_of_another_kind_are_refused(tmp_path: Path) -> None:
-    text = refused(tmp_path, "data2vec-vision", **VISION, use_mean_pooling=True)
-    assert "model type 'data2vec-vision' has no family of its own" in text
-    assert "between its last hidden state and its logits there is" in text
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("modernbert", HeadLayout("classifier", "head.dense", "gelu", "head.norm")),
+        ("beit", HeadLayout("classifier", norm="pooler.layernorm", norm_epsilon=1e-12)),
+        ("gpt2", HeadLayout("score", without=frozenset({"bias"}))),
+        ("eurobert", HeadLayout("classifier", "dense", "gelu")),
+    ],
+)
+def test_heads_of_other_kinds_are_found(tmp_path: Path, name: str, layout: HeadLayout) -> None:
+    family = family_of(built(tmp_path, name).base)
+    assert isinstance(family, GenericFamily)
+    without = layout.without | family.head.without
+    assert replace(family.head, without=without) == replace(layout, without=without)
+
+
+def test_heads_of_unknown_kinds_are_refused(tmp_path: Path) -> None:
+    text = refused(tmp_path, "convbert", **TEXT, embedding_size=32, head_ratio=1, hidden_act="mish")
+    assert "model type 'convbert' has no family of its own" in text
+    assert "between classifier.dense and classifier.out_proj there is none of" in text
 
 
 def test_model_types_without_a_classifier_are_refused(tmp_path: Path) -> None:
@@ -122,14 +172,19 @@ def test_model_types_without_a_classifier_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no AutoModel with one classifier"):
         family_of(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"model type None .* no AutoModel"):
+    with pytest.raises(RecipeError, match=r"config.json names no model_type.*; add the one"):
+        family_of(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["DebertaV2Model"]}))
+    with pytest.raises(
+        RecipeError, match='DebertaV2Model has "model_type": "deberta-v2"; add that'
+    ):
         family_of(tmp_path)
 
 
-def test_decoders_are_refused(tmp_path: Path) -> None:
-    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 20}
+def test_decoders_of_encoders_are_refused(tmp_path: Path) -> None:
+    config = {"model_type": "electra", **TEXT, "is_decoder": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RecipeError, match="the generic one cannot take it"):
+    with pytest.raises(RecipeError, match="it is a decoder, not an encoder alone"):
         family_of(tmp_path)
 
 
@@ -139,7 +194,7 @@ def test_blocks_that_do_not_mix_tokens_are_refused() -> None:
     model.blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in "ab")
     hidden = torch.randn(2, 3, 8)
     with pytest.raises(RecipeError, match="does not let one token see another"):
-        find_blocks(model, lambda: model.blocks[1](model.blocks[0](hidden))[:, 0], first_token=True)
+        find_blocks(model, lambda: model.blocks[1](model.blocks[0](hidden))[:, 0], read=FIRST)
 
 
 class Sequence(torch.nn.Module):
@@ -163,16 +218,19 @@ class Sequence(torch.nn.Module):
         return second(first(hidden) * 2)
 
 
-@pytest.mark.parametrize(
-    ("wiring", "message"),
-    [
-        ("backwards", "do not run once each, in order"),
-        ("besides", "receives other arguments besides hidden states"),
-        ("between", "does not receive what the block before it gave"),
-    ],
-)
-def test_blocks_must_run_one_after_the_other(wiring: str, message: str) -> None:
-    model = Sequence(wiring)
-    hidden = torch.randn(2, 3, 8)
-    with pytest.raises(RecipeError, match=message):
-        find_blocks(model, lambda: model(hidden)[:, 0], first_token=True)
+def test_blocks_must_run_in_order() -> None:
+    model, hidden = Sequence("backwards"), torch.randn(2, 3, 8)
+    with pytest.raises(RecipeError, match="do not run one after the other"):
+        find_blocks(model, lambda: model(hidden)[:, 0], read=FIRST)
+
+
+def test_other_arguments_are_noted() -> None:
+    model, hidden = Sequence("besides"), torch.randn(2, 3, 8)
+    blocks = find_blocks(model, lambda: model(hidden)[:, 0], read=FIRST)
+    assert [(block.stream, block.arguments) for block in blocks] == [("", None), ("", "layers.1")]
+
+
+def test_what_happens_between_blocks_begins_a_stream() -> None:
+    model, hidden = Sequence("between"), torch.randn(2, 3, 8)
+    blocks = find_blocks(model, lambda: model(hidden)[:, 0], read=FIRST)
+    assert [block.stream for block in blocks] == ["", "layers.1"]

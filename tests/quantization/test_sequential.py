@@ -10,7 +10,7 @@ from tiny_zoo import TASKS, TinyZoo
 from torch import Tensor, nn
 
 from epmq_deploy.artifacts.manifest import read_manifest
-from epmq_deploy.calibration.activations import advance, capture_block_batch
+from epmq_deploy.calibration.activations import advance, capture_block_batches
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.calibration.statistics import Accumulator
 from epmq_deploy.data.samples import batches
@@ -230,7 +230,7 @@ def test_block_by_block_is_the_whole_model(tiny: TinyZoo, merged: Path) -> None:
     blocks = family.blocks(model)
     (inputs,) = batches(calibration_samples(recipe, family, merged)[TASKS[0]], family, merged, 100)
     cache = ActivationCache()
-    batch = capture_block_batch(
+    (batch,) = capture_block_batches(
         model.get_submodule(blocks[0].name), lambda: family.embed(model, *inputs), cache
     )
     for block in blocks:

@@ -1,7 +1,6 @@
 """Tiny random models of many architectures, two experts of each and data, as users have them."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from tiny_architectures import ARCHITECTURES, SIZE, TEXT, VISION, Architecture
 from tiny_folder import TinyFolder
 from tiny_text import SPECIAL, WORDS
 from transformers import (
@@ -18,9 +18,10 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+__all__ = ["ARCHITECTURES", "TEXT", "VISION", "TinyModels", "build_tiny_models"]
+
 # Task to its number of classes.
 FAMILY_TASKS = {"first": 3, "second": 2}
-SIZE = 16
 PROCESSORS = {
     "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": SIZE, "width": SIZE}},
     # As old files name it.
@@ -32,59 +33,6 @@ PROCESSORS = {
         "crop_size": {"height": SIZE, "width": SIZE},
         "do_center_crop": True,
     },
-}
-PLAIN = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-}
-VISION = PLAIN | {"image_size": SIZE, "patch_size": 8}
-TEXT = PLAIN | {"vocab_size": len(SPECIAL) + len(WORDS), "max_position_embeddings": 24}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One architecture to build tiny models of.
-
-    Attributes:
-        model_type: as in ``config.json``.
-        settings: of its config.
-        processor: key of ``PROCESSORS``; None for texts.
-    """
-
-    model_type: str
-    settings: Mapping[str, Any]
-    processor: str | None = None
-
-
-ARCHITECTURES = {
-    "vit": Architecture("vit", VISION, "vit"),
-    "deit": Architecture("deit", VISION, "deit"),
-    "dinov2": Architecture("dinov2", VISION | {"image_size": 24, "mlp_ratio": 2}, "dinov2"),
-    "dinov2-registers": Architecture(
-        "dinov2_with_registers",
-        VISION | {"mlp_ratio": 2, "num_register_tokens": 2, "use_swiglu_ffn": True},
-        "dinov2",
-    ),
-    "roberta": Architecture("roberta", TEXT | {"type_vocab_size": 1, "pad_token_id": 1}),
-    "xlm-roberta": Architecture("xlm-roberta", TEXT | {"type_vocab_size": 1, "pad_token_id": 1}),
-    # Those below have no family of their own.
-    "electra": Architecture("electra", TEXT | {"embedding_size": 16, "type_vocab_size": 2}),
-    "mpnet": Architecture("mpnet", TEXT | {"pad_token_id": 1}),
-    "ijepa": Architecture("ijepa", VISION, "vit"),
-    "vit-msn": Architecture("vit_msn", VISION, "vit"),
-    "distilbert": Architecture(
-        "distilbert",
-        {
-            "dim": 32,
-            "hidden_dim": 64,
-            "n_layers": 2,
-            "n_heads": 2,
-            "vocab_size": TEXT["vocab_size"],
-            "max_position_embeddings": 24,
-        },
-    ),
 }
 
 

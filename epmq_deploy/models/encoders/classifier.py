@@ -1,6 +1,6 @@
 """What encoders with a classifier on top have in common, whatever they read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,11 +26,17 @@ class HeadLayout:
         classifier: name of the linear layer that gives the logits.
         pooler: name of the linear layer before it, where there is one.
         activation: between the two.
+        norm: name of the LayerNorm right before the classifier, where there is one.
+        norm_epsilon: what it adds to variances.
+        without: parts of ``TaskHead`` that such heads do not have, biases.
     """
 
     classifier: str = "classifier"
     pooler: str | None = None
     activation: Activation = "tanh"
+    norm: str | None = None
+    norm_epsilon: float = 1e-5
+    without: frozenset[str] = frozenset()
 
     @property
     def tensors(self) -> dict[str, str]:
@@ -39,7 +45,10 @@ class HeadLayout:
         if self.pooler is not None:
             parts["pooler_weight"] = f"{self.pooler}.weight"
             parts["pooler_bias"] = f"{self.pooler}.bias"
-        return parts
+        if self.norm is not None:
+            parts["norm_weight"] = f"{self.norm}.weight"
+            parts["norm_bias"] = f"{self.norm}.bias"
+        return {part: name for part, name in parts.items() if part not in self.without}
 
 
 class ClassifierFamily(TypedFamily):
@@ -144,11 +153,18 @@ class ClassifierFamily(TypedFamily):
                 f"AutoModelFor{kind}Classification"
             )
         tensors = {part: expert.load(name) for part, name in stored.items()}
-        return TaskHead.of_tensors(tensors, self.head.activation)
+        return TaskHead.of_tensors(
+            tensors, self.head.activation, norm_epsilon=self.head.norm_epsilon
+        )
 
 
 def load_encoder(
-    folder: Path, rename: Rename, *, without: Sequence[str] = (), **options: Any
+    folder: Path,
+    rename: Rename,
+    *,
+    without: Sequence[str] = (),
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+    **options: Any,
 ) -> nn.Module:
     """Load a folder's model without a head, as ``transformers`` builds it from ``config.json``.
 
@@ -156,6 +172,7 @@ def load_encoder(
         folder: a model folder.
         rename: stored name to parameter name.
         without: modules, where the model has them, that it also runs without.
+        prepare: changes the model in place before its weights are loaded.
         options: what the model's constructor takes besides its config.
     """
     from transformers import AutoConfig, AutoModel
@@ -167,4 +184,5 @@ def load_encoder(
     for name in without:
         if hasattr(model, name):
             setattr(model, name, None)
+    prepare(model)
     return fill(model, folder, rename)

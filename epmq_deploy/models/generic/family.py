@@ -1,18 +1,24 @@
 """Encoders of ``transformers`` that have no family of their own, taken apart by running them."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from epmq_deploy.models.blocks import Block
+from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.blocks import EVERY_TOKEN, Block
 from epmq_deploy.models.encoders.classifier import ClassifierFamily, load_encoder
 from epmq_deploy.models.encoders.image_classifier import ImageClassifierFamily
 from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
-from epmq_deploy.models.generic.head import POOLINGS, anatomy_of
+from epmq_deploy.models.generic.anatomy import anatomy_of, refusal
+from epmq_deploy.models.generic.pooling import POOLINGS, as_tokens, last_token, real_tokens
+from epmq_deploy.models.generic.preparation import prepare, runs_in_bfloat16
 from epmq_deploy.models.generic.tracing import find_blocks
 from epmq_deploy.models.loading import read_config
+from epmq_deploy.models.text_inputs import example_texts
+from epmq_deploy.models.tokens import TokenWeights
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +62,12 @@ class GenericFamily(ClassifierFamily):
         self._warned = False
         self.head = self._anatomy.head
         self.heads = tuple(
-            f"{name}." for name in (self.head.classifier, self.head.pooler) if name is not None
+            f"{name}."
+            for name in (self.head.classifier, self.head.pooler, self.head.norm)
+            if name is not None
         )
         self.input_names = self._anatomy.input_names
-        self.reads_one_token = self._anatomy.pooling == "first"
+        self.reads_one_token = self._anatomy.pooling in ("first", "last")
 
     def is_deployed(self, key: str) -> bool:
         """Whether it is a parameter of the encoder."""
@@ -69,21 +77,38 @@ class GenericFamily(ClassifierFamily):
         """Rename as ``transformers`` itself does."""
         return self._anatomy.rename(key)
 
+    def merged_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Say of a decoder that it is merged without what writes texts."""
+        if self._anatomy.pooling != "last":
+            return dict(config)
+        return {**config, "architectures": [self._anatomy.encoder_class]}
+
     def load(self, folder: Path) -> nn.Module:
-        """Load the encoder without pooler."""
-        return load_encoder(folder, self.canonical_key, without=("pooler",))
+        """Load the encoder without what belongs to the head."""
+        return load_encoder(
+            folder, self.canonical_key, without=self._anatomy.without, prepare=prepare
+        )
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
         """Find the blocks by running the model on example inputs.
 
         Raises:
-            RecipeError: see ``find_blocks``.
+            RecipeError: the model cannot be taken apart; says why.
         """
         device = next(model.parameters()).device
         inputs = [value.to(device) for value in self.example_inputs(self._folder, 2)]
-        blocks = find_blocks(
-            model, lambda: self.embed(model, *inputs), first_token=self.reads_one_token
-        )
+        read = self.tokens(*inputs).pooled
+
+        def run() -> Tensor:
+            return self.embed(model, *inputs)
+
+        try:
+            blocks = find_blocks(model, run, read=read)
+        except RecipeError as error:
+            raise refusal(self._folder, self.name, error) from error
+        except RuntimeError as error:
+            reason = f"it does not run on inputs of its preprocessor ({error})"
+            raise refusal(self._folder, self.name, reason) from error
         if not self._warned:
             groups = [group for block in blocks for group in block.groups]
             log.warning(
@@ -95,15 +120,23 @@ class GenericFamily(ClassifierFamily):
                 sum(group.norm is not None for group in groups),
             )
             self._warned = True
+            if not runs_in_bfloat16(run, device):
+                log.warning(
+                    "model type %r does not run in bfloat16: its blocks run in float32", self.name
+                )
+                self.float32_blocks = True
         return blocks
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
         """Pool hidden states as the model type's classifiers do."""
         named = dict(zip(self.input_names, inputs, strict=True))
-        hidden: Tensor = model(**named).last_hidden_state
-        mask = named.get("attention_mask")
-        weights = hidden.new_ones(hidden.shape[:2]) if mask is None else mask.to(hidden.dtype)
-        return POOLINGS[self._anatomy.pooling](hidden, weights)
+        hidden = as_tokens(model(**named).last_hidden_state)
+        pooling, mask = self._anatomy.pooling, named.get("attention_mask")
+        if mask is None:
+            return POOLINGS[pooling](hidden, hidden.new_ones(hidden.shape[:2]))
+        if pooling == "last":
+            mask = real_tokens(named["input_ids"], mask, self._anatomy.padding)
+        return POOLINGS[pooling](hidden, mask.to(hidden.dtype))
 
 
 class GenericTextFamily(GenericFamily, TextClassifierFamily):
@@ -115,6 +148,31 @@ class GenericTextFamily(GenericFamily, TextClassifierFamily):
     def positions(self, config: dict[str, Any]) -> int:
         """Return the size of the table of positions."""
         return self._anatomy.positions
+
+    def vocabulary(self, config: dict[str, Any]) -> int:
+        """Return the size of the table of tokens."""
+        return self._anatomy.vocabulary
+
+    @property
+    def pads_with_end(self) -> bool:  # type: ignore[override]
+        """Whether the token read is the last one that is no padding, wherever that is."""
+        return self._anatomy.pooling == "last"
+
+    def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
+        """Return random ids; the last sequence of a batch is padded, as in real batches."""
+        anatomy = self._anatomy
+        sizes = {"vocab_size": anatomy.vocabulary, "pad_token_id": anatomy.padding}
+        return example_texts(self.input_names, sizes, anatomy.positions, batch)
+
+    def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
+        """Return that padding is not real, and which token is read where heads read one."""
+        if stream == EVERY_TOKEN:
+            return TokenWeights()
+        ids, mask = inputs[:2]
+        tokens = super().tokens(*inputs, stream=stream)
+        if self._anatomy.pooling != "last":
+            return tokens
+        return TokenWeights(tokens.real, last_token(real_tokens(ids, mask, self._anatomy.padding)))
 
 
 class GenericImageFamily(GenericFamily, ImageClassifierFamily):

@@ -1,63 +1,52 @@
 """Finding the blocks and linear layers of a model by running it once."""
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.compat import tensor_version
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.blocks import Block, Group
-from epmq_deploy.models.modules import first_input
-from epmq_deploy.models.norms import pre_affine
-
-# What tells two tensors apart: memory, layout and how often it was written to.
-_Identity = tuple[int, tuple[int, ...], tuple[int, ...], int]
-
-
-@dataclass
-class _Trace:
-    """What ran, in order; tensors are held so that no memory is used twice."""
-
-    blocks: list[tuple[str, tuple[Any, ...], dict[str, Any], Tensor]] = field(default_factory=list)
-    layers: list[tuple[str, Tensor]] = field(default_factory=list)
-    norms: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+from epmq_deploy.models.blocks import EVERY_TOKEN, Block, Group
+from epmq_deploy.models.generic.trace import BlockRun, Identity, identity, traced
 
 
 def find_blocks(
-    model: nn.Module, run: Callable[[], Tensor], *, first_token: bool
+    model: nn.Module, run: Callable[[], Tensor], *, read: Tensor | None
 ) -> tuple[Block, ...]:
     """Find the blocks of ``model`` in the order they run, with their groups of linear layers.
 
-    Layers belong to one group when they receive the same tensor. A norm feeds a group when that
+    Layers belong to one group when they receive the same tensors. A norm feeds a group when that
     tensor is what it gave.
 
     Args:
         model: eval mode, without gradients.
         run: runs it on example inputs; the embedding ``[batch, D]``.
-        first_token: whether only the first token's last hidden state reaches the embedding; groups
-            of the last block that act per token are found by changing the other tokens.
+        read: the token whose last hidden state alone reaches the embedding, int64 ``[batch]``;
+            groups of the last block that act per token are found by changing the other tokens.
+            None where all tokens may reach it.
 
     Raises:
-        RecipeError: there are no repeated blocks, they do not run one after the other on hidden
-            states alone, or the last one does not mix tokens; says what was found.
+        RecipeError: there are no repeated blocks, they do not run in order, or the last one does
+            not mix tokens; says what was found.
     """
     root, names = _block_list(model)
-    trace = _traced(model, names, run)
-    _check_sequence(root, names, trace)
-    blocks = []
-    for name, _, _, output in trace.blocks:
-        groups = _groups(name, trace)
-        if name == names[-1] and first_token:
-            groups = [_with_pooled(model, group, run) for group in groups]
+    runs = _in_order(root, names, traced(model, names, run))
+    independent = _independent_arguments(model, names, run, runs)
+    blocks: list[Block] = []
+    for name in names:
+        first, *_ = repeated = runs[name]
+        groups = _groups(first)
+        if name == names[-1] and read is not None and len(repeated) == 1:
+            groups = [_with_pooled(model, group, run, read) for group in groups]
             if all(group.pooled for group in groups):
                 raise RecipeError(
                     f"{name} does not let one token see another, at least not on this device"
                 )
-        blocks.append(Block(name, tuple(groups), norm=_last_norm(name, trace, output)))
+        block = Block(name, tuple(groups), norm=_last_norm(first), repeats=len(repeated))
+        blocks.append(_linked(block, blocks, runs, independent))
     return tuple(blocks)
 
 
@@ -65,124 +54,105 @@ def _block_list(model: nn.Module) -> tuple[str, list[str]]:
     """Return the module list whose items, all of one kind, hold most of the linear weights."""
     weights: dict[str, int] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) < 2:
+        if not isinstance(module, nn.ModuleList) or not len(module):
             continue
         sizes = [_linear_weights(item) for item in module]
         if len({type(item) for item in module}) == 1 and all(sizes):
             weights[name] = sum(sizes)
     if not weights:
+        only = ", only convolutions" if any(map(_is_convolution, model.modules())) else ""
         raise RecipeError(
-            f"{type(model).__name__} has no repeated blocks: no list of two or more modules of one "
-            "kind with linear layers"
+            f"{type(model).__name__} has no blocks with linear layers{only}; those are what is "
+            "quantized"
         )
     root = max(weights, key=lambda name: weights[name])
     count = len(model.get_submodule(root))  # type: ignore[arg-type]
     return root, [f"{root}.{index}" for index in range(count)]
 
 
+def _is_convolution(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
 def _linear_weights(module: nn.Module) -> int:
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
-def _traced(model: nn.Module, names: list[str], run: Callable[[], Tensor]) -> _Trace:
-    trace, handles = _Trace(), []
-    for block in names:
-        for inner, module in model.get_submodule(block).named_modules():
-            name = f"{block}.{inner}" if inner else block
-            if not inner:
-                hook = module.register_forward_hook(_watch_block(name, trace), with_kwargs=True)
-            elif isinstance(module, nn.Linear):
-                hook = module.register_forward_hook(_watch_layer(name, trace), with_kwargs=True)
-            elif _is_norm(module):
-                hook = module.register_forward_hook(_watch_norm(name, trace), with_kwargs=True)
-            else:
-                continue
-            handles.append(hook)
+def _in_order(
+    root: str, names: list[str], runs: Sequence[BlockRun]
+) -> dict[str, tuple[BlockRun, ...]]:
+    """Return the runs of each block, which follow each other."""
+    ran = [(name, tuple(group)) for name, group in groupby(runs, key=lambda run: run.name)]
+    if [name for name, _ in ran] != names:
+        shown = [run.name for run in runs]
+        raise RecipeError(f"the blocks of {root} do not run one after the other, but as {shown}")
+    for run in runs:
+        if run.hidden is None:
+            raise RecipeError(f"{run.name} receives no hidden states as its first argument")
+    return dict(ran)
+
+
+def _independent_arguments(
+    model: nn.Module,
+    names: list[str],
+    run: Callable[[], Tensor],
+    runs: Mapping[str, Sequence[BlockRun]],
+) -> frozenset[str]:
+    """Return the blocks whose arguments stay what they are when hidden states change."""
+
+    def disturb(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (_disturbed(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": _disturbed(kwargs["hidden_states"])}
+
+    first = model.get_submodule(names[0])
+    handle = first.register_forward_pre_hook(disturb, with_kwargs=True)
     try:
-        with torch.no_grad():
-            run()
+        disturbed = traced(model, names, run)
     finally:
-        for handle in handles:
-            handle.remove()
-    with torch.no_grad():
-        trace.norms = [
-            (name, entered, left)
-            for name, entered, left in trace.norms
-            if _is_affine(model.get_submodule(name), entered, left)
-        ]
-    return trace
+        handle.remove()
+    given = [one for name in names for one in runs[name]]
+    return frozenset(
+        before.name
+        for before, after in zip(given, disturbed, strict=True)
+        if _same_arguments(before, after)
+    )
 
 
-def _watch_block(name: str, trace: _Trace) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        left = output[0] if isinstance(output, tuple) else output
-        trace.blocks.append((name, args, kwargs, left))
-
-    return hook
+def _disturbed(hidden: Tensor) -> Tensor:
+    # Not by a constant, which norms would take away again.
+    noise = torch.rand(hidden.shape, generator=torch.Generator().manual_seed(0))
+    return hidden + noise.to(hidden)
 
 
-def _watch_layer(name: str, trace: _Trace) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-        trace.layers.append((name, first_input(args, kwargs)))
+def _linked(
+    block: Block,
+    earlier: Sequence[Block],
+    runs: Mapping[str, Sequence[BlockRun]],
+    independent: frozenset[str],
+) -> Block:
+    """Return a block with its stream and arguments.
 
-    return hook
-
-
-def _watch_norm(name: str, trace: _Trace) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
-        trace.norms.append((name, first_input(args, kwargs), output))
-
-    return hook
-
-
-def _is_affine(norm: nn.Module, entered: Tensor, left: Tensor) -> bool:
-    """Whether a norm uses its weight as a gain; some use 1 + weight, and cannot be re-fitted."""
-    plain = pre_affine(norm, entered) * norm.get_parameter("weight")
-    bias = dict(norm.named_parameters()).get("bias")
-    return torch.allclose(plain if bias is None else plain + bias, left, atol=1e-5)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """Whether it is a LayerNorm or RMSNorm: a gain per channel, maybe a bias, nothing else."""
-    parameters = dict(module.named_parameters())
-    shapes = {tuple(parameter.shape) for parameter in parameters.values()}
-    named = "weight" in parameters and set(parameters) <= {"weight", "bias"}
-    kind = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("Norm", "LayerNorm"))
-    return named and kind and len(shapes) == 1 and len(next(iter(shapes))) == 1
+    It goes on with the stream of the block before where it receives that one's hidden states, and
+    arguments that are known before the stream begins.
+    """
+    if not earlier:
+        return block
+    before = earlier[-1]
+    received, given = runs[block.name][0], runs[before.name][-1].left
+    follows = received.hidden is given and block.repeats == before.repeats == 1
+    if not follows or block.name not in independent:
+        return replace(block, stream=block.name)
+    stream = [other for other in earlier if other.stream == before.stream]
+    for other in stream:
+        if _same_arguments(received, runs[other.name][0]):
+            arguments = None if other is stream[0] else other.name
+            return replace(block, stream=before.stream, arguments=arguments)
+    return replace(block, stream=before.stream, arguments=block.name)
 
 
-def _check_sequence(root: str, names: list[str], trace: _Trace) -> None:
-    ran = [name for name, *_ in trace.blocks]
-    if ran != names:
-        raise RecipeError(f"the blocks of {root} do not run once each, in order, but as {ran}")
-    twice = sorted(name for name, count in Counter(n for n, _ in trace.layers).items() if count > 1)
-    if twice:
-        raise RecipeError(
-            f"{', '.join(twice)} runs more than once on one batch, so there is no one input to "
-            "calibrate it on"
-        )
-    hidden: Tensor | None = None
-    _, first_args, first_kwargs, _ = trace.blocks[0]
-    for name, args, kwargs, output in trace.blocks:
-        entered, args, kwargs = _split(args, kwargs)
-        if hidden is not None and entered is not hidden:
-            raise RecipeError(f"{name} does not receive what the block before it gave")
-        _, wanted_args, wanted_kwargs = _split(first_args, first_kwargs)
-        if not _alike((args, kwargs), (wanted_args, wanted_kwargs)):
-            raise RecipeError(
-                f"{name} receives other arguments besides hidden states than {names[0]} does"
-            )
-        hidden = output
-
-
-def _split(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Split a block's arguments into hidden states and the rest."""
-    if args:
-        return args[0], args[1:], kwargs
-    rest = dict(kwargs)
-    return rest.pop("hidden_states", None), (), rest
+def _same_arguments(one: BlockRun, other: BlockRun) -> bool:
+    return _alike((one.args, one.kwargs), (other.args, other.kwargs))
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -195,33 +165,48 @@ def _alike(one: Any, other: Any) -> bool:
     return one is other or bool(one == other)
 
 
-def _identity(tensor: Tensor) -> _Identity:
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor_version(tensor)
+def _groups(run: BlockRun) -> list[Group]:
+    """Return the layers of a block by what they receive, in the order they first run."""
+    received: dict[str, list[Tensor]] = {}
+    for name, entered in run.layers:
+        received.setdefault(name, []).append(entered)
+    shared: dict[tuple[Identity, ...], list[str]] = {}
+    for name, tensors in received.items():
+        shared.setdefault(tuple(map(identity, tensors)), []).append(name)
+    norms = {identity(left): name for name, _, left in run.norms}
+    groups = []
+    for inputs, names in shared.items():
+        # What a norm feeds is one thing, so that it is re-fitted once.
+        norm = norms.pop(inputs[0], None)
+        groups.append(
+            Group(tuple(names), norm, stream=_stream(received[names[0]][0], run), runs=len(inputs))
+        )
+    return groups
 
 
-def _groups(block: str, trace: _Trace) -> list[Group]:
-    shared: dict[_Identity, list[str]] = {}
-    for name, entered in trace.layers:
-        if name.startswith(f"{block}."):
-            shared.setdefault(_identity(entered), []).append(name)
-    norms = {_identity(left): name for name, _, left in trace.norms if name.startswith(f"{block}.")}
-    return [Group(tuple(names), norms.get(key)) for key, names in shared.items()]
+def _stream(entered: Tensor, run: BlockRun) -> str | None:
+    """Return the stream of a layer's input: its block's where it has a row per token."""
+    assert run.hidden is not None, "checked when the order was"
+    return None if entered.shape[:2] == run.hidden.shape[:2] else EVERY_TOKEN
 
 
-def _last_norm(block: str, trace: _Trace, output: Tensor) -> str | None:
+def _last_norm(run: BlockRun) -> str | None:
     """Return the norm that computes the block's output, None where there is none."""
-    for name, _, left in trace.norms:
-        if name.startswith(f"{block}.") and _identity(left) == _identity(output):
+    for name, _, left in run.norms:
+        if identity(left) == identity(run.left):
             return name
     return None
 
 
-def _with_pooled(model: nn.Module, group: Group, run: Callable[[], Tensor]) -> Group:
-    """Return the group, pooled where only its output for the first token reaches the embedding."""
+def _with_pooled(model: nn.Module, group: Group, run: Callable[[], Tensor], read: Tensor) -> Group:
+    """Return the group, pooled where only its output for the token read reaches the embedding."""
+    if group.stream == EVERY_TOKEN or group.runs > 1:
+        return group
+    rows = torch.arange(len(read), device=read.device)
 
     def disturb(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        changed = args[0].clone()
-        changed[:, 1:] += 1.0
+        changed = args[0] + 1.0
+        changed[rows, read] = args[0][rows, read]
         return (changed, *args[1:])
 
     with torch.no_grad():
@@ -234,4 +219,4 @@ def _with_pooled(model: nn.Module, group: Group, run: Callable[[], Tensor]) -> G
         finally:
             for handle in handles:
                 handle.remove()
-    return Group(group.layers, group.norm, bool(torch.equal(before, after)))
+    return replace(group, pooled=bool(torch.equal(before, after)))

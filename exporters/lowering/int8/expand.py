@@ -25,10 +25,13 @@ from epmq_deploy.exporters.lowering.int8.matmul import (
 )
 from epmq_deploy.exporters.lowering.int8.plan import Int8Plan, channel_scales, factor_levels
 from epmq_deploy.exporters.lowering.int8.smoothing import divide_input
-from epmq_deploy.exporters.lowering.layers import low_bit_nodes, read_packed
+from epmq_deploy.exporters.lowering.layers import layer_of, low_bit_nodes, read_packed
 from epmq_deploy.exporters.packing.integer_tensors import SIGNED, integer_tensor
 from epmq_deploy.exporters.packing.packed_linear import unpack_linear
 from epmq_deploy.quantization.results import QuantizedLinear
+
+# What layers may share once it is quantized: a value and the range it is quantized in.
+_Activations = tuple[ir.Value, tuple[float, float] | None]
 
 
 class ExpandToInt8(ir.passes.InPlacePass):
@@ -48,19 +51,19 @@ class ExpandToInt8(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Replace them."""
         plans = {
-            node: self._plans.get(str(node.name), Int8Plan(integer=True))
+            node: self._plans.get(layer_of(node.name), Int8Plan(integer=True))
             for node in low_bit_nodes(model.graph)
         }
         integer = {node: plan for node, plan in plans.items() if plan.integer}
         divide_input(model.graph, {node: plan.factors for node, plan in integer.items()})
-        quantized: dict[ir.Value, QuantizedInput] = {}
+        quantized: dict[_Activations, QuantizedInput] = {}
         for node, plan in integer.items():
             _lower_node(model.graph, node, plan, quantized)
         return ir.passes.PassResult(model, modified=bool(integer))
 
 
 def _lower_node(
-    graph: ir.Graph, node: ir.Node, plan: Int8Plan, quantized: dict[ir.Value, QuantizedInput]
+    graph: ir.Graph, node: ir.Node, plan: Int8Plan, quantized: dict[_Activations, QuantizedInput]
 ) -> None:
     layer = unpack_linear(read_packed(node))
     emit = Emitter(graph, str(node.name))
@@ -73,9 +76,10 @@ def _lower_node(
     weight = _expand(emit, layer, scales, factors)
     x = node.inputs[0]
     assert x is not None, "MatMulNBits has an input"
-    if x not in quantized:
-        quantized[x] = quantize_input(emit, x, plan.span)
-    product = multiply(emit, quantized[x], weight, scales)
+    activations = x, plan.span
+    if activations not in quantized:
+        quantized[activations] = quantize_input(emit, *activations)
+    product = multiply(emit, quantized[activations], weight, scales)
     ir.convenience.replace_nodes_and_values(
         graph, node, [node], emit.nodes, node.outputs, [product]
     )

@@ -1,0 +1,101 @@
+"""Decoders whose experts classify: which family they belong to, and what becomes of their base."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import run
+from safetensors.torch import load_file
+from tiny_families import ARCHITECTURES, FAMILY_TASKS, TinyModels, build_tiny_models
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from epmq_deploy.models import family_of
+from epmq_deploy.models.experts import open_sources
+from epmq_deploy.models.generic.family import GenericFamily
+from epmq_deploy.models.text_generation.base import generates_text
+from epmq_deploy.recipe import load_recipe
+
+
+def with_output_layer(models: TinyModels) -> dict[str, torch.Tensor]:
+    """Save the base as people have it, with the layer that writes; its tensors in the file."""
+    model = AutoModelForCausalLM.from_pretrained(models.base)
+    model.save_pretrained(models.base)
+    return load_file(models.base / "model.safetensors")
+
+
+def without(folder: Path, key: str) -> None:
+    """Take a key out of a folder's ``config.json``."""
+    file = folder / "config.json"
+    config: dict[str, Any] = json.loads(file.read_text())
+    del config[key]
+    file.write_text(json.dumps(config))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> TinyModels:
+    return build_tiny_models(tmp_path, ARCHITECTURES["llama"])
+
+
+def test_a_bare_base_is_a_classifier_s(llama: TinyModels) -> None:
+    assert isinstance(family_of(llama.base), GenericFamily)
+    without(llama.base, "architectures")
+    assert isinstance(family_of(llama.base), GenericFamily)
+
+
+def test_the_experts_decide_what_a_base_with_an_output_layer_is(llama: TinyModels) -> None:
+    stored = with_output_layer(llama)
+    assert "model.norm.weight" in stored
+    assert generates_text(family_of(llama.base))
+    assert isinstance(open_sources(load_recipe(llama.recipe)).family, GenericFamily)
+    without(llama.base, "architectures")
+    for task in FAMILY_TASKS:
+        without(llama.expert(task), "architectures")
+    assert generates_text(family_of(llama.base))
+    assert isinstance(open_sources(load_recipe(llama.recipe)).family, GenericFamily)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_base_with_an_output_layer_goes_all_the_way(tmp_path: Path, name: str) -> None:
+    """Where it is merged to is a folder that ``transformers`` loads, without what writes."""
+    models = build_tiny_models(tmp_path, ARCHITECTURES[name])
+    with_output_layer(models)
+    out = tmp_path / "out"
+    assert run("run", models.recipe, "-o", out, "--quiet") == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(out / "merged").base_model
+    assert (
+        type(merged).__name__
+        in json.loads((out / "merged/config.json").read_text())["architectures"]
+    )
+    experts = [models.expert_model(task).base_model.state_dict() for task in FAMILY_TASKS]
+    base = AutoModelForSequenceClassification.from_pretrained(models.base).base_model.state_dict()
+    assert load_recipe(models.recipe).merge.method == "task_arithmetic"
+    scaling = load_recipe(models.recipe).merge.scaling
+    for key, value in merged.state_dict().items():
+        expected = base[key] + scaling * sum(expert[key] - base[key] for expert in experts)
+        assert torch.allclose(value, expected, atol=1e-5), key
+
+
+def test_the_end_of_a_text_pads_where_nothing_else_does(
+    llama: TinyModels, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As decoders' tokenizers come; logits are those of ``transformers`` without padding."""
+    tokenizer = AutoTokenizer.from_pretrained(llama.base)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(llama.base)
+    for folder in (llama.base, *(llama.expert(task) for task in FAMILY_TASKS)):
+        without(folder, "pad_token_id")
+    family = family_of(llama.base)
+    texts = ["red green blue", "house", "tree river runs sleeps sings red"]
+    with caplog.at_level(logging.INFO):
+        ids, mask = family.collate(llama.base, texts)
+    assert "no padding token, so [SEP] pads, masked" in caplog.text
+    assert mask.sum(dim=1).tolist() == [5, 3, 8]
+    embeddings = family.embed(family.load(llama.base), ids, mask)
+    model = AutoModelForSequenceClassification.from_pretrained(llama.base).base_model.eval()
+    for row, text in zip(embeddings, texts, strict=True):
+        with torch.no_grad():
+            alone = model(**tokenizer(text, return_tensors="pt")).last_hidden_state
+        assert torch.allclose(row, alone[0, -1], atol=1e-5)
