@@ -84,13 +84,3 @@ def test_every_mismatch_is_listed(case: Any, tools: types.SimpleNamespace, tmp_p
     assert "nowhere.bias: not in the model" in text
     assert f"{LAYER}.bias: torch.float32 [3]" in text
     assert f"{LAYER}.weight: its layer is quantized" in text
-
-
-def test_layer_that_runs_twice(case: Any, tools: types.SimpleNamespace, tmp_path: Path) -> None:
-    model = tools.make_case(lambda name, weight: (4, 32, True)).model
-    encoder = model.backbone.get_submodule("vision_model.encoder.layers")
-    encoder[1] = encoder[0]
-    layers = {LAYER: case.layers[LAYER]}
-    again = dataclasses.replace(case, model=model, layers=layers, replaced={})
-    with pytest.raises(MismatchError, match=f"{LAYER} runs 2 times"):
-        tools.export(again, ["matmulnbits"], tmp_path)
