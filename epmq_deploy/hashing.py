@@ -23,5 +23,7 @@ def files_sha256(
     """
     digest = hashlib.sha256()
     for name in sorted(file.relative_to(folder).as_posix() for file in files):
-        digest.update(f"{name} {of_file(folder / name)}\n".encode())
+        # Names may hold bytes that are no text.
+        line = f"{name} {of_file(folder / name)}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -8,7 +8,7 @@ file names.
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
@@ -16,6 +16,7 @@ from typing import Any
 
 from epmq_deploy.data import csv_table
 from epmq_deploy.data.conversion_cache import cache_folder
+from epmq_deploy.data.files import files_below
 from epmq_deploy.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -30,15 +31,6 @@ _SPLITS = frozenset(
 _ONLY_SPLIT = "train"
 # Files that hold a data set's rows, not those of one class.
 _DATA_FILES = frozenset((".parquet", ".arrow", ".csv", ".tsv", ".json", ".jsonl", ".tar", ".zip"))
-# Folders and files that programs leave behind, some of them with copies of images.
-_LEFTOVERS = frozenset(
-    (
-        *(".git", ".ipynb_checkpoints", ".cache", "__macosx", "@eadir", ".trashes"),
-        *(".ds_store", "thumbs.db", "desktop.ini"),
-    )
-)
-# The first bytes of the files that macOS writes next to others, with their names behind ``._``.
-_APPLE_DOUBLE = b"\x00\x05\x16\x07"
 # Formats that Pillow names but cannot decode by itself.
 _NOT_DECODED = frozenset(("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"))
 # Formats that the first bytes of a file tell without doubt.
@@ -78,7 +70,7 @@ class ImageFolder:
         files: list[Path] = []
         leftovers: list[Path] = []
         try:
-            for file, leftover in _walk(path, (os.path.realpath(path),)):
+            for file, leftover in files_below(path):
                 (leftovers if leftover else files).append(file.relative_to(path))
             folders = [entry.name for entry in os.scandir(path) if entry.is_dir()]
         except OSError as error:
@@ -263,30 +255,6 @@ class ImageFolder:
         if counts:
             loaded = len(self.images) - len(images)
             log.warning("%s: loading %d image(s); left out: %s", where, loaded, "; ".join(counts))
-
-
-def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, bool]]:
-    """Yield the files below a folder, and whether programs left them; links are followed.
-
-    Args:
-        folder: to walk.
-        above: real paths of it and the folders it is in, so that links in a circle end.
-    """
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        path = folder / entry.name
-        if entry.name.lower() in _LEFTOVERS:
-            yield path, True
-        elif entry.is_dir():
-            real = os.path.realpath(path)
-            if real not in above:
-                yield from _walk(path, (*above, real))
-        elif entry.is_file():
-            yield path, entry.name.startswith("._") and _first_bytes(path) == _APPLE_DOUBLE
-
-
-def _first_bytes(file: Path) -> bytes:
-    with file.open("rb") as opened:
-        return opened.read(len(_APPLE_DOUBLE))
 
 
 def _is_image(file: Path) -> bool:

@@ -9,6 +9,7 @@ from epmq_deploy.artifacts.manifest import fingerprint
 from epmq_deploy.checkpoints.hub import hub_id
 from epmq_deploy.data.column_names import input_columns, label_column, with_fields
 from epmq_deploy.data.columns import check_texts, with_images
+from epmq_deploy.data.files import files_below
 from epmq_deploy.data.image_samples import ImageSamples
 from epmq_deploy.data.preflight import check_images
 from epmq_deploy.data.prompts import PromptFormat
@@ -167,7 +168,7 @@ def data_sha256(source: DataSource, prompt: Prompt | None = None) -> str:
     if path.is_file():
         content = file_sha256(path)
     elif path.is_dir():
-        content = files_sha256(path, (file for file in path.rglob("*") if file.is_file()))
+        content = files_sha256(path, (file for file, leftover in files_below(path) if not leftover))
     else:
         content = source.path
     options = source.model_dump(exclude={"path"})

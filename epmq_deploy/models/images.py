@@ -59,8 +59,10 @@ def read_rgb(source: str | Path | bytes) -> RgbImage:
         raise ValueError("not an image that Pillow reads") from error
     except Image.DecompressionBombError as error:
         raise ValueError(f"{error}; make it smaller") from error
-    except SyntaxError as error:  # how some of Pillow's formats report damage
-        raise ValueError(str(error)) from error
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what else Pillow's decoders raise for damage
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def to_rgb(image: Image.Image) -> RgbImage:
@@ -74,9 +76,14 @@ def to_rgb(image: Image.Image) -> RgbImage:
 
     Raises:
         ValueError: the mode's values have no known range, or only hidden pixels differ.
-        OSError: its content is damaged.
+        ValueError, OSError: its content is damaged.
     """
-    image.load()
+    try:
+        image.load()
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # what else Pillow's decoders raise for damage
+        raise ValueError(str(error) or type(error).__name__) from error
     upright, damage = image, None
     try:
         if image.getexif().get(_ORIENTATION, 1) != 1:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,6 +181,20 @@ def test_the_hash_tells_sources_apart(tmp_path: Path) -> None:
     (folder / "dog").rename(folder / "wolf")
     assert data_sha256(DataSource(path=str(folder))) != before
     (folder / "wolf").rename(folder / "dog")
+    assert data_sha256(DataSource(path=str(folder))) == before
+
+
+def test_the_hash_follows_links_and_takes_names_of_any_bytes(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    folder = image_folder(tmp_path)
+    (folder / "cow").symlink_to(tmp_path / "store")
+    pictures()[0].save(tmp_path / "store/1.png")
+    (folder / "dog/3.png").rename(os.fsdecode(os.fsencode(folder / "dog") + b"/caf\xe9.png"))
+    before = data_sha256(DataSource(path=str(folder)))
+    pictures()[1].save(tmp_path / "store/1.png")
+    assert data_sha256(DataSource(path=str(folder))) != before
+    before = data_sha256(DataSource(path=str(folder)))
+    (folder / ".DS_Store").write_bytes(b"left by a program")
     assert data_sha256(DataSource(path=str(folder))) == before
 
 

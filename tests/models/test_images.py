@@ -241,3 +241,28 @@ def test_what_is_no_image_is_said() -> None:
         read_rgb(b"hello")
     with pytest.raises(OSError, match="truncated"):
         read_rgb(encoded(Image.fromarray(COLOURS), "PNG")[:-60])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damage_of_any_kind_is_an_error_that_callers_expect() -> None:
+    """Files with bytes changed, cut and put in: either pixels, or an error that is caught."""
+    rng = np.random.default_rng(0)
+    kinds = ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "JPEG2000", "PPM", "AVIF", "DDS", "ICO")
+    files = [encoded(Image.fromarray(COLOURS), kind) for kind in kinds]
+    outcomes = set()
+    for turn in range(1500):
+        content = bytearray(files[turn % len(files)])
+        for _ in range(rng.integers(1, 6)):
+            where = rng.integers(min(len(content), rng.choice([40, 200, 10_000])))
+            content[where : where + rng.integers(3)] = rng.bytes(rng.integers(4))
+        try:
+            outcomes.add(read_rgb(bytes(content)).image.mode)
+        except (ValueError, OSError):
+            outcomes.add("error")
+    assert outcomes == {"RGB", "error"}
+
+
+def test_damage_is_met_as_well_in_images_that_an_application_opened() -> None:
+    content = encoded(Image.fromarray(COLOURS), "AVIF")
+    with Image.open(io.BytesIO(content[:-40])) as opened, pytest.raises((ValueError, OSError)):
+        to_rgb(opened)
