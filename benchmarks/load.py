@@ -3,10 +3,10 @@
     python benchmarks/load.py exported --item picture.png
     python benchmarks/load.py exported --clients 1,2,4,8,16 --threads 1,2 --requests 200
 
-Every client asks for one input after the other, as a server's workers do. Each line is one number of
-clients and of onnxruntime's threads: requests per second of all clients together, and milliseconds
-per request, waiting for other clients included. Settings are measured in turns, the best of several
-rounds counts, and every answer is compared with that of one client.
+Every client asks for one input after the other, as workers of a server do. Each line is one number
+of clients and of onnxruntime's threads: requests per second of all clients together, and
+milliseconds per request, waiting for other clients included. Settings are measured in turns, the
+best of several rounds counts, and every answer is compared with that of one client.
 """
 
 import argparse
