@@ -74,7 +74,8 @@ def _of_index(index: Path) -> tuple[Path, ...]:
     outside = [name for name in names if PurePosixPath(name).name != name]
     if outside:
         raise RecipeError(f"{index}: names files outside its folder: {', '.join(outside)}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    present = {file.name for file in index.parent.iterdir() if file.is_file()}
+    missing = [name for name in names if name not in present]
     if missing:
         raise RecipeError(f"{index.parent}: shards missing: {', '.join(missing)}")
     return tuple(index.parent / name for name in names)

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.files import usable_settings
 from epmq_deploy.checkpoints.tensors import StoredTensor, TensorInfo
 from epmq_deploy.checkpoints.weight_scan import READERS, is_finite
 from epmq_deploy.errors import EpmqError, MismatchError, joined
@@ -167,9 +168,10 @@ def _layout_problems(
     )
     problems = {BASE: _common_problems(sources, names, held)}
     for task, expert in experts.items():
-        problems[task] = family.config_problems(
-            base.source.config or {}, expert.source.config or {}
-        )
+        with usable_settings(expert.folder):
+            problems[task] = family.config_problems(
+                base.source.config or {}, expert.source.config or {}
+            )
         problems[task] += _tensor_problems(sources, expert, names)
         if not mixed_dtypes:
             problems[task] += _dtype_problems(base, expert, names)

@@ -11,6 +11,7 @@ exported is a ``Deployable``.
 from collections.abc import Collection
 from pathlib import Path
 
+from epmq_deploy.checkpoints.files import usable_settings
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.blocks import Block, Group
@@ -56,11 +57,12 @@ def family_of(folder: Path, experts: Collection[ModelFolder] = ()) -> ModelFamil
             and the generic one cannot take apart.
     """
     config = read_config(folder)
-    for family in families():
-        if family.recognises(config):
-            writes = isinstance(family, TextGenerationFamily) and family.encoder_decoder is None
-            if writes and is_classifier(ModelFolder.at(folder), config, experts):
-                break
-            return family
-    model_type_of(folder, config)
-    return generic_family(folder)
+    with usable_settings(folder):
+        for family in families():
+            if family.recognises(config):
+                writes = isinstance(family, TextGenerationFamily) and family.encoder_decoder is None
+                if writes and is_classifier(ModelFolder.at(folder), config, experts):
+                    break
+                return family
+        model_type_of(folder, config)
+        return generic_family(folder)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from epmq_deploy.artifacts.manifest import AnyManifest
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.files import usable_settings
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.checkpoints.weight_scan import READERS, scan
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
@@ -92,7 +93,8 @@ def open_available(recipe: Recipe) -> tuple[Sources | None, list[str]]:
     experts = {}
     for name, folder in folders.items():
         try:
-            rename = family.expert_rename(folder.config or {})
+            with usable_settings(folder.path):
+                rename = family.expert_rename(folder.config or {})
             experts[name] = Checkpoint.open_expert(
                 folder, base, rename, family.tied, family.is_known
             )

@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from epmq_deploy.checkpoints.files import IMAGE_SECTION, PREPROCESSOR_FILE, PROCESSOR_FILE
+from epmq_deploy.checkpoints.files import (
+    IMAGE_SECTION,
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
+    usable_settings,
+)
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.compat import runs_on_pillow
 from epmq_deploy.errors import RecipeError
@@ -49,8 +55,6 @@ def example_pixels(folder: Path, batch: int) -> Tensor:
     Raises:
         RecipeError: it does not resize all images to one size; see also ``image_processor``.
     """
-    from PIL import Image
-
     # The preprocessor decides, not config.json: some models take other sizes than that names.
     shapes = {
         tuple(pixel_values(image_processor(folder), [Image.new("RGB", size)]).shape[1:])
@@ -83,14 +87,24 @@ def image_processor(folder: Path) -> Any:
             f"{file} is missing, and there is no {PROCESSOR_FILE} with {IMAGE_SECTION}; one of "
             "them has to say how images become pixel_values"
         )
-    if model_folder.layout.translates_settings:
-        return CLIPImageProcessorPil.from_dict(settings)
-    try:
+    with usable_settings(folder, file.name):
+        if model_folder.layout.translates_settings:
+            return CLIPImageProcessorPil.from_dict(settings)
         processor = AutoImageProcessor.from_pretrained(
             folder, backend="pil", local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, ImportError, OSError) as error:
-        raise RecipeError(f"{file}: {str(error).splitlines()[0]}") from error
-    if not runs_on_pillow(processor):
-        raise RecipeError(f"{file}: {type(processor).__name__} does not run on Pillow")
+        if not runs_on_pillow(processor):
+            raise RecipeError(f"{file}: {type(processor).__name__} does not run on Pillow")
+        _try(processor, file)
     return processor
+
+
+def _try(processor: Any, file: Path) -> None:
+    """Make sure that a processor makes numbers of an image.
+
+    Raises:
+        RecipeError: it does not; or anything else.
+    """
+    pixels = pixel_values(processor, [Image.new("RGB", (64, 96))])
+    if pixels.dim() != 4 or not pixels.is_floating_point() or not bool(pixels.isfinite().all()):
+        raise RecipeError(f"{file}: its settings do not turn an image into finite pixel values")

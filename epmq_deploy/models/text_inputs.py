@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epmq_deploy.checkpoints.files import uses_settings
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.inputs import ModelInputs
 from epmq_deploy.models.loading import read_config
@@ -71,6 +72,7 @@ class TextInputs(ModelInputs):
         )
         return tuple(batch[name].to(torch.int64) for name in self.input_names)
 
+    @uses_settings
     def tokenizer(self, folder: Path) -> Any:
         """Return the folder's tokenizer, which cuts texts at the length the encoder takes.
 
@@ -86,6 +88,7 @@ class TextInputs(ModelInputs):
             pads_with_end=self.pads_with_end,
         )
 
+    @uses_settings
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
         """Return random ids; the last sequence of a batch is padded, as in real batches."""
         config = read_config(folder)

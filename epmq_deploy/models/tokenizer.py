@@ -33,13 +33,27 @@ def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpos
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (ValueError, OSError, ImportError) as error:
+        _try(tokenizer)
+    # Tokenizers raise anything.
+    except Exception as error:
         raise RecipeError(
             f"{folder}: {purpose} the base's tokenizer, which cannot be opened "
-            f"({str(error).splitlines()[0]})"
+            f"({' '.join(str(error).split())[:200] or type(error).__name__})"
         ) from error
     if len(tokenizer) > vocabulary:
         raise RecipeError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
         )
     return tokenizer
+
+
+def _try(tokenizer: Any) -> None:
+    """Make sure that a tokenizer encodes a text and says how long texts may be.
+
+    Raises:
+        ValueError: it does not; or anything else.
+    """
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or longest < 1:
+        raise ValueError(f"model_max_length is {longest!r}")
+    tokenizer(["a", "a b"], truncation=True, max_length=min(int(longest), 8))

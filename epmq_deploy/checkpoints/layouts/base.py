@@ -10,6 +10,7 @@ from epmq_deploy.checkpoints.files import (
     IMAGE_SECTION,
     PREPROCESSOR_FILE,
     PROCESSOR_FILE,
+    check_sizes,
     read_json_if_there,
 )
 from epmq_deploy.checkpoints.tensors import Rename, TensorInfo
@@ -75,7 +76,11 @@ class Layout(ABC):
         Raises:
             RecipeError: it is not a JSON object, or describes an unsupported model.
         """
-        return read_json_if_there(folder / CONFIG_FILE)
+        file = folder / CONFIG_FILE
+        config = read_json_if_there(file)
+        if config is not None:
+            check_sizes(config, file)
+        return config
 
     def preprocessor_config(self, folder: Path) -> dict[str, Any] | None:
         """Return the settings of the image processor; None without any.

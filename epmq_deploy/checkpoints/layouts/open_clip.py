@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG
-from epmq_deploy.checkpoints.files import read_json
+from epmq_deploy.checkpoints.files import check_sizes, read_json, usable_settings
 from epmq_deploy.checkpoints.layouts import transformers
 from epmq_deploy.checkpoints.layouts.base import Layout
 from epmq_deploy.checkpoints.open_clip import (
@@ -49,12 +49,18 @@ class OpenClipLayout(Layout):
     def config(self, folder: Path) -> dict[str, Any]:
         """Translate ``open_clip_config.json`` to the ``config.json`` of a CLIP."""
         file = folder / OPEN_CLIP_CONFIG
-        return clip_config(read_json(file), file)
+        content = read_json(file)
+        with usable_settings(folder, OPEN_CLIP_CONFIG):
+            config = clip_config(content, file)
+        check_sizes(config, file)
+        return config
 
     def preprocessor_config(self, folder: Path) -> dict[str, Any]:
         """Translate the preprocessing in ``open_clip_config.json``."""
         file = folder / OPEN_CLIP_CONFIG
-        return processor_config(read_json(file), file)
+        content = read_json(file)
+        with usable_settings(folder, OPEN_CLIP_CONFIG):
+            return processor_config(content, file)
 
 
 LAYOUT = OpenClipLayout()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.files import uses_settings
 from epmq_deploy.checkpoints.tensors import Rename
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.base import TypedFamily
@@ -101,6 +102,7 @@ class ClassifierFamily(TypedFamily):
             key = key.replace(old, new)
         return key
 
+    @uses_settings
     def load(self, folder: Path) -> nn.Module:
         """Load the encoder, without the layers between it and the classifier.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.files import uses_settings
 from epmq_deploy.checkpoints.tensors import Rename
 from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.blocks import Block, Group
@@ -114,6 +115,7 @@ class ClipFamily(ImageInputs, ModelFamily):
             return self.canonical_key
         return lambda key: key if key.startswith(_TEXT) else f"text_model.{key}"
 
+    @uses_settings
     def load(self, folder: Path) -> nn.Module:
         """Load the image tower with its projection."""
         from transformers import CLIPConfig, CLIPVisionModelWithProjection
@@ -150,6 +152,7 @@ class ClipFamily(ImageInputs, ModelFamily):
         unit: Tensor = features / features.norm(dim=-1, keepdim=True)
         return unit
 
+    @uses_settings
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
         """Return random pixels at the tower's resolution."""
         config = read_config(folder)
@@ -158,6 +161,7 @@ class ClipFamily(ImageInputs, ModelFamily):
         generator = torch.Generator().manual_seed(0)
         return (torch.randn(batch, channels, size, size, generator=generator),)
 
+    @uses_settings
     def zero_shot_head(
         self,
         folder: Path,

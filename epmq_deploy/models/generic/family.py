@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from epmq_deploy.checkpoints.files import uses_settings
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import EVERY_TOKEN, Block
 from epmq_deploy.models.encoders.classifier import ClassifierFamily, load_encoder
@@ -83,6 +84,7 @@ class GenericFamily(ClassifierFamily):
             return dict(config)
         return {**config, "architectures": [self._anatomy.encoder_class]}
 
+    @uses_settings
     def load(self, folder: Path) -> nn.Module:
         """Load the encoder without what belongs to the head."""
         return load_encoder(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
+from epmq_deploy.checkpoints.files import uses_settings
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.base import ModelFamily, TypedFamily
@@ -159,6 +160,7 @@ class TextGenerationFamily(TypedFamily):
         """Return the stored name."""
         return key
 
+    @uses_settings
     def load(self, folder: Path) -> nn.Module:
         """Load the whole model; the output layer shares the embedding's weight as in the files.
 
@@ -221,6 +223,7 @@ class TextGenerationFamily(TypedFamily):
         texts: list[str] = self.tokenizer(folder).batch_decode(ids, skip_special_tokens=True)
         return texts
 
+    @uses_settings
     def tokenizer(self, folder: Path) -> Any:
         """Return the folder's tokenizer.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from epmq_deploy.checkpoints.files import uses_settings
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import Block, Group
 from epmq_deploy.models.loading import read_config
@@ -133,6 +134,7 @@ class DecoderFamily(TextGenerationFamily):
         rows = self._encoded(folder, texts)
         return stacked(rows, self.special_tokens(folder).padding, left=True)
 
+    @uses_settings
     def _encoded(self, folder: Path, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts with the tokenizer's start token, but without their end."""
         ends = set(self.special_tokens(folder).end)
@@ -141,10 +143,12 @@ class DecoderFamily(TextGenerationFamily):
         ]
         return [row[:-1] if row and row[-1] in ends else row for row in rows]
 
+    @uses_settings
     def _limit(self, folder: Path) -> int:
         positions = int(read_config(folder)["max_position_embeddings"])
         return min(positions, int(self.tokenizer(folder).model_max_length))
 
+    @uses_settings
     def special_tokens(self, folder: Path) -> SpecialTokens:
         """Read the ids from the config; the end token pads where no padding token is defined."""
         config = read_config(folder)
@@ -152,6 +156,7 @@ class DecoderFamily(TextGenerationFamily):
         padding = config.get("pad_token_id")
         return SpecialTokens(None, ends, ends[0] if padding is None else int(padding))
 
+    @uses_settings
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
         """Return random ids; the last text of a batch is padded, and every token is an answer's."""
         config = read_config(folder)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from epmq_deploy.checkpoints.files import uses_settings
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import Block, Group
 from epmq_deploy.models.loading import read_config
@@ -126,6 +127,7 @@ class T5Family(TextGenerationFamily):
         """Encode texts, right-padded."""
         return stacked(self._encoded(folder, texts), self.special_tokens(folder).padding)
 
+    @uses_settings
     def _encoded(self, folder: Path, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of texts, each with its end."""
         tokenizer = self.tokenizer(folder)
@@ -137,6 +139,7 @@ class T5Family(TextGenerationFamily):
         )["input_ids"]
         return [[*row, end] for row in rows]
 
+    @uses_settings
     def special_tokens(self, folder: Path) -> SpecialTokens:
         """Read the ids from the config.
 
@@ -150,6 +153,7 @@ class T5Family(TextGenerationFamily):
             raise RecipeError(f"{folder}/config.json: decoder_start_token_id is not set")
         return SpecialTokens(int(start), end_tokens({"eos_token_id": 1} | config, folder), padding)
 
+    @uses_settings
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:
         """Return random ids; the last text and answer of a batch are padded."""
         config = read_config(folder)
