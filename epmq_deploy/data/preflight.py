@@ -9,6 +9,7 @@ from epmq_deploy.cpu import usable_cores
 from epmq_deploy.data.image_samples import ImageSamples
 from epmq_deploy.data.samples import Samples
 from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.models.images import FLOATS_TO_1, FLOATS_TO_255
 from epmq_deploy.recipe import Preflight
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def check_images(samples: Samples, preflight: Preflight) -> None:
         preflight: whether all are decoded or some, evenly spaced.
 
     Raises:
-        MismatchError: some cannot be read; names rows and files.
+        MismatchError: some cannot be read; names rows and files. Or floats have several ranges.
     """
     if not isinstance(samples, ImageSamples):
         return
@@ -51,6 +52,14 @@ def check_images(samples: Samples, preflight: Preflight) -> None:
         rest = [f"{where}: {more} more images cannot be decoded"] if more > 0 else []
         raise MismatchError(where, problems[:_LISTED] + rest)
     counts = Counter(assumption for _, assumption in outcomes if assumption)
+    if FLOATS_TO_1 in counts and FLOATS_TO_255 in counts:
+        raise MismatchError(
+            where,
+            [
+                f"{counts[FLOATS_TO_1]} images have floats up to 1, {counts[FLOATS_TO_255]} up to "
+                "255, so that it is not clear what is white; save them with 8 or 16 bits"
+            ],
+        )
     for assumption, count in counts.items():
         log.warning("%s: %d of %d images: %s", where, count, len(rows), assumption)
 

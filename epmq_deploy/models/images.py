@@ -18,6 +18,9 @@ Pixels: TypeAlias = npt.NDArray[np.generic]
 _ORIENTATION = 0x0112
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 _BYTE, _WORD = 255, 65535
+# What is assumed about floats, by their largest value.
+FLOATS_TO_1 = "floats are read as black to white from 0 to 1"
+FLOATS_TO_255 = "floats are read as black to white from 0 to 255"
 # Formats whose values Pillow scales to 16 bits, whatever their mode is called.
 _SCALED_TO_16_BITS = frozenset(("PNG", "PPM"))
 # Pictures of one shot in several sizes; the first one is the picture.
@@ -149,9 +152,11 @@ def _of_floats(values: Pixels, opened: Image.Image) -> tuple[Image.Image, str | 
             f"mode F has floats, here from {low:g} to {high:g}; they are read from 0 to 1 or from "
             "0 to 255: scale them, or save it with 8 or 16 bits"
         )
-    white = 1 if high <= 1 else _BYTE
-    gray = _inverted(np.rint(floats * (_BYTE / white)), opened)
-    return _gray(gray), f"floats are read as black to white from 0 to {white}"
+    scale = _BYTE if high <= 1 else 1
+    gray = _gray(_inverted(np.rint(floats * scale), opened))
+    if high == 0:  # black either way
+        return gray, None
+    return gray, FLOATS_TO_1 if high <= 1 else FLOATS_TO_255
 
 
 def _without_transparency(image: Image.Image) -> tuple[Image.Image, str | None]:

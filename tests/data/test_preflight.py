@@ -105,6 +105,20 @@ def test_what_is_assumed_about_images_is_counted(
     assert "3 of 4 images: transparent pixels are laid on white" in caplog.text
 
 
+def test_floats_of_one_data_source_have_one_range(tmp_path: Path, tiny: TinyZoo) -> None:
+    """A dark image of values up to 255 would be read as one of values up to 1."""
+    (tmp_path / "cat").mkdir()
+    dark, bright = np.zeros((2, SIZE, SIZE), np.float32)
+    bright[0, 0] = 200
+    for name, values in {"black": dark, "bright": bright}.items():
+        Image.fromarray(values).save(tmp_path / f"cat/{name}.tif")
+    check(tiny, tmp_path, "full")
+    dark[0, 0] = 1
+    Image.fromarray(dark).save(tmp_path / "cat/dark.tif")
+    with pytest.raises(MismatchError, match="1 images have floats up to 1, 1 up to 255"):
+        check(tiny, tmp_path, "full")
+
+
 def with_damaged_image(tiny: TinyZoo, folder: Path, split: str) -> Path:
     """A copy of the tiny zoo whose last image of a task is damaged; its recipe."""
     recipe = copied(tiny, folder)
