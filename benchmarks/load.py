@@ -1,7 +1,7 @@
 """Latency and throughput of one opened model that threads of an application share.
 
     python benchmarks/load.py exported --item picture.png
-    python benchmarks/load.py exported --clients 1,2,4,8,16 --threads 1,2 --requests 200
+    python benchmarks/load.py exported --clients 1,2,4,8,16 --threads 1,2 --requests 2000
 
 Every client asks for one input after the other, as workers of a server do. Each line is one number
 of clients and of onnxruntime's threads: requests per second of all clients together, and
@@ -46,19 +46,20 @@ def measure(model: Any, asked: list[Any], clients: int, requests: int) -> dict[s
         model: opened by ``load``.
         asked: the inputs.
         clients: threads that ask.
-        requests: of each client.
+        requests: of all clients together.
 
     Returns:
         Requests per second; 50th, 95th and 99th percentile of milliseconds per request; answers
         that differ from those of one client.
     """
     expected = [labels(model(item)) for item in asked]
+    each = max(1, requests // clients)
     start = Barrier(clients + 1)
 
     def client(number: int) -> tuple[list[float], int]:
         times, different = [], 0
         start.wait()
-        for turn in range(requests):
+        for turn in range(each):
             index = (number + turn) % len(asked)
             began = time.perf_counter()
             answer = model(asked[index])
@@ -70,12 +71,12 @@ def measure(model: Any, asked: list[Any], clients: int, requests: int) -> dict[s
         running = [pool.submit(client, number) for number in range(clients)]
         start.wait()
         began = time.perf_counter()
-        outcomes = [each.result() for each in running]
+        outcomes = [future.result() for future in running]
         seconds = time.perf_counter() - began
     times = 1000 * np.concatenate([times for times, _ in outcomes])
     p50, p95, p99 = np.percentile(times, (50, 95, 99))
     return {
-        "per_second": clients * requests / seconds,
+        "per_second": clients * each / seconds,
         "p50_ms": float(p50),
         "p95_ms": float(p95),
         "p99_ms": float(p99),
@@ -92,7 +93,7 @@ def main() -> None:
     parser.add_argument("--text", action="store_true", help="ask texts instead of images")
     parser.add_argument("--clients", default="1,2,4,8,16")
     parser.add_argument("--threads", default=str(usable_cores() or 1))
-    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--requests", type=int, default=800)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     asked = items(options.item, options.text)
