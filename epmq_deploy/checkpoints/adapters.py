@@ -20,6 +20,7 @@ from epmq_deploy.checkpoints.tensors import (
     ComputedTensor,
     Rename,
     TensorInfo,
+    TransposedTensor,
     concatenated,
     renamed,
     stored_tensors,
@@ -214,6 +215,10 @@ class _Plan:
         return (names,) if isinstance(names, str) else names
 
     def _tensor(self, names: Sequence[str]) -> TensorInfo:
+        """Return the weight of a module as files hold it."""
+        first = self.start[names[0]]
+        if isinstance(first, TransposedTensor):
+            return first.original
         return concatenated([self.start[name] for name in names])
 
 
@@ -232,8 +237,10 @@ def _computed(
     first = 0
     for name in names:
         info = start[name]
-        rows = info.shape[0]
-        tensors[name] = ComputedTensor(info.shape, info.dtype, partial(part, first, rows))
+        rows = info.stored_shape[0]
+        computed = ComputedTensor(info.stored_shape, info.dtype, partial(part, first, rows))
+        transposed = isinstance(info, TransposedTensor)
+        tensors[name] = TransposedTensor.of(computed) if transposed else computed
         first += rows
     return tensors
 

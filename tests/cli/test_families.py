@@ -140,9 +140,21 @@ def variants() -> list[list[str]]:
     return methods + [["--preset", preset] for preset in PRESETS]
 
 
-# One of each family.
+# One of each family, and generic ones whose blocks repeat, read positions or feature maps.
 @pytest.mark.parametrize(
-    "chain", ["vit", "dinov2-registers", "roberta", "distilbert", "electra", "ijepa"], indirect=True
+    "chain",
+    [
+        "vit",
+        "dinov2-registers",
+        "roberta",
+        "distilbert",
+        "electra",
+        "ijepa",
+        "albert",
+        "deberta-v3",
+        "swin",
+    ],
+    indirect=True,
 )
 @pytest.mark.parametrize("flags", variants(), ids=lambda flags: flags[1])
 def test_every_method_runs(chain: Chain, tmp_path: Path, flags: list[str]) -> None:

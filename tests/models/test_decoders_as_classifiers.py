@@ -2,18 +2,20 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from command_line import run
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_families import ARCHITECTURES, FAMILY_TASKS, TinyModels, build_tiny_models
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from epmq_deploy.models import family_of
-from epmq_deploy.models.experts import open_sources
+from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.models.generic.family import GenericFamily
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.recipe import load_recipe
@@ -76,6 +78,43 @@ def test_a_base_with_an_output_layer_goes_all_the_way(tmp_path: Path, name: str)
     for key, value in merged.state_dict().items():
         expected = base[key] + scaling * sum(expert[key] - base[key] for expert in experts)
         assert torch.allclose(value, expected, atol=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("name", "modules"), [("gpt2", ["c_attn", "c_proj"]), ("llama", ["q_proj", "down_proj"])]
+)
+def test_adapters_of_classifiers_mean_what_peft_makes_of_them(
+    tmp_path: Path, name: str, modules: list[str]
+) -> None:
+    """On the base with its output layer, and on GPT-2's transposed weights."""
+    models = build_tiny_models(tmp_path, ARCHITECTURES[name])
+    with_output_layer(models)
+    torch.manual_seed(0)
+    merged = {}
+    for task, classes in FAMILY_TASKS.items():
+        shutil.rmtree(models.expert(task))
+        base = AutoModelForSequenceClassification.from_pretrained(models.base, num_labels=classes)
+        config = LoraConfig(
+            task_type="SEQ_CLS", r=4, target_modules=modules, fan_in_fan_out=name == "gpt2"
+        )
+        adapted: Any = get_peft_model(base, config)
+        for key, parameter in adapted.named_parameters():
+            if "lora_" in key or "score" in key:
+                parameter.data.normal_(std=0.2)
+        adapted.save_pretrained(models.expert(task))
+        merged[task] = adapted.merge_and_unload()
+    sources = open_sources(load_recipe(models.recipe))
+    backbone = ExpertBackbone(sources, torch.device("cpu"))
+    inputs = sources.family.example_inputs(models.base, 3)
+    for task, model in merged.items():
+        head = sources.family.expert_head(sources.experts[task])
+        assert head is not None
+        with torch.inference_mode():
+            actual = head(sources.family.embed(backbone.become(task), *inputs))
+            # One by one, so without padding.
+            for row, ids, mask in zip(actual, *inputs, strict=True):
+                expected = model.eval()(input_ids=ids[None, : mask.sum()]).logits[0]
+                assert torch.allclose(row, expected, atol=1e-5)
 
 
 def test_the_end_of_a_text_pads_where_nothing_else_does(

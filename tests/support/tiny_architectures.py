@@ -143,6 +143,7 @@ ARCHITECTURES = {
         TEXT | {"embedding_size": 16, "num_hidden_groups": 1, "num_hidden_layers": 3},
         called="ALBERT",
         blocks=1,
+        norms=2,
     ),
     "albert-groups": Architecture(
         "albert",
@@ -169,10 +170,10 @@ ARCHITECTURES = {
         called="GPT-2 as a classifier",
     ),
     "llama": Architecture("llama", DECODER | {"pad_token_id": 0}, called="Llama as a classifier"),
-    # Its tokenizer adds a token.
+    # Its tokenizer knows pairs of bytes.
     "qwen2": Architecture(
         "qwen2",
-        DECODER | {"pad_token_id": 0, "vocab_size": TEXT["vocab_size"] + 1},
+        DECODER | {"pad_token_id": 0, "vocab_size": 112},
         called="Qwen2 as a classifier",
     ),
     "gemma": Architecture(

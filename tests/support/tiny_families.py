@@ -11,6 +11,7 @@ import yaml
 from tiny_architectures import ARCHITECTURES, SIZE, TEXT, VISION, Architecture
 from tiny_folder import TinyFolder
 from tiny_text import SPECIAL, WORDS
+from tiny_text_generators import write_tokenizer
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -58,7 +59,9 @@ def build_tiny_models(folder: Path, architecture: Architecture) -> TinyModels:
     """Write base, experts, data and recipe into an existing folder."""
     made = TinyModels(folder, architecture)
     _write_models(made)
-    if architecture.processor is None:
+    if architecture.model_type == "qwen2":
+        write_tokenizer(made.base, architecture.model_type)
+    elif architecture.processor is None:
         write_word_tokenizer(made.base, architecture.settings.get("pad_token_id", 0))
     else:
         settings = {"do_resize": True, "do_rescale": True, "do_normalize": True}

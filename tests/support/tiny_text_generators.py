@@ -104,7 +104,7 @@ def build_tiny_text_generators(
         folder, replace(architecture, settings={**architecture.settings, **settings})
     )
     _write_models(made)
-    _write_tokenizer(made.base, architecture.model_type)
+    write_tokenizer(made.base, architecture.model_type)
     rng = np.random.default_rng(0)
     tasks = {}
     for task, answers in TEXT_TASKS.items():
@@ -175,7 +175,7 @@ def _save(model: Any, folder: Path, *, once: bool) -> None:
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_tokenizer(folder: Path, model_type: str) -> None:
+def write_tokenizer(folder: Path, model_type: str) -> None:
     """Whole words; no special tokens are added to a text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

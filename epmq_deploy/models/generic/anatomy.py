@@ -94,8 +94,9 @@ def _anatomy(content: str) -> Anatomy:
     head, pooling = head_of(seen)
     encoder, text = seen.encoder, seen.modality == "text"
     pooler = getattr(encoder, _POOLER, None)
-    belongs_to_head = isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters())
-    if belongs_to_head:
+    # One without weights only takes a mean.
+    stays = isinstance(pooler, nn.Module) and not list(pooler.parameters())
+    if isinstance(pooler, nn.Module) and not stays:
         setattr(encoder, _POOLER, None)
         _check_without_pooler(seen)
     return Anatomy(
@@ -104,7 +105,7 @@ def _anatomy(content: str) -> Anatomy:
         pooling=pooling,
         head=head,
         prefix=seen.prefix,
-        without=(_POOLER,) if belongs_to_head else (),
+        without=() if stays else (_POOLER,),
         encoder_class=type(encoder).__name__,
         encoder=frozenset(name for name, _ in encoder.named_parameters()),
         vocabulary=int(seen.model.config.vocab_size) if text else 0,
