@@ -12,6 +12,7 @@ from epmq_deploy.errors import EpmqError, RecipeError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 # Of tokenizer and image processor together; the image processor's settings are in its section.
 PROCESSOR_FILE = "processor_config.json"

@@ -15,6 +15,7 @@ from torch import nn
 from epmq_deploy.data.samples import Samples, TextSamples
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.text_generation.base import generates_text
+from epmq_deploy.models.text_generation.special_tokens import count_endless, warn_of_endless
 from epmq_deploy.progress import NoProgress, Progress
 
 log = logging.getLogger(__name__)
@@ -49,17 +50,18 @@ def generate_pseudo_labels(
     """
     assert generates_text(family), "only its samples are texts with answers"
     samples_by_task = list(unlabelled_tasks(samples).items())
-    answers_by_task = {}
+    answers_by_task: dict[str, list[str]] = {}
     progress = progress or NoProgress()
     for task, chosen in progress.track(samples_by_task, "generating pseudo-labels"):
         model, longest = expert(task), chosen.prompt_format.max_tokens
-        answers_by_task[task] = [
-            answer
-            for start in range(0, len(chosen), _BATCH)
-            for answer in family.generate(
-                model, folder, chosen.texts(start, start + _BATCH), longest
-            )
-        ]
+        answers_by_task[task], endless = [], 0
+        for start in range(0, len(chosen), _BATCH):
+            texts = chosen.texts(start, start + _BATCH)
+            ids = family.generate_ids(model, folder, texts, longest)
+            endless += count_endless(ids, family.special_tokens(folder).end)
+            answers_by_task[task] += family.decode(folder, ids)
+        whose, option = f"task {task!r}, pseudo-labels", f"tasks.{task}.prompt.max_tokens"
+        warn_of_endless(endless, len(chosen), whose, option, longest)
     return answers_by_task
 
 

@@ -117,7 +117,9 @@ def example_texts(
     mask = torch.ones(shape, dtype=torch.int64)
     if batch > 1:
         mask[-1, length // 2 :] = 0
-        ids[mask == 0] = int(config.get("pad_token_id") or 0)
+        # Some configs say -1 for none.
+        padding = config.get("pad_token_id") or 0
+        ids[mask == 0] = int(padding) if padding in range(int(config["vocab_size"])) else 0
     inputs = {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
     return tuple(inputs[name] for name in names)
 

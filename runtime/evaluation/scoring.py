@@ -16,7 +16,7 @@ from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.data.targets import targets_of
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone
-from epmq_deploy.models.text_generation.base import SpecialTokens
+from epmq_deploy.models.text_generation.special_tokens import SpecialTokens
 from epmq_deploy.recipe import MetricName
 from epmq_deploy.runtime.evaluation.latency import Runs
 from epmq_deploy.runtime.evaluation.predictions import (

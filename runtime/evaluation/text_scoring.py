@@ -15,7 +15,12 @@ from torch import Tensor
 from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.data.samples import Samples, TextSamples
 from epmq_deploy.models.experts import ExpertBackbone
-from epmq_deploy.models.text_generation.base import SpecialTokens, TextGenerationFamily
+from epmq_deploy.models.text_generation.base import TextGenerationFamily
+from epmq_deploy.models.text_generation.special_tokens import (
+    SpecialTokens,
+    count_endless,
+    warn_of_endless,
+)
 from epmq_deploy.recipe import MetricName
 from epmq_deploy.runtime.evaluation.correlation import RankCorrelation
 from epmq_deploy.runtime.evaluation.predictions import Predicted, TaskPredictions
@@ -73,6 +78,7 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
         expert = self.experts.become(task) if self.experts else None
         names = [*([EXPERTS] if expert else []), *models]
         generated: dict[str, list[str]] = {name: [] for name in names}
+        endless = dict.fromkeys(names, 0)
         truth: list[str] = []
         for start in range(0, len(samples), self.batch_size):
             pairs = samples.inputs(start, min(start + self.batch_size, len(samples)))
@@ -82,10 +88,14 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
             for name, generator in models.items():
                 answers = torch.from_numpy(generator.write(*prompts))
                 generated[name] += self.family.decode(self.folder, answers)
+                endless[name] += count_endless(answers, self.special_tokens.end)
             if expert is not None:
-                generated[EXPERTS] += self.family.generate(
-                    expert, self.folder, texts, self.max_tokens
-                )
+                answers = self.family.generate_ids(expert, self.folder, texts, self.max_tokens)
+                generated[EXPERTS] += self.family.decode(self.folder, answers)
+                endless[EXPERTS] += count_endless(answers, self.special_tokens.end)
+        for name, count in endless.items():
+            whose = f"task {task!r}, {name}"
+            warn_of_endless(count, len(samples), whose, "eval.max_tokens", self.max_tokens)
         predicted = {
             name: np.array(list(map(normalised, texts))) for name, texts in generated.items()
         }

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from epmq_deploy.errors import NumericsError
-from epmq_deploy.models.text_generation.base import SpecialTokens
+from epmq_deploy.models.text_generation.special_tokens import SpecialTokens
 
 _PROBE = Path(__file__).with_name("probe.py")
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from epmq_deploy.models.text_generation.base import SpecialTokens
+    from epmq_deploy.models.text_generation.special_tokens import SpecialTokens
 
 Array = npt.NDArray[Any]
 Values = dict[str, Array]

@@ -180,11 +180,27 @@ def load_encoder(
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    padding = getattr(config, "pad_token_id", None)
+    is_token = padding is None or padding in range(getattr(config, "vocab_size", 0))
+    if not is_token:
+        # Embeddings take it only as the row that is not trained.
+        config.pad_token_id = None
     model: nn.Module = AutoModel.from_config(
         config, dtype=torch.float32, trust_remote_code=False, **options
     )
+    if not is_token and _counts_from_padding(model):
+        raise RecipeError(
+            f"{folder}/config.json: pad_token_id is {padding}, which is no token of the "
+            "vocabulary; positions are counted from it, so set it to the tokenizer's padding token"
+        )
     for name in without:
         if hasattr(model, name):
             setattr(model, name, None)
     prepare(model)
     return fill(model, folder, rename)
+
+
+def _counts_from_padding(model: nn.Module) -> bool:
+    """Tell whether a model numbers positions from its padding token on, as RoBERTa does."""
+    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
+    return any("padding_idx" in vars(module) for module in others)

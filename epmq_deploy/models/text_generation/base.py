@@ -17,6 +17,7 @@ from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.base import ModelFamily, TypedFamily
 from epmq_deploy.models.loading import fill, read_config
 from epmq_deploy.models.shared_tokenizer import SharedTokenizer
+from epmq_deploy.models.text_generation.special_tokens import SpecialTokens, is_token, until_end
 from epmq_deploy.models.tokenizer import open_tokenizer
 
 OUTPUT = "lm_head.weight"
@@ -33,21 +34,6 @@ class TextPair:
 
     text: str
     answer: str
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Token ids that control generation.
-
-    Attributes:
-        start: the decoder's first token; None where it continues the text it read.
-        end: any of them ends an answer.
-        padding: of shorter texts.
-    """
-
-    start: int | None
-    end: tuple[int, ...]
-    padding: int
 
 
 @dataclass(frozen=True)
@@ -171,6 +157,9 @@ class TextGenerationFamily(TypedFamily):
 
         self.check_config(folder, read_config(folder))
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if not is_token(config.pad_token_id, config.vocab_size):
+            # It would only say which row of the embedding is not trained.
+            config.pad_token_id = None
         model = self.build(config)
         # One module wherever the embedding is used, so that it has one name.
         model.set_input_embeddings(model.get_input_embeddings())
@@ -193,7 +182,13 @@ class TextGenerationFamily(TypedFamily):
     def generate(
         self, model: nn.Module, folder: Path, texts: Sequence[str], max_tokens: int
     ) -> list[str]:
-        """Generate a model's answers, greedily, in torch.
+        """Generate a model's answers, greedily, in torch; see ``generate_ids``."""
+        return self.decode(folder, self.generate_ids(model, folder, texts, max_tokens))
+
+    def generate_ids(
+        self, model: nn.Module, folder: Path, texts: Sequence[str], max_tokens: int
+    ) -> Tensor:
+        """Generate the token ids ``[B, T]`` of a model's answers, greedily, in torch.
 
         Args:
             model: as ``load`` returns it.
@@ -216,11 +211,13 @@ class TextGenerationFamily(TypedFamily):
                 pad_token_id=special.padding,
             )
         begin = ids.shape[1] if special.start is None else 1
-        return self.decode(folder, generated[:, begin:])
+        answers: Tensor = generated[:, begin:]
+        return answers
 
     def decode(self, folder: Path, ids: Tensor) -> list[str]:
-        """Return the texts of token ids ``[B, T]``, without special tokens."""
-        texts: list[str] = self.tokenizer(folder).batch_decode(ids, skip_special_tokens=True)
+        """Return the texts of token ids ``[B, T]`` up to their ends, without special tokens."""
+        answers = until_end(ids, self.special_tokens(folder).end)
+        texts: list[str] = self.tokenizer(folder).batch_decode(answers, skip_special_tokens=True)
         return texts
 
     @uses_settings
@@ -237,18 +234,6 @@ class TextGenerationFamily(TypedFamily):
 def generates_text(family: ModelFamily) -> TypeGuard[TextGenerationFamily]:
     """Whether a family's models generate text instead of predicting classes."""
     return isinstance(family, TextGenerationFamily)
-
-
-def end_tokens(config: dict[str, Any], folder: Path) -> tuple[int, ...]:
-    """Return the ids that end a text, by ``config.json``.
-
-    Raises:
-        RecipeError: it defines none.
-    """
-    ids = config.get("eos_token_id")
-    if ids is None:
-        raise RecipeError(f"{folder}/config.json: no eos_token_id, so no answer would end")
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)
 
 
 def stacked(

@@ -14,11 +14,14 @@ from epmq_deploy.models.loading import read_config
 from epmq_deploy.models.text_generation.base import (
     OUTPUT,
     CacheShape,
-    SpecialTokens,
     TextGenerationFamily,
     TextPair,
-    end_tokens,
     stacked,
+)
+from epmq_deploy.models.text_generation.special_tokens import (
+    SpecialTokens,
+    end_tokens,
+    padding_token,
 )
 from epmq_deploy.models.text_inputs import example_texts
 from epmq_deploy.models.tokens import TokenWeights
@@ -150,11 +153,10 @@ class DecoderFamily(TextGenerationFamily):
 
     @uses_settings
     def special_tokens(self, folder: Path) -> SpecialTokens:
-        """Read the ids from the config; the end token pads where no padding token is defined."""
+        """Read the ids; the end token pads where no padding token is defined."""
         config = read_config(folder)
-        ends = end_tokens(config, folder)
-        padding = config.get("pad_token_id")
-        return SpecialTokens(None, ends, ends[0] if padding is None else int(padding))
+        ends = end_tokens(folder, config, self.tokenizer(folder))
+        return SpecialTokens(None, ends, padding_token(folder, config, ends[0]))
 
     @uses_settings
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:

@@ -15,11 +15,16 @@ from epmq_deploy.models.text_generation.base import (
     OUTPUT,
     CacheShape,
     EncoderDecoderLayout,
-    SpecialTokens,
     TextGenerationFamily,
     TextPair,
-    end_tokens,
     stacked,
+)
+from epmq_deploy.models.text_generation.special_tokens import (
+    SpecialTokens,
+    end_tokens,
+    generation_config,
+    is_token,
+    padding_token,
 )
 from epmq_deploy.models.text_inputs import example_texts
 from epmq_deploy.models.tokens import TokenWeights
@@ -147,11 +152,17 @@ class T5Family(TextGenerationFamily):
             RecipeError: the decoder has no start token.
         """
         config = read_config(folder)
-        padding = int(config.get("pad_token_id") or 0)
+        padding = padding_token(folder, config, 0)
         start = config.get("decoder_start_token_id", padding)
         if start is None:
-            raise RecipeError(f"{folder}/config.json: decoder_start_token_id is not set")
-        return SpecialTokens(int(start), end_tokens({"eos_token_id": 1} | config, folder), padding)
+            start = generation_config(folder).get("decoder_start_token_id")
+        if not is_token(start, int(config["vocab_size"])):
+            raise RecipeError(
+                f"{folder}/config.json: decoder_start_token_id is {start}, which is no token of "
+                "the vocabulary"
+            )
+        ends = end_tokens(folder, config, self.tokenizer(folder), default=1)
+        return SpecialTokens(start, ends, padding)
 
     @uses_settings
     def example_inputs(self, folder: Path, batch: int) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper, save
 
 from epmq_deploy.errors import NumericsError, RecipeError
-from epmq_deploy.models.text_generation.base import SpecialTokens
+from epmq_deploy.models.text_generation.special_tokens import SpecialTokens
 from epmq_deploy.runtime.evaluation.latency import measure_latency
 from epmq_deploy.runtime.evaluation.significance import Interval, median_interval
 from epmq_deploy.runtime.ort import generation, sessions
