@@ -66,8 +66,8 @@ def joined(subject: str, errors: Sequence[EpmqError]) -> EpmqError:
 
 
 def all_problems(subject: str, errors: Sequence[EpmqError]) -> MismatchError:
-    """Return one error with the problems of all of these."""
-    problems = [text for error in errors for text in problems_of(error)]
+    """Return one error with the problems of all of these, each once."""
+    problems = list(dict.fromkeys(text for error in errors for text in problems_of(error)))
     options = {key: value for error in errors for key, value in error.options.items()}
     return MismatchError(subject, problems, options=options)
 

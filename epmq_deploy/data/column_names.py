@@ -1,7 +1,7 @@
 """Which columns of a data set hold a task's inputs and labels."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from epmq_deploy.errors import RecipeError
@@ -50,7 +50,7 @@ def input_columns(rows: Any, source: DataSource, modality: str, where: str) -> t
         return tuple(given)
     if modality in names:
         return (modality,)
-    likely = [name for name in _INPUTS[modality] if name in names]
+    likely = [name for name in names if name.casefold() in (modality, *_INPUTS[modality])]
     pairs = [pair for pair in _PAIRS if modality == "text" and set(pair) <= set(names)]
     if pairs and not likely:
         raise RecipeError(
@@ -75,11 +75,19 @@ def label_column(names: Sequence[str], source: DataSource, where: str) -> str | 
         source: where they came from.
         where: what to call the data in messages.
     """
-    likely = [name for name in _LABELS if name in names]
+    likely = [name for name in names if name.casefold() in (LABEL_COLUMN, *_LABELS)]
     if source.label_column != LABEL_COLUMN or LABEL_COLUMN in names or len(likely) != 1:
         return source.label_column
     log.info("%s: no column %r, taking %r for the labels", where, LABEL_COLUMN, likely[0])
     return likely[0]
+
+
+def label_columns(source: DataSource) -> Collection[str]:
+    """Return the columns that may hold a data source's labels."""
+    usual = (LABEL_COLUMN, *_LABELS) if source.label_column == LABEL_COLUMN else ()
+    spelled = [spell(name) for name in usual for spell in (str.lower, str.upper, str.capitalize)]
+    named = source.label_columns or (source.label_column or "",)
+    return {*named, *spelled}
 
 
 def with_fields(rows: Any, columns: Sequence[str | None]) -> Any:

@@ -75,6 +75,10 @@ def check_texts(rows: Any, column: str, where: str) -> None:
     if getattr(feature, "dtype", None) not in _TEXTS:
         raise RecipeError(f"{where}: column {column!r} holds {feature}, expected texts")
     values = rows.select_columns([column]).with_format("arrow")[:][column]
+    try:
+        values.validate(full=True)
+    except ValueError as error:  # pyarrow's ArrowInvalid
+        raise RecipeError(f"{where}: column {column!r} is not UTF-8 ({error})") from error
     if values.null_count:
         row = values.is_null().index(True).as_py()
         raise RecipeError(f"{where}: row {row} holds no text in column {column!r}")

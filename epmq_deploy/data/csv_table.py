@@ -5,6 +5,8 @@
 
 import csv
 import logging
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,18 @@ log = logging.getLogger(__name__)
 SUFFIXES = (".csv", ".tsv")
 _SEPARATORS = (",", ";", "\t", "|")
 _BLOCK = 2**24
+_OTHER_TABLES = (".parquet", ".json", ".jsonl", ".ndjson", ".arrow")
+_SHARD = re.compile(r"-\d+-of-\d+$")
 
 
-def read_csv(file: Path, where: str) -> Any:
+def read_csv(file: Path, where: str, numeric: Collection[str] | None = None) -> Any:
     """Read a CSV file with a header as a ``datasets.Dataset``.
 
     Args:
         file: with any of the usual separators, in UTF-8 or Latin-1.
         where: what to call the data in messages.
+        numeric: columns that hold numbers if they can be read as such; all others are texts, even
+            those that look like numbers. None for all columns.
 
     Raises:
         RecipeError: it is empty or no table.
@@ -36,15 +42,20 @@ def read_csv(file: Path, where: str) -> Any:
         header = handle.readline().strip("\r\n")
     if not header:
         raise RecipeError(f"{where} has no header with the names of its columns")
+    separator = _separator(header)
+    texts = [] if numeric is None else next(csv.reader([header], delimiter=separator))
     try:
         table = arrow_csv.read_csv(
             file,
             read_options=arrow_csv.ReadOptions(encoding=encoding, block_size=_BLOCK),
-            parse_options=arrow_csv.ParseOptions(
-                delimiter=_separator(header), newlines_in_values=True
-            ),
+            parse_options=arrow_csv.ParseOptions(delimiter=separator, newlines_in_values=True),
             convert_options=arrow_csv.ConvertOptions(
-                null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+                null_values=[""],
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
+                column_types={
+                    name: pa.string() for name in texts if name.strip() not in (numeric or ())
+                },
             ),
         )
     except pa.ArrowInvalid as error:
@@ -53,6 +64,26 @@ def read_csv(file: Path, where: str) -> Any:
     if twice := [name for name in names if names.count(name) > 1]:
         raise RecipeError(f"{where} has two columns {twice[0]!r}; rename one")
     return Dataset(table.rename_columns(names))
+
+
+def csv_splits(folder: Path) -> dict[str, list[Path]]:
+    """Return the CSV files of a folder by split: the file's name without shard number and suffix.
+
+    Empty where the folder holds other tables too, which ``datasets`` knows how to read.
+    """
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.parts[len(folder.parts) :])
+    ]
+    if any(file.suffix.lower() in _OTHER_TABLES for file in files):
+        return {}
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        if file.suffix.lower() in SUFFIXES:
+            splits.setdefault(_SHARD.sub("", file.stem), []).append(file)
+    return splits
 
 
 def _separator(header: str) -> str:
@@ -69,11 +100,18 @@ def _encoding(file: Path, where: str) -> str:
         start = handle.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):
         return "utf-16"
+    if not_utf8(file):
+        log.warning("%s is not UTF-8; reading it as Latin-1 (Windows-1252)", where)
+        return "cp1252"
+    return "utf-8-sig"
+
+
+def not_utf8(file: Path) -> str:
+    """Say which byte of a file is no UTF-8; empty where all are."""
     try:
         with file.open(encoding="utf-8-sig") as handle:
             while handle.read(_BLOCK):
                 pass
-    except UnicodeDecodeError:
-        log.warning("%s is not UTF-8; reading it as Latin-1 (Windows-1252)", where)
-        return "cp1252"
-    return "utf-8-sig"
+    except UnicodeDecodeError as error:
+        return str(error)
+    return ""

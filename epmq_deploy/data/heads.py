@@ -196,19 +196,27 @@ def head_classes(task: Task, head: TaskHead | None) -> HeadClasses:
     count = None if head is None else head.classes
     if head is None or (given is not None and not given.from_expert):
         return HeadClasses(count, problem_type=kind)
-    names = _names_in(ModelFolder.open(task.expert, task.adapter).config or {}, head.classes)
+    expert = ModelFolder.open(task.expert, task.adapter)
+    names = _names_in(expert.config or {}, head.classes, expert.path)
     return HeadClasses(count, names, kind)
 
 
-def _names_in(config: Mapping[str, Any], count: int) -> tuple[str, ...] | None:
-    """Return the names that a ``config.json`` gives its classes; None unless all have one."""
-    stored = config.get("id2label")
-    if not stored:
-        numbers = config.get("label2id")
-        stored = {n: name for name, n in numbers.items()} if isinstance(numbers, dict) else {}
+def _names_in(config: Mapping[str, Any], count: int, where: Path) -> tuple[str, ...] | None:
+    """Return the names that a ``config.json`` gives its classes; None unless all have one.
+
+    Raises:
+        RecipeError: they are neither a mapping nor a list.
+    """
+    stored, numbers = config.get("id2label") or {}, config.get("label2id") or {}
+    if not isinstance(stored, dict | list) or not isinstance(numbers, dict):
+        raise RecipeError(
+            f"{where}: id2label or label2id in config.json is no mapping; correct it, or name the "
+            "classes as head.classes"
+        )
     if isinstance(stored, list):
         stored = dict(enumerate(stored))
-    by_number = {str(number): str(name) for number, name in dict(stored).items()}
+    by_number = {str(number): str(name) for name, number in numbers.items()}
+    by_number |= {str(number): str(name) for number, name in stored.items()}
     names = tuple(by_number.get(str(index), "") for index in range(count))
     unnamed = tuple(f"{UNNAMED}{index}" for index in range(count))
     return names if all(names) and names != unnamed else None

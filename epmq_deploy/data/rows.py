@@ -1,14 +1,18 @@
 """Rows of a data source, opened with ``datasets``."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from epmq_deploy.checkpoints.hub import hub_id
 from epmq_deploy.data import csv_table
+from epmq_deploy.data.column_names import label_columns
 from epmq_deploy.data.conversion_cache import cache_folder
 from epmq_deploy.data.image_folder import ImageFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import DataSource
+
+Split = TypeVar("Split")
 
 # Characters of another library's message that are shown.
 _LONGEST = 300
@@ -36,12 +40,13 @@ def load_rows(task: str, source: DataSource) -> Any:
     try:
         if path.is_file() and path.suffix.lower() in csv_table.SUFFIXES:
             # Named as datasets names the only split of other files.
-            opened = {"train": csv_table.read_csv(path, where)}
+            opened = {"train": csv_table.read_csv(path, where, label_columns(source))}
         elif path.is_file():
             builder = _BUILDERS.get(path.suffix.lower())
             if builder is None:
                 known = ", ".join((*_BUILDERS, *csv_table.SUFFIXES))
                 raise RecipeError(f"{where}: unknown kind of file; known: {known}")
+            _check_file(path, where)
             opened = datasets.load_dataset(builder, data_files=str(path), cache_dir=cache_folder())
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             opened = datasets.load_from_disk(str(path))
@@ -51,6 +56,14 @@ def load_rows(task: str, source: DataSource) -> Any:
             )
         elif (images := ImageFolder.scan(path)).holds_images:
             return images.split(source.split, where).rows(where)
+        elif splits := csv_table.csv_splits(path):
+            chosen = _split(splits, source.split, where)
+            return datasets.concatenate_datasets(
+                [
+                    csv_table.read_csv(file, f"{where}: {file.name}", label_columns(source))
+                    for file in chosen
+                ]
+            )
         else:
             opened = datasets.load_dataset(source.path, source.subset, cache_dir=cache_folder())
     except RecipeError:
@@ -61,12 +74,36 @@ def load_rows(task: str, source: DataSource) -> Any:
         if source.split is not None:
             raise RecipeError(f"{where} has no splits, but split {source.split!r} was asked for")
         return opened
-    split = source.split or (next(iter(opened)) if len(opened) == 1 else None)
-    if split not in opened:
+    return _split(opened, source.split, where)
+
+
+def _split(splits: Mapping[str, Split], name: str | None, where: str) -> Split:
+    """Return the split of that name, or the only one.
+
+    Raises:
+        RecipeError: there is none of that name, or several and no name.
+    """
+    if name is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if name is None:
+        raise RecipeError(f"{where} has several splits: name one of {', '.join(splits)} as split")
+    if name not in splits:
         raise RecipeError(
-            f"{where}: split {split!r} not found, name one of {', '.join(opened)} as split"
+            f"{where}: split {name!r} not found, name one of {', '.join(splits)} as split"
         )
-    return opened[split]
+    return splits[name]
+
+
+def _check_file(file: Path, where: str) -> None:
+    """Make sure that a file holds anything, and JSON is UTF-8.
+
+    Raises:
+        RecipeError: it does not, or is not.
+    """
+    if file.stat().st_size == 0:
+        raise RecipeError(f"{where} is empty")
+    if _BUILDERS[file.suffix.lower()] == "json" and (problem := csv_table.not_utf8(file)):
+        raise RecipeError(f"{where} is not UTF-8, as JSON must be ({problem}); save it as UTF-8")
 
 
 def reason(error: BaseException) -> str:

@@ -109,6 +109,22 @@ class DataSource(Options):
         "whatever the data call them",
     )
 
+    @field_validator("label_names", mode="before")
+    @classmethod
+    def _names_or_head(cls, given: Any) -> Any:
+        """Refuse anything but a list and the one word, in one sentence."""
+        if isinstance(given, str) and given != SAME_AS_HEAD:
+            raise ValueError(f"must be a list of names, or {SAME_AS_HEAD}")
+        return given
+
+    @field_validator("input_columns", mode="before")
+    @classmethod
+    def _two_columns(cls, given: Any) -> Any:
+        """Refuse anything but two columns, in one sentence."""
+        if given is not None and (isinstance(given, str) or len(given) != 2):
+            raise ValueError("must be a list of two columns; for one, give input_column")
+        return given
+
     @model_validator(mode="after")
     def _one_input(self) -> "DataSource":
         if self.input_column is not None and self.input_columns is not None:
@@ -173,7 +189,6 @@ class Task(Options):
     prompt: Prompt | None = Field(None, description="the task in words, for text generation")
     metric: tuple[MetricName, ...] | None = Field(
         None,
-        min_length=1,
         description="how answers are scored: the first metric counts, others are shown beside it; "
         "default: accuracy for classes, micro_f1 for any number of labels, spearmanr for values",
     )
@@ -187,8 +202,8 @@ class Task(Options):
     @field_validator("metric", mode="before")
     @classmethod
     def _one_metric(cls, given: Any) -> Any:
-        """Return a metric that is given by itself as the only one."""
-        return (given,) if isinstance(given, str) else given
+        """Return a metric that is given by itself as the only one, and none as not given."""
+        return (given,) if isinstance(given, str) else given or None
 
     @model_validator(mode="after")
     def _same_inputs(self) -> "Task":

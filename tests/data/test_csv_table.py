@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from epmq_deploy.data.csv_table import read_csv
+from epmq_deploy.data.csv_table import csv_splits, read_csv
+from epmq_deploy.data.rows import load_rows
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.recipe import DataSource
 
 ROWS = [("red; or, blue", 0), ('a "quoted"\nline', 1), ("tab\there | bar", 2)]
 
@@ -58,3 +60,44 @@ def test_what_is_no_table_is_refused(tmp_path: Path, content: str, message: str)
     (tmp_path / "x.csv").write_text(content)
     with pytest.raises(RecipeError, match=message):
         read_csv(tmp_path / "x.csv", "x")
+
+
+def test_only_columns_that_may_hold_numbers_are_read_as_numbers(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("text,code,label\n012,true,1\n2020-01-01,false,0\n")
+    rows = read_csv(tmp_path / "x.csv", "x", {"label"})
+    assert rows[0] == {"text": "012", "code": "true", "label": 1}
+    assert list(rows["text"]) == ["012", "2020-01-01"]
+
+
+def test_files_of_a_folder_are_its_splits(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002.csv", "train-00001-of-00002.csv", "crash-test.csv"):
+        (tmp_path / name).write_text("text;label\nNA;1\n")
+    (tmp_path / ".hidden.csv").write_text("text;label\nNA;1\n")
+    (tmp_path / "README.md").write_text("About the data.")
+    assert {name: len(files) for name, files in csv_splits(tmp_path).items()} == {
+        "crash-test": 1,
+        "train": 2,
+    }
+    rows = load_rows("t", DataSource(path=str(tmp_path), split="train"))
+    assert list(rows["text"]) == ["NA", "NA"]
+    with pytest.raises(RecipeError, match="several splits: name one of crash-test, train as"):
+        load_rows("t", DataSource(path=str(tmp_path)))
+    (tmp_path / "more.parquet").write_bytes(b"")
+    assert csv_splits(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", b"", "x.jsonl is empty"),
+        ("x.parquet", b"", "x.parquet is empty"),
+        ("x.jsonl", '{"text": "schön", "label": 1}'.encode("latin-1"), "is not UTF-8, as JSON"),
+        ("x.txt", b"text", r"unknown kind of file; known: .*\.csv"),
+    ],
+)
+def test_files_without_rows_or_in_another_encoding_are_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecipeError, match=message):
+        load_rows("t", DataSource(path=str(tmp_path / name)))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from epmq_deploy.data.rows import load_rows
 from epmq_deploy.errors import RecipeError
@@ -25,7 +26,7 @@ def test_the_cause_of_what_datasets_reports_is_shown(
 
 
 def test_files_with_other_columns_are_shown_with_them(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("text,label\na,1\n")
-    (tmp_path / "b.csv").write_text("text,score\na,1\n")
-    with pytest.raises(RecipeError, match=r"label: int64 .*score: int64"):
+    Dataset.from_dict({"text": ["a"], "label": [1]}).to_parquet(tmp_path / "a.parquet")
+    Dataset.from_dict({"text": ["a"], "score": [1]}).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(RecipeError, match=r"score: int64 .*'label': Value"):
         load_rows("t", DataSource(path=str(tmp_path)))

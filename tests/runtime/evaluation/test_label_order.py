@@ -134,3 +134,14 @@ def test_names_are_read_wherever_a_config_has_them(
     family = family_of(Path(recipe.base.path))
     head = head_of_expert(task, family, Path(recipe.base.path))
     assert head_classes(task, head) == HeadClasses(2, ("a", "b"))
+
+
+@pytest.mark.parametrize("config", [{"id2label": "names"}, {"label2id": 7}])
+def test_names_that_are_none_are_an_error(
+    tiny_text: TinyText, tmp_path: Path, config: dict[str, object]
+) -> None:
+    recipe = load_recipe(copied(tiny_text, tmp_path / "models"))
+    settings = Path(recipe.tasks["tone"].expert) / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | config))
+    with pytest.raises(MismatchError, match=r"id2label or label2id in config\.json is no mapping"):
+        evaluation_samples(recipe, family_of(Path(recipe.base.path)), Path(recipe.base.path))
