@@ -10,7 +10,12 @@ from epmq_deploy.lazy import exports
 
 if TYPE_CHECKING:
     from epmq_deploy.runtime.inference.base import ExportedModel
-    from epmq_deploy.runtime.inference.classifier import ExportedClassifier, Prediction
+    from epmq_deploy.runtime.inference.classifier import (
+        ExportedClassifier,
+        LabelSet,
+        Prediction,
+        Value,
+    )
     from epmq_deploy.runtime.inference.load import load
     from epmq_deploy.runtime.inference.text_generation import Answer, ExportedTextGenerator
     from epmq_deploy.runtime.stage import evaluate
@@ -19,7 +24,12 @@ _load = exports(
     __name__,
     {
         "epmq_deploy.runtime.inference.base": ("ExportedModel",),
-        "epmq_deploy.runtime.inference.classifier": ("ExportedClassifier", "Prediction"),
+        "epmq_deploy.runtime.inference.classifier": (
+            "ExportedClassifier",
+            "LabelSet",
+            "Prediction",
+            "Value",
+        ),
         "epmq_deploy.runtime.inference.load": ("load",),
         "epmq_deploy.runtime.inference.text_generation": ("Answer", "ExportedTextGenerator"),
         "epmq_deploy.runtime.stage": ("evaluate",),
@@ -31,7 +41,9 @@ __all__ = [
     "ExportedClassifier",
     "ExportedModel",
     "ExportedTextGenerator",
+    "LabelSet",
     "Prediction",
+    "Value",
     "evaluate",
     "load",
 ]
