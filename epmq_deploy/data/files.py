@@ -38,6 +38,9 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[tuple[Path, bool]]:
                 yield from _walk(path, (*above, real))
         elif entry.is_file():
             yield path, entry.name.startswith("._") and _first_bytes(path) == _APPLE_DOUBLE
+        elif entry.is_symlink():
+            # It leads nowhere: a file that should be there.
+            yield path, False
 
 
 def _first_bytes(file: Path) -> bytes:

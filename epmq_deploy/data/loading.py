@@ -168,7 +168,8 @@ def data_sha256(source: DataSource, prompt: Prompt | None = None) -> str:
     if path.is_file():
         content = file_sha256(path)
     elif path.is_dir():
-        content = files_sha256(path, (file for file, leftover in files_below(path) if not leftover))
+        files = (file for file, left in files_below(path) if not left and file.is_file())
+        content = files_sha256(path, files)
     else:
         content = source.path
     options = source.model_dump(exclude={"path"})

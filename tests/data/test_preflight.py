@@ -16,7 +16,7 @@ from tiny_zoo import SIZE, TinyZoo
 
 import epmq_deploy as epmq
 from epmq_deploy.data import preflight
-from epmq_deploy.data.loading import load_samples
+from epmq_deploy.data.loading import data_sha256, load_samples
 from epmq_deploy.data.preflight import check_images
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import family_of
@@ -90,6 +90,15 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, tiny: TinyZoo) -> N
     gone, empty = caught.value.problems
     assert "row 1 of" in gone and "(gone.png) cannot be decoded (No such file" in gone
     assert "row 2 of" in empty and "(empty.png) cannot be decoded (the file is empty" in empty
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path: Path, tiny: TinyZoo) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat/a.png").write_bytes(image_bytes(0))
+    (tmp_path / "cat/b.png").symlink_to(tmp_path / "store/gone")
+    with pytest.raises(MismatchError, match=r"row 1 of .*b\.png\) cannot be decoded \(No such"):
+        check(tiny, tmp_path, "full")
+    data_sha256(DataSource(path=str(tmp_path)))
 
 
 def test_what_is_assumed_about_images_is_counted(
