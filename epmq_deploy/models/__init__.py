@@ -50,7 +50,8 @@ def family_of(folder: Path, experts: Collection[ModelFolder] = ()) -> ModelFamil
 
     Args:
         folder: of the base, or of what was made from it.
-        experts: folders of the base's experts: classifiers make a decoder one, too.
+        experts: folders of the base's experts: classifiers make a decoder one, too, and their
+            settings of heads count.
 
     Raises:
         RecipeError: no ``config.json``, one without a model type, or one that no family recognises
@@ -65,4 +66,4 @@ def family_of(folder: Path, experts: Collection[ModelFolder] = ()) -> ModelFamil
                     break
                 return family
         model_type_of(folder, config)
-        return generic_family(folder)
+        return generic_family(folder, experts)

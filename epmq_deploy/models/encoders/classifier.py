@@ -166,6 +166,7 @@ def load_encoder(
     *,
     without: Sequence[str] = (),
     prepare: Callable[[nn.Module], None] = lambda model: None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     **options: Any,
 ) -> nn.Module:
     """Load a folder's model without a head, as ``transformers`` builds it from ``config.json``.
@@ -175,6 +176,7 @@ def load_encoder(
         rename: stored name to parameter name.
         without: modules, where the model has them, that it also runs without.
         prepare: changes the model in place before its weights are loaded.
+        settings: take the place of those in ``config.json``.
         options: what the model's constructor takes besides its config.
     """
     from transformers import AutoConfig, AutoModel
@@ -185,6 +187,8 @@ def load_encoder(
     if not is_token:
         # Embeddings take it only as the row that is not trained.
         config.pad_token_id = None
+    for name, value in settings.items():
+        setattr(config, name, value)
     model: nn.Module = AutoModel.from_config(
         config, dtype=torch.float32, trust_remote_code=False, **options
     )

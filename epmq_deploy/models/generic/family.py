@@ -1,19 +1,22 @@
 """Encoders of ``transformers`` that have no family of their own, taken apart by running them."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
 from epmq_deploy.checkpoints.files import uses_settings
+from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import EVERY_TOKEN, Block
 from epmq_deploy.models.encoders.classifier import ClassifierFamily, load_encoder
 from epmq_deploy.models.encoders.image_classifier import ImageClassifierFamily
 from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
 from epmq_deploy.models.generic.anatomy import anatomy_of, refusal
+from epmq_deploy.models.generic.head_settings import adopted_settings
 from epmq_deploy.models.generic.pooling import POOLINGS, as_tokens, last_token, real_tokens
 from epmq_deploy.models.generic.preparation import prepare, runs_in_bfloat16
 from epmq_deploy.models.generic.tracing import find_blocks
@@ -32,6 +35,7 @@ class GenericFamily(ClassifierFamily):
 
     Args:
         folder: of the base, or of what was made from it.
+        adopted: settings of the config that are the experts'; see ``adopted_settings``.
 
     Raises:
         RecipeError: the model cannot be taken apart; says why.
@@ -52,10 +56,45 @@ class GenericFamily(ClassifierFamily):
         "image_size",
         "patch_size",
         "num_channels",
+        # Decoders.
+        "n_embd",
+        "n_layer",
+        "n_head",
+        "n_inner",
+        "activation_function",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+        "layer_norm_epsilon",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        # ALBERT.
+        "num_hidden_groups",
+        "inner_group_num",
+        # DeBERTa.
+        "relative_attention",
+        "max_relative_positions",
+        "position_buckets",
+        "pos_att_type",
+        "share_att_key",
+        "norm_rel_ebd",
+        "position_biased_input",
+        "conv_kernel_size",
+        # ModernBERT.
+        "global_attn_every_n_layers",
+        "local_attention",
+        # Swin and ConvNeXt.
+        "embed_dim",
+        "depths",
+        "num_heads",
+        "window_size",
+        "hidden_sizes",
     )
 
-    def __init__(self, folder: Path) -> None:
-        config = read_config(folder)
+    def __init__(self, folder: Path, adopted: Mapping[str, Any] = MappingProxyType({})) -> None:
+        config = read_config(folder) | dict(adopted)
+        self._adopted = dict(adopted)
         self.name = str(config.get("model_type"))
         self.model_types = (self.name,)
         self._folder = folder
@@ -79,16 +118,21 @@ class GenericFamily(ClassifierFamily):
         return self._anatomy.rename(key)
 
     def merged_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Say of a decoder that it is merged without what writes texts."""
-        if self._anatomy.pooling != "last":
-            return dict(config)
-        return {**config, "architectures": [self._anatomy.encoder_class]}
+        """Add what is the experts', and of a decoder say that it lacks what writes texts."""
+        merged = {**config, **self._adopted}
+        if self._anatomy.pooling == "last":
+            merged["architectures"] = [self._anatomy.encoder_class]
+        return merged
 
     @uses_settings
     def load(self, folder: Path) -> nn.Module:
         """Load the encoder without what belongs to the head."""
         return load_encoder(
-            folder, self.canonical_key, without=self._anatomy.without, prepare=prepare
+            folder,
+            self.canonical_key,
+            without=self._anatomy.without,
+            prepare=prepare,
+            settings=self._adopted,
         )
 
     def blocks(self, model: nn.Module) -> tuple[Block, ...]:
@@ -183,12 +227,18 @@ class GenericImageFamily(GenericFamily, ImageClassifierFamily):
     modality = "image"
 
 
-def generic_family(folder: Path) -> GenericFamily:
+def generic_family(folder: Path, experts: Iterable[ModelFolder] = ()) -> GenericFamily:
     """Return the family of a folder whose model type no other family recognises.
+
+    Args:
+        folder: of the base, or of what was made from it.
+        experts: folders of the base's experts.
 
     Raises:
         RecipeError: the model cannot be taken apart; says why.
     """
-    anatomy = anatomy_of(read_config(folder), folder)
+    config = read_config(folder)
+    adopted = adopted_settings(folder, config, experts)
+    anatomy = anatomy_of(config | adopted, folder)
     kinds: dict[str, type[GenericFamily]] = {"text": GenericTextFamily, "image": GenericImageFamily}
-    return kinds[anatomy.modality](folder)
+    return kinds[anatomy.modality](folder, adopted)

@@ -142,9 +142,12 @@ def encoder_of(model: Any) -> tuple[nn.Module, str]:
     """
     prefix = str(model.base_model_prefix)
     encoder = getattr(model, prefix, None)
-    if not isinstance(encoder, nn.Module):
-        raise NotUnderstood("its classifier has no encoder of its own")
-    return encoder, f"{prefix}."
+    if isinstance(encoder, nn.Module):
+        return encoder, f"{prefix}."
+    parts = [name for name, part in model.named_children() if hasattr(part, "base_model_prefix")]
+    if parts:
+        raise NotUnderstood(f"its encoder, {parts[0]}, is one part of a larger model")
+    raise NotUnderstood("its classifier has no encoder of its own")
 
 
 def _input_names(encoder: nn.Module, modality: str) -> tuple[str, ...]:
