@@ -117,6 +117,17 @@ def test_adapters_of_classifiers_mean_what_peft_makes_of_them(
                 assert torch.allclose(row, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", [-1, 15, 32000])
+def test_padding_that_is_no_token_counts_as_none(llama: TinyModels, padding: int) -> None:
+    file = llama.base / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token_id": padding}))
+    family = family_of(llama.base)
+    ids, mask = family.collate(llama.base, ["red green blue", "house"])
+    embeddings = family.embed(family.load(llama.base), ids, mask)
+    (alone,) = family.embed(family.load(llama.base), ids[1:, :3], mask[1:, :3])
+    assert torch.allclose(embeddings[1], alone, atol=1e-5)
+
+
 def test_the_end_of_a_text_pads_where_nothing_else_does(
     llama: TinyModels, caplog: pytest.LogCaptureFixture
 ) -> None:

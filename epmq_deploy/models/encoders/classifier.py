@@ -182,8 +182,7 @@ def load_encoder(
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    padding = getattr(config, "pad_token_id", None)
-    is_token = padding is None or padding in range(getattr(config, "vocab_size", 0))
+    padding, is_token = getattr(config, "pad_token_id", None), padding_is_token(config)
     if not is_token:
         # Embeddings take it only as the row that is not trained.
         config.pad_token_id = None
@@ -206,5 +205,14 @@ def load_encoder(
 
 def _counts_from_padding(model: nn.Module) -> bool:
     """Tell whether a model numbers positions from its padding token on, as RoBERTa does."""
-    others = (module for module in model.modules() if not isinstance(module, nn.Embedding))
-    return any("padding_idx" in vars(module) for module in others)
+    # Decoders note it on the model itself, for their table of tokens alone.
+    inside = (module for module in model.modules() if module is not model)
+    return any(
+        "padding_idx" in vars(module) for module in inside if not isinstance(module, nn.Embedding)
+    )
+
+
+def padding_is_token(config: Any) -> bool:
+    """Tell whether the padding that a config of ``transformers`` names, if any, is a token."""
+    padding = getattr(config, "pad_token_id", None)
+    return padding is None or padding in range(getattr(config, "vocab_size", 0))

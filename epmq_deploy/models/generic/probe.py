@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.compat import classifier_modalities
+from epmq_deploy.models.encoders.classifier import padding_is_token
 from epmq_deploy.models.text_inputs import example_texts
 
 _BUILDERS = {
@@ -125,6 +126,8 @@ def build(config: Mapping[str, Any], modality: str) -> Any:
         settings.num_labels = _CLASSES
         # Nothing is generated: what a decoder remembers of a text would be in the way.
         settings.use_cache = False
+        if not padding_is_token(settings):
+            settings.pad_token_id = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             builder = getattr(transformers, _BUILDERS[modality])
