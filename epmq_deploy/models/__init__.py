@@ -13,9 +13,10 @@ from pathlib import Path
 
 from epmq_deploy.checkpoints.files import usable_settings
 from epmq_deploy.checkpoints.model_folder import ModelFolder
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.blocks import Block, Group
-from epmq_deploy.models.decoder_use import is_classifier
+from epmq_deploy.models.decoder_use import classifies, is_classifier
 from epmq_deploy.models.deployable import Deployable, MultiTaskModel
 from epmq_deploy.models.generic.family import generic_family
 from epmq_deploy.models.head import TaskHead
@@ -60,10 +61,19 @@ def family_of(folder: Path, experts: Collection[ModelFolder] = ()) -> ModelFamil
     config = read_config(folder)
     with usable_settings(folder):
         for family in families():
-            if family.recognises(config):
-                writes = isinstance(family, TextGenerationFamily) and family.encoder_decoder is None
-                if writes and is_classifier(ModelFolder.at(folder), config, experts):
-                    break
+            if not family.recognises(config):
+                continue
+            if not isinstance(family, TextGenerationFamily):
                 return family
+            if family.encoder_decoder is None:
+                if is_classifier(ModelFolder.at(folder), config, experts):
+                    break
+            elif any(map(classifies, experts)):
+                raise RecipeError(
+                    f"{folder}: its experts are classifiers of texts, but models of the "
+                    f"{family.name} family are taken to generate texts; fine-tune them to answer "
+                    "in text"
+                )
+            return family
         model_type_of(folder, config)
         return generic_family(folder, experts)

@@ -5,7 +5,7 @@ from typing import Any
 
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.checkpoints.tensors import stored_tensors
-from epmq_deploy.errors import EpmqError
+from epmq_deploy.errors import EpmqError, RecipeError
 
 
 def is_classifier(
@@ -17,16 +17,25 @@ def is_classifier(
         folder: of the base, or of what was made from it.
         config: its ``config.json``.
         experts: their folders, where they are known.
+
+    Raises:
+        RecipeError: the experts write texts, and the base cannot.
     """
-    if any(_classifies(expert) for expert in experts):
+    if any(classifies(expert) for expert in experts):
         return True
-    if config.get("architectures"):
-        return not _named(config, "ForCausalLM")
     names = _tensor_names(folder)
-    return bool(names) and not any(name.startswith("model.") for name in names)
+    bare = bool(names) and not any(name.startswith("model.") for name in names)
+    if config.get("architectures"):
+        bare = not _named(config, "ForCausalLM")
+    if bare and any(_named(expert.config or {}, "ForCausalLM") for expert in experts):
+        raise RecipeError(
+            f"{folder.path}: a decoder without the output layer that its experts write with; give "
+            "the base as it was before fine-tuning, with that layer"
+        )
+    return bare
 
 
-def _classifies(expert: ModelFolder) -> bool:
+def classifies(expert: ModelFolder) -> bool:
     """Tell whether an expert is a classifier, by its config or by the layer that gives logits."""
     if _named(expert.config or {}, "ForSequenceClassification"):
         return True

@@ -12,8 +12,16 @@ from command_line import run
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny_families import ARCHITECTURES, FAMILY_TASKS, TinyModels, build_tiny_models
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.models.generic.family import GenericFamily
@@ -115,6 +123,29 @@ def test_adapters_of_classifiers_mean_what_peft_makes_of_them(
             for row, ids, mask in zip(actual, *inputs, strict=True):
                 expected = model.eval()(input_ids=ids[None, : mask.sum()]).logits[0]
                 assert torch.allclose(row, expected, atol=1e-5)
+
+
+def test_a_bare_base_of_experts_that_write_is_refused(llama: TinyModels) -> None:
+    for task in FAMILY_TASKS:
+        config = AutoConfig.from_pretrained(llama.expert(task))
+        AutoModelForCausalLM.from_config(config).save_pretrained(llama.expert(task))
+    with pytest.raises(RecipeError, match="a decoder without the output layer that its experts"):
+        open_sources(load_recipe(llama.recipe))
+
+
+def test_classifiers_on_an_encoder_decoder_are_refused(llama: TinyModels) -> None:
+    config = T5Config(
+        vocab_size=15,
+        d_model=8,
+        d_kv=4,
+        d_ff=8,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(llama.base)
+    with pytest.raises(RecipeError, match="experts are classifiers of texts, but models of the t5"):
+        open_sources(load_recipe(llama.recipe))
 
 
 @pytest.mark.parametrize("padding", [-1, 15, 32000])

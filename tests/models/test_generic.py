@@ -74,6 +74,12 @@ def test_heads_and_lengths_are_found(tmp_path: Path) -> None:
     assert not image.reads_one_token
 
 
+def test_experts_of_another_model_type_are_said_to_be(tmp_path: Path) -> None:
+    family = family_of(built(tmp_path, "mpnet").base)
+    problems = family.config_problems({"model_type": "mpnet", "vocab_size": 3}, {"model_type": "x"})
+    assert problems == ["model_type is 'x' in its config.json, the base has 'mpnet'"]
+
+
 def test_groups_that_other_tokens_reach_are_not_pooled(tmp_path: Path) -> None:
     models = built(tmp_path, "ijepa")
     family = family_of(models.base)

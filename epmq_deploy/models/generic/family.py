@@ -20,7 +20,7 @@ from epmq_deploy.models.generic.head_settings import adopted_settings
 from epmq_deploy.models.generic.pooling import POOLINGS, as_tokens, last_token, real_tokens
 from epmq_deploy.models.generic.preparation import prepare, runs_in_bfloat16
 from epmq_deploy.models.generic.tracing import find_blocks
-from epmq_deploy.models.loading import read_config
+from epmq_deploy.models.loading import config_differences, read_config
 from epmq_deploy.models.text_inputs import example_texts
 from epmq_deploy.models.tokens import TokenWeights
 
@@ -108,6 +108,11 @@ class GenericFamily(ClassifierFamily):
         )
         self.input_names = self._anatomy.input_names
         self.reads_one_token = self._anatomy.pooling in ("first", "last")
+
+    def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
+        """Compare model types, then the keys of ``architecture``."""
+        found = config_differences(("model_type",), base, expert)
+        return found or super().config_problems(base, expert)
 
     def is_deployed(self, key: str) -> bool:
         """Whether it is a parameter of the encoder."""
