@@ -13,6 +13,7 @@ from epmq_deploy.artifacts.names import EVAL_FILE, MANIFEST
 from epmq_deploy.artifacts.space import explaining_full_disk
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
+from epmq_deploy.models.problem_types import EMBEDDING, TOKEN
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import Recipe
 from epmq_deploy.runtime.evaluation.evaluate import measure
@@ -20,6 +21,9 @@ from epmq_deploy.runtime.evaluation.report import EvalReport
 from epmq_deploy.runtime.report.json_report import report_dict
 from epmq_deploy.runtime.report.markdown import markdown_table
 from epmq_deploy.runtime.report.page import html_page
+
+# What the hub calls tasks that are neither text nor image classification.
+_ON_HUB = {TOKEN: "token-classification", EMBEDDING: "sentence-similarity"}
 
 
 def evaluate(
@@ -69,13 +73,19 @@ def write_report(report: EvalReport, file: Path) -> None:
     atomic_text(page, html_page(report))
     folder = file.parent
     if file.name == EVAL_FILE and (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder, "export")
         evaluation = Evaluation(
             table,
             family_of(folder).task_type,
             {row.name: row.accuracy for row in report.rows if row.files},
             report.hub_metrics,
+            {
+                task: _ON_HUB[kind]
+                for task, kind in manifest.details.problem_types.items()
+                if kind in _ON_HUB
+            },
         )
-        write_card(folder, read_manifest(folder, "export"), evaluation)
+        write_card(folder, manifest, evaluation)
 
 
 def views_of(file: Path) -> tuple[Path, Path]:

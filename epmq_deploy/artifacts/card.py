@@ -1,7 +1,7 @@
 """Model cards: the ``README.md`` of a stage's folder, as the Hugging Face hub reads it."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,18 @@ class Evaluation:
 
     Attributes:
         text: Markdown to show.
-        kind: of the tasks, as the hub names them (``image-classification``).
+        kind: of the tasks, as the hub names it (``image-classification``).
         scores: percent by graph's name and task.
         metrics: by task, the metric as the hub names it (``spearmanr``); accuracy where none is
             given.
+        kinds: of tasks of another kind, by name.
     """
 
     text: str
     kind: str
     scores: Mapping[str, Mapping[str, float]]
     metrics: Mapping[str, str]
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 def model_card(
@@ -164,7 +166,7 @@ def _results(recipe: Recipe, evaluation: Evaluation) -> list[EvalResult]:
             source = recipe.tasks[task].evaluation
             results.append(
                 EvalResult(
-                    task_type=evaluation.kind,
+                    task_type=evaluation.kinds.get(task, evaluation.kind),
                     dataset_type=task if source is None else _shown(source.path),
                     dataset_name=task,
                     dataset_split=None if source is None else source.split,

@@ -20,6 +20,7 @@ from epmq_deploy.calibration.activations import (
 )
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.models import Block, ModelFamily
+from epmq_deploy.models.token_batch import tokens_read
 from epmq_deploy.models.tokens import TokenWeights, weights_of_runs
 
 # Per task, a function that yields batches of model inputs.
@@ -164,7 +165,10 @@ class BlockRunner:
         inputs: tuple[Tensor, ...],
     ) -> list[CalibrationBatch]:
         """Return a batch of inputs at the entrance of a block, one for each of its repeats."""
-        tokens = {name: self._family.tokens(*inputs, stream=name) for name in self._streams}
+        tokens = {
+            name: tokens_read(self._family.tokens(*inputs, stream=name), inputs)
+            for name in self._streams
+        }
         of_student = self._captured_in(student, block, inputs)
         of_expert: Sequence[BlockBatch | None] = [None] * block.repeats
         if expert is not None:

@@ -12,6 +12,7 @@ from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG
 from epmq_deploy.checkpoints.files import (
     CONFIG_FILE,
     PREPROCESSOR_FILE,
+    read_json,
     read_json_if_there,
     setting_files,
 )
@@ -171,6 +172,17 @@ class ModelFolder:
             RecipeError: it is not a JSON object, or describes an unsupported model.
         """
         return self.layout.config(self.path)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is said of the model: its config, or that of an adapter; empty without either.
+
+        Raises:
+            RecipeError: see ``config``.
+        """
+        if self.config is None and (self.path / ADAPTER_CONFIG).is_file():
+            return read_json(self.path / ADAPTER_CONFIG)
+        return self.config or {}
 
     @cached_property
     def preprocessor_config(self) -> dict[str, Any] | None:

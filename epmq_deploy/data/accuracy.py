@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.predictions import features_of
+from epmq_deploy.models.token_batch import on_device
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> int:
@@ -39,7 +41,7 @@ def torch_accuracy(
 
 
 def embeddings(model: nn.Module, family: ModelFamily, inputs: tuple[Tensor, ...]) -> Tensor:
-    """Return features ``[n, D]`` of one batch, computed where the model is, returned on the CPU."""
+    """Return what heads take of one batch, computed where the model is, returned on the CPU."""
     device = next(model.parameters()).device
     with torch.inference_mode():
-        return family.embed(model, *(value.to(device) for value in inputs)).cpu()
+        return features_of(family, model, on_device(inputs, device)).cpu()

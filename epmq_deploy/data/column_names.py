@@ -26,6 +26,11 @@ _PAIRS = (
     ("text1", "text2"),
     ("text_a", "text_b"),
 )
+_WORDS = ("tokens", "words")
+# The first that is there: data sets that label words in several ways are mostly for entities.
+_WORD_LABELS = ("ner_tags", "tags", "labels", "ner", "pos_tags", "chunk_tags")
+# How similar, or how relevant to each other, the texts of a pair are.
+_SCORES = ("score", "similarity_score", "similarity", "relevance", "labels")
 _LABELS = ("labels", "label_id", "label_ids", "target", "class", "coarse_label", "fine_label")
 
 
@@ -65,6 +70,59 @@ def input_columns(rows: Any, source: DataSource, modality: str, where: str) -> t
         f"{where} has no column {modality!r}; it has {', '.join(names)}; name the one with the "
         "inputs as input_column"
     )
+
+
+def word_columns(names: Sequence[str], source: DataSource, where: str) -> tuple[str, str | None]:
+    """Return the columns that hold lists of words, and of their labels.
+
+    Args:
+        names: of the columns.
+        source: where they came from.
+        where: what to call the data in messages.
+
+    Raises:
+        RecipeError: the column of words is missing, or two columns are given.
+    """
+    if source.input_columns is not None:
+        raise RecipeError(f"{where}: input_columns is for pairs of texts, not for labels of words")
+    words = source.input_column or next((name for name in _WORDS if name in names), _WORDS[0])
+    if words not in names:
+        raise RecipeError(
+            f"{where} has no column {words!r}; it has {', '.join(names)}; name the one with lists "
+            "of words as input_column"
+        )
+    labels = source.label_column
+    if labels == LABEL_COLUMN and LABEL_COLUMN not in names:
+        labels = next((name for name in _WORD_LABELS if name in names), labels)
+        log.info("%s: taking %r for the words, %r for their labels", where, words, labels)
+    return words, labels
+
+
+def compared_columns(
+    rows: Any, source: DataSource, where: str
+) -> tuple[tuple[str, ...], str | None]:
+    """Return the columns of texts to embed, one or a pair, and the one that says how similar.
+
+    Args:
+        rows: a ``datasets.Dataset``.
+        source: where the rows came from.
+        where: what to call the data in messages.
+
+    Raises:
+        RecipeError: a column is missing, or none or several can be meant.
+    """
+    names = rows.column_names
+    pairs = [pair for pair in _PAIRS if set(pair) <= set(names)]
+    if source.input_column is None and source.input_columns is None and len(pairs) == 1:
+        log.info("%s: taking %s for the texts that are compared", where, " and ".join(pairs[0]))
+        texts: tuple[str, ...] = pairs[0]
+    else:
+        texts = input_columns(rows, source, "text", where)
+    scores = [name for name in _SCORES if name in names]
+    if source.label_column != LABEL_COLUMN or LABEL_COLUMN in names or len(scores) != 1:
+        return texts, source.label_column
+    log.info("%s: no column %r, taking %r", where, LABEL_COLUMN, scores[0])
+    return texts, scores[0]
 
 
 def label_column(names: Sequence[str], source: DataSource, where: str) -> str | None:

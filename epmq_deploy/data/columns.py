@@ -65,6 +65,25 @@ def _stores_images(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in _BYTES | _TEXTS
 
 
+def check_words(rows: Any, column: str, where: str) -> None:
+    """Make sure that a column holds a list of words in every row.
+
+    Raises:
+        RecipeError: it does not; names the first row without one.
+    """
+    feature = rows.features[column]
+    held = getattr(feature, "feature", None)
+    if getattr(held, "dtype", None) not in _TEXTS:
+        raise RecipeError(
+            f"{where}: column {column!r} holds {feature}, expected lists of words, as labels of "
+            "words need"
+        )
+    for row, words in enumerate(rows.select_columns([column])[column]):
+        if words is None or None in words:
+            missing = "nothing" if words is None else "a word that is null"
+            raise RecipeError(f"{where}: row {row} holds {missing} in column {column!r}")
+
+
 def check_texts(rows: Any, column: str, where: str) -> None:
     """Make sure that a column holds a text in every row.
 

@@ -3,6 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from torch import Tensor
 from epmq_deploy.artifacts.manifest import fingerprint
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.model_folder import ModelFolder
+from epmq_deploy.checkpoints.sentence_transformer import MODULES
 from epmq_deploy.data.class_labels import UNNAMED, HeadClasses, listed
+from epmq_deploy.data.embedding_heads import embedding_head, embedding_settings
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError
 from epmq_deploy.hashing import file_sha256
-from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models import ModelFamily, TaskHead, problem_types
+from epmq_deploy.models.embedding_head import EmbeddingHead
 from epmq_deploy.models.experts import Sources
-from epmq_deploy.models.problem_types import SINGLE_LABEL, problem_type
+from epmq_deploy.models.pooling import EmbeddingSettings
+from epmq_deploy.models.problem_types import EMBEDDING, SINGLE_LABEL, TOKEN
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Task
@@ -148,6 +153,68 @@ def leaves_head_to_expert(task: Task, family: ModelFamily) -> bool:
     return family.experts_carry_heads if task.head is None else task.head.from_expert
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a task's head reads texts, where it reads more than the family's embedding.
+
+    Attributes:
+        words: whether it labels each word.
+        embedding: how it embeds whole texts; None where it does not.
+    """
+
+    words: bool = False
+    embedding: EmbeddingSettings | None = None
+
+    @classmethod
+    def of_head(cls, head: TaskHead | None) -> "Reading":
+        """Return how a head reads."""
+        if isinstance(head, EmbeddingHead):
+            return cls(embedding=head.settings)
+        return cls(words=head is not None and head.problem_type == TOKEN)
+
+    @classmethod
+    def of_task(cls, task: Task, family: ModelFamily) -> "Reading":
+        """Return how a task's head reads, as far as the recipe and the expert's settings say.
+
+        Where the expert is not there any more, the recipe alone counts.
+
+        Raises:
+            RecipeError: the expert embeds texts in a way that is not supported, or the family has
+                no such heads.
+        """
+        given = None if task.head is None else task.head.problem_type
+        reading = cls(words=given == TOKEN)
+        asks_expert = family.reads_tokens and leaves_head_to_expert(task, family)
+        if asks_expert and given in (None, EMBEDDING):
+            try:
+                source = ModelFolder.open(task.expert, task.adapter)
+            except RecipeError as error:
+                log.info("%s; its head is taken for one of whole texts", error)
+                return reading
+            reading = cls(words=given is None and problem_types.labels_words(source.settings))
+            if not reading.words and (given == EMBEDDING or not _is_classifier(source)):
+                reading = cls(embedding=embedding_settings(source.path))
+        if given == EMBEDDING and reading.embedding is None:
+            raise RecipeError(
+                f"{task.expert}: no {MODULES}, which says how tokens are pooled; save the expert "
+                "with sentence-transformers"
+            )
+        if reading != cls() and not family.reads_tokens:
+            kind = TOKEN if reading.words else EMBEDDING
+            raise RecipeError(f"models of the {family.name} family have no heads for {kind}")
+        return reading
+
+
+# What the family's embedding is all of.
+PLAIN = Reading()
+
+
+def _is_classifier(source: ModelFolder) -> bool:
+    """Whether settings say that a checkpoint holds a classifier."""
+    names = problem_types.architectures(source.settings)
+    return any(name.endswith("Classification") for name in names)
+
+
 def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | None:
     """Return the head in the expert's checkpoint; None where the recipe gives another.
 
@@ -165,9 +232,11 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
         return None
     source = ModelFolder.open(task.expert, task.adapter)
     opened = Checkpoint.open(ModelFolder.at(base), family.canonical_key, is_known=family.is_known)
-    head = family.expert_head(
-        Checkpoint.open_expert(source, opened, family.canonical_key, is_known=family.is_known)
-    )
+    expert = Checkpoint.open_expert(source, opened, family.canonical_key, is_known=family.is_known)
+    reading = Reading.of_task(task, family)
+    if reading.embedding is not None:
+        return embedding_head(source.path)
+    head = family.expert_word_head(expert) if reading.words else family.expert_head(expert)
     if head is None and task.head is not None:
         raise RecipeError(
             f"{source.path} holds no head of the {family.name} family; give head.classes or "
@@ -175,7 +244,7 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
         )
     if head is not None:
         given = None if task.head is None else task.head.problem_type
-        head.problem_type = problem_type(given, source.config or {}, head.classes)
+        head.problem_type = problem_types.problem_type(given, source.settings, head.classes)
     return head
 
 
@@ -190,7 +259,10 @@ def head_classes(task: Task, head: TaskHead | None) -> HeadClasses:
         head: the head; None where it is not built yet.
     """
     given = task.head
-    kind = SINGLE_LABEL if head is None else head.problem_type
+    kind = given.problem_type if given is not None and head is None else None
+    kind = kind or (SINGLE_LABEL if head is None else head.problem_type)
+    if kind == EMBEDDING:
+        return HeadClasses(problem_type=kind)
     if given is not None and given.classes is not None:
         return HeadClasses(len(given.classes), given.classes, kind)
     count = None if head is None else head.classes
@@ -237,7 +309,8 @@ def _build(task: Task, family: ModelFamily, folder: Path, device: torch.device) 
         )
     assert task.head.matrix is not None, "the recipe checks that one kind is given"
     head = TaskHead(_read_matrix(task.head.matrix))
-    head.problem_type = problem_type(task.head.problem_type, {}, head.classes)
+    Reading.of_task(task, family)
+    head.problem_type = problem_types.problem_type(task.head.problem_type, {}, head.classes)
     return head
 
 
@@ -260,15 +333,18 @@ def save_heads(folder: Path, heads: Mapping[str, TaskHead]) -> None:
         for task, head in heads.items()
         for part, tensor in head.state_dict().items()
     }
-    metadata: dict[str, str] = {task: head.activation for task, head in heads.items()}
+    embedding = {task: head for task, head in heads.items() if isinstance(head, EmbeddingHead)}
+    others = {task: head for task, head in heads.items() if task not in embedding}
+    metadata = {f"{task}.{EMBEDDING}": head.as_text() for task, head in embedding.items()}
+    metadata |= {task: head.activation for task, head in others.items()}
     metadata |= {
         f"{task}.{_PROBLEM_TYPE}": head.problem_type
-        for task, head in heads.items()
+        for task, head in others.items()
         if head.problem_type != SINGLE_LABEL
     }
     metadata |= {
         f"{task}.{_NORM_EPSILON}": repr(head.norm_epsilon)
-        for task, head in heads.items()
+        for task, head in others.items()
         if head.norm_weight is not None
     }
     save_file(tensors, folder / HEADS_FILE, metadata=metadata)
@@ -282,7 +358,13 @@ def load_heads(folder: Path) -> dict[str, TaskHead]:
         for name in handle.keys():  # noqa: SIM118 - no mapping
             task, _, part = name.partition(".")
             parts.setdefault(task, {})[part] = handle.get_tensor(name)
-    return {
+    embedding = {
+        task: EmbeddingHead.stored(parts.pop(task, {}), text)
+        for key, text in metadata.items()
+        for task, _, part in [key.partition(".")]
+        if part == EMBEDDING
+    }
+    return embedding | {
         task: TaskHead.of_tensors(
             tensors,
             metadata[task],

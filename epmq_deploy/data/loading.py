@@ -7,14 +7,21 @@ from pathlib import Path
 
 from epmq_deploy.artifacts.manifest import fingerprint
 from epmq_deploy.checkpoints.hub import hub_id
-from epmq_deploy.data.column_names import input_columns, label_column, with_fields
-from epmq_deploy.data.columns import check_texts, with_images
+from epmq_deploy.data.column_names import (
+    compared_columns,
+    input_columns,
+    label_column,
+    with_fields,
+    word_columns,
+)
+from epmq_deploy.data.columns import check_texts, check_words, with_images
 from epmq_deploy.data.files import files_below
+from epmq_deploy.data.heads import PLAIN, Reading
 from epmq_deploy.data.image_samples import ImageSamples
 from epmq_deploy.data.preflight import check_images
 from epmq_deploy.data.prompts import PromptFormat
 from epmq_deploy.data.rows import load_rows
-from epmq_deploy.data.samples import Samples, TextSamples, batches
+from epmq_deploy.data.samples import EmbeddingSamples, Samples, TextSamples, WordSamples, batches
 from epmq_deploy.errors import EpmqError, RecipeError, problems_of
 from epmq_deploy.hashing import file_sha256, files_sha256
 from epmq_deploy.models import ModelFamily
@@ -34,6 +41,7 @@ def load_samples(
     limit: int | None = None,
     seed: int = 0,
     labelled: bool = True,
+    reading: Reading = PLAIN,
 ) -> Samples:
     """Load a data source and choose samples.
 
@@ -45,6 +53,7 @@ def load_samples(
         limit: take at most this many, chosen at random; None takes all in order.
         seed: of that choice.
         labelled: whether text generation needs answers; see ``PromptFormat.of``.
+        reading: how the task's head reads texts.
 
     Raises:
         RecipeError: the data cannot be loaded, holds nothing or lacks a column.
@@ -78,6 +87,17 @@ def load_samples(
         return TextSamples(task, rows, chosen, source, (column,), prompt_format)
     if prompt is not None:
         raise RecipeError(f"{where}: prompt is for text-generation models, not for classifiers")
+    if reading.embedding is not None:
+        columns, scores = compared_columns(rows, source, where)
+        for column in columns:
+            check_texts(rows, column, where)
+        source = source.model_copy(update={"label_column": scores})
+        return EmbeddingSamples(task, rows, chosen, source, columns, reading.embedding)
+    if reading.words:
+        column, labels = word_columns(rows.column_names, source, where)
+        check_words(rows, column, where)
+        source = source.model_copy(update={"label_column": labels})
+        return WordSamples(task, rows, chosen, source, (column,))
     columns = input_columns(rows, source, family.modality, where)
     labels = label_column(rows.column_names, source, where)
     source = source.model_copy(update={"label_column": labels})
@@ -127,7 +147,14 @@ def load_calibration(
             continue
         try:
             chosen = load_samples(
-                name, source, family, prompt=task.prompt, limit=limit, seed=seed, labelled=False
+                name,
+                source,
+                family,
+                prompt=task.prompt,
+                limit=limit,
+                seed=seed,
+                labelled=False,
+                reading=Reading.of_task(task, family),
             )
             check_images(chosen, preflight)
             if isinstance(chosen, TextSamples) and chosen.lacks_labels:

@@ -1,5 +1,6 @@
 """The samples of a task, decoded when asked for, and batches of model inputs."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from epmq_deploy.data.class_labels import ClassLabels, HeadClasses, class_labels
 from epmq_deploy.data.prompts import PromptFormat
 from epmq_deploy.errors import NumericsError, RecipeError
 from epmq_deploy.models.inputs import ModelInputs
+from epmq_deploy.models.pooling import EmbeddingSettings
 from epmq_deploy.models.text_generation.base import TextPair
+from epmq_deploy.models.token_batch import TextToEmbed, Words
 from epmq_deploy.recipe import SAME_AS_HEAD, DataSource
 
 
@@ -76,6 +79,25 @@ class Samples:
             )
         return list(self.rows.select(list(self.indices)).select_columns([column])[column])
 
+    def values(self, purpose: str) -> list[float]:
+        """Return the labels as numbers.
+
+        Args:
+            purpose: what they are, for messages.
+
+        Raises:
+            RecipeError: no such column, or it holds something else.
+        """
+        where = f"task {self.task!r}: {self.source.path}: column {self.source.label_column!r}"
+        stored = self.label_values()
+        for value, row in zip(stored, self.indices, strict=True):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value):
+                raise RecipeError(
+                    f"{where} must hold numbers for {purpose}, row {row} holds {value!r}"
+                )
+        return [float(value) for value in stored]
+
     def labels(self, head: HeadClasses | None = None) -> ClassLabels:
         """Return the labels as class numbers of a head.
 
@@ -90,6 +112,48 @@ class Samples:
         labels = class_labels(values, self.indices, self.class_names, head or HeadClasses(), where)
         said = self.source.label_names is not None
         return ClassLabels(labels.numbers) if said else labels
+
+
+@dataclass(frozen=True)
+class WordSamples(Samples):
+    """Samples of a task that labels words: lists of words, and of their labels."""
+
+    def inputs(self, start: int, stop: int) -> list[Any]:
+        """Return the ``Words`` of samples ``start`` to ``stop``."""
+        return [Words(tuple(words)) for words in super().inputs(start, stop)]
+
+
+@dataclass(frozen=True)
+class EmbeddingSamples(Samples):
+    """Samples of a task that embeds texts: single texts, or pairs that are compared.
+
+    Attributes:
+        settings: how texts are embedded.
+    """
+
+    settings: EmbeddingSettings
+
+    def inputs(self, start: int, stop: int) -> list[Any]:
+        """Return the texts of samples ``start`` to ``stop``; of a pair, one after the other."""
+        rows = super().inputs(start, stop)
+        texts = [text for pair in rows for text in pair] if len(self.columns) > 1 else rows
+        return [TextToEmbed(text, self.settings) for text in texts]
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """Return all pairs of texts."""
+        return super().inputs(0, len(self))
+
+    def relevance(self) -> list[float]:
+        """Return how similar, or how relevant, the texts of each pair are to each other.
+
+        1 for every pair where the data are said to have no such column.
+
+        Raises:
+            RecipeError: the column is missing or holds something else than numbers.
+        """
+        if self.source.label_column is None:
+            return [1.0] * len(self)
+        return self.values("similarities")
 
 
 @dataclass(frozen=True)

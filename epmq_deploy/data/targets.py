@@ -1,17 +1,17 @@
 """What a head should predict for a task's samples: a class, a set of labels, or a value."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from epmq_deploy.data.class_labels import HeadClasses, class_labels, match_classes
-from epmq_deploy.data.samples import Samples
+from epmq_deploy.data.samples import EmbeddingSamples, Samples
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKEN
 
 # As many times the share of equally frequent classes are uneven.
 _UNEVEN = 1.5
@@ -23,7 +23,7 @@ class Targets:
 
     Attributes:
         values: class numbers int64 ``[n]``, labels int64 ``[n, C]`` of 0 and 1, or values float64
-            ``[n]``, by the head's problem type.
+            ``[n]``, by the head's problem type; of words, an int64 array for each sample, ``[n]``.
         assumption: what was assumed because names are missing; empty where nothing was.
     """
 
@@ -45,11 +45,11 @@ def targets_of(samples: Samples, head: HeadClasses) -> Targets:
             f"is for {head.problem_type}; give label_column, or head.problem_type"
         )
     if head.problem_type == REGRESSION:
-        values = [
-            _value(value, row, samples)
-            for value, row in zip(samples.label_values(), samples.indices, strict=True)
-        ]
-        return Targets(np.array(values, dtype=np.float64))
+        return Targets(np.array(samples.values("a regression head"), dtype=np.float64))
+    if isinstance(samples, EmbeddingSamples):
+        return Targets(np.array(samples.relevance(), dtype=np.float64))
+    if head.problem_type == TOKEN:
+        return _word_labels(samples, head)
     labels = samples.labels(head)
     return Targets(np.array(labels.numbers, dtype=np.int64), labels.assumption)
 
@@ -116,6 +116,42 @@ def _label_sets(samples: Samples, head: HeadClasses) -> Targets:
     return Targets(labels, found.assumption)
 
 
+def _word_labels(samples: Samples, head: HeadClasses) -> Targets:
+    """Return the class of every word, ``[n]`` arrays."""
+    where = f"task {samples.task!r}: {samples.source.path}"
+    column = samples.source.label_column
+    lists = samples.label_values()
+    sizes = [len(sample.words) for sample in samples.inputs(0, len(samples))]
+    for labels, size, row in zip(lists, sizes, samples.indices, strict=True):
+        if not isinstance(labels, list) or len(labels) != size:
+            held = f"{len(labels)} labels" if isinstance(labels, list) else repr(labels)
+            raise RecipeError(
+                f"{where}: column {column!r} must hold a label for each word, row {row} holds "
+                f"{held} for {size} words"
+            )
+    flat = [label for labels in lists for label in labels]
+    rows = np.repeat(samples.indices, sizes).tolist()
+    known = class_labels(flat, rows, samples.class_names, head, f"{where}: column {column!r}")
+    values = np.empty(len(sizes), dtype=object)
+    ends = np.cumsum(sizes)
+    for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+        values[number] = np.array(known.numbers[end - size : end], dtype=np.int64)
+    said = samples.source.label_names is not None
+    return Targets(values, "" if said else known.assumption)
+
+
+def of_words_read(targets: Targets, numbers: Iterable[Tensor]) -> npt.NDArray[np.int64]:
+    """Return the classes of the words that models read, ``[m]``, in the order they predict them.
+
+    Args:
+        targets: of a task that labels words.
+        numbers: of each sample's words that are read.
+    """
+    return np.concatenate(
+        [labels[read.cpu().numpy()] for labels, read in zip(targets.values, numbers, strict=True)]
+    )
+
+
 def _are_flags(sets: Sequence[Sequence[Any]], count: int) -> bool:
     """Whether every list holds 0 or 1 for each label, rather than the labels that apply."""
     return all(
@@ -128,14 +164,3 @@ def _flag(value: Any, row: int, where: str) -> int:
     if isinstance(value, str) or value not in (0, 1):
         raise RecipeError(f"{where} must hold 0 or 1, row {row} holds {value!r}")
     return int(value)
-
-
-def _value(value: Any, row: int, samples: Samples) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value):
-        raise RecipeError(
-            f"task {samples.task!r}: {samples.source.path}: column "
-            f"{samples.source.label_column!r} must hold numbers for a regression head, row {row} "
-            f"holds {value!r}"
-        )
-    return float(value)

@@ -17,15 +17,20 @@ from epmq_deploy.data.pseudo_labels import (
     with_pseudo_labels,
 )
 from epmq_deploy.data.samples import Samples, batches
-from epmq_deploy.data.targets import targets_of
-from epmq_deploy.errors import MismatchError
+from epmq_deploy.data.targets import of_words_read, targets_of
+from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone, Sources
-from epmq_deploy.models.predictions import PredictedLogits, predict_logits
+from epmq_deploy.models.predictions import PredictedLogits, features_of, predict_logits
+from epmq_deploy.models.problem_types import EMBEDDING, TOKEN
 from epmq_deploy.models.text_generation.base import generates_text
+from epmq_deploy.models.token_batch import on_device, words_read
 from epmq_deploy.options.merging import SampleNeed
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import Recipe
+
+# Samples tokenized at a time.
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class RecipeData:
     def batches(self, task: str, size: int) -> Iterator[tuple[Tensor, ...]]:
         """Yield a task's model inputs, at most ``size`` samples at a time, on the device."""
         for inputs in batches(self.samples[task], self.family, self.sources.base.folder, size):
-            yield tuple(value.to(self.experts.device) for value in inputs)
+            yield on_device(inputs, self.experts.device)
 
     def predictions(
         self, task: str, model: nn.Module, inputs: tuple[Tensor, ...]
@@ -72,7 +77,7 @@ class RecipeData:
         head = self.heads.get(task)
         if head is not None:
             head = head.to(self.experts.device)
-        return predict_logits(self.family, head, self.family.embed(model, *inputs), inputs)
+        return predict_logits(self.family, head, features_of(self.family, model, inputs), inputs)
 
     def targets(self, task: str) -> Tensor:
         """Return what the task's head should predict for its samples; see ``data.targets``.
@@ -80,7 +85,14 @@ class RecipeData:
         Raises:
             RecipeError: the data have no labels, or they are none of this head.
         """
-        return torch.from_numpy(targets_of(self.samples[task], self.classes[task]).values)
+        if self.classes[task].problem_type == EMBEDDING:
+            raise RecipeError(f"task {task!r} embeds texts, and no label says what is right")
+        targets = targets_of(self.samples[task], self.classes[task])
+        if self.classes[task].problem_type == TOKEN:
+            batches = self.batches(task, _BATCH)
+            read = [row for inputs in batches for row in words_read(inputs)]
+            return torch.from_numpy(of_words_read(targets, read))
+        return torch.from_numpy(targets.values)
 
     def backbone(self) -> nn.Module:
         """Return a new model with the base's weights, float32, on the device."""

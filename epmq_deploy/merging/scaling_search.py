@@ -22,7 +22,7 @@ from epmq_deploy.merging.base import Merger
 from epmq_deploy.merging.data import RecipeData
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
 from epmq_deploy.models.predictions import PredictedLogits
-from epmq_deploy.models.problem_types import REGRESSION, entropy, negative_log_likelihood
+from epmq_deploy.models.problem_types import WITHOUT_CLASSES, entropy, negative_log_likelihood
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.options.merging import ScaledOptions
 
@@ -39,12 +39,13 @@ def check_objective(data: RecipeData, options: ScaledOptions) -> None:
             model that does not predict classes.
     """
     if options.search_objective == "entropy":
-        values = [task for task, head in data.heads.items() if head.problem_type == REGRESSION]
-        if values:
-            raise MismatchError(
-                "merge.search_objective: entropy",
-                [f"task {task!r} has a regression head, whose values have none" for task in values],
-            )
+        problems = [
+            f"task {task!r} has a head for {head.problem_type}, whose predictions have none"
+            for task, head in data.heads.items()
+            if head.problem_type in WITHOUT_CLASSES
+        ]
+        if problems:
+            raise MismatchError("merge.search_objective: entropy", problems)
     if options.search_objective != "labels":
         return
     subject = "merge.search_objective: labels"

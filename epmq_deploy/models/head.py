@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from epmq_deploy.models.problem_types import SINGLE_LABEL
+from epmq_deploy.models.problem_types import SINGLE_LABEL, TOKEN
 from epmq_deploy.recipe import ProblemType
 
 Activation = Literal["tanh", "relu", "gelu", "gelu_tanh", "silu"]
@@ -28,7 +28,7 @@ def embedding_width(embedding: Tensor) -> int:
 
 
 class TaskHead(nn.Module):
-    """Maps embeddings ``[B, D]`` to logits ``[B, C]``, float32.
+    """Maps embeddings ``[B, D]`` to logits ``[B, C]``, float32; of words, ``[B, T, D]`` likewise.
 
     Where a model classifies every token and takes the mean of that, as EuroBERT does, its embedding
     is all tokens, each with its share in the mean after its hidden state: ``[B, T, D + 1]``.
@@ -96,8 +96,11 @@ class TaskHead(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Return logits ``[B, C]`` of embeddings ``[B, D]`` or ``[B, T, D + 1]``."""
-        if embedding.dim() == 3:
+        """Return logits ``[B, C]`` of embeddings ``[B, D]`` or ``[B, T, D + 1]``.
+
+        Of words, ``[..., C]`` of hidden states ``[..., D]``.
+        """
+        if embedding.dim() == 3 and self.problem_type != TOKEN:
             tokens, shares = embedding[..., :-1], embedding[..., -1:]
             return (self._logits(tokens) * shares).sum(dim=1)
         return self._logits(embedding)

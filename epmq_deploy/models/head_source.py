@@ -18,16 +18,29 @@ class HeadSource(ABC):
     Attributes:
         name: of the family, for messages.
         experts_carry_heads: whether a task without ``head`` in the recipe takes its expert's.
+        reads_tokens: whether heads may read all tokens, to label words or embed texts.
         merges_text_tower: whether heads from class names differ between the merged model and its
             experts.
     """
 
     name: str
     experts_carry_heads: bool = False
+    reads_tokens: bool = False
     merges_text_tower: bool = False
 
     def expert_head(self, expert: Checkpoint) -> TaskHead | None:
         """Read the head that an expert's checkpoint holds; None where it holds none.
+
+        Args:
+            expert: opened with ``canonical_key``.
+
+        Raises:
+            RecipeError: a part of it is missing.
+        """
+        return None
+
+    def expert_word_head(self, expert: Checkpoint) -> TaskHead | None:
+        """Read the head of an expert that labels words; None where it holds none.
 
         Args:
             expert: opened with ``canonical_key``.

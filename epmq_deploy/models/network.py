@@ -46,6 +46,14 @@ class Network(ABC):
         """
         return TokenWeights()
 
+    def token_states(self, model: nn.Module, *inputs: Tensor) -> Tensor:
+        """Compute the last hidden state of every token, ``[batch, T, D]``."""
+        raise NotImplementedError("only where heads may read all tokens")
+
+    def pool(self, states: Tensor, *inputs: Tensor) -> Tensor:
+        """Return what ``embed`` computes from ``token_states`` and the same inputs."""
+        raise NotImplementedError("only where heads may read all tokens")
+
     def prediction_counts(self, *inputs: Tensor) -> Tensor:
         """Return how many rows of ``embed`` each sample has, int64 ``[batch]``, on the CPU."""
         return torch.ones(len(inputs[0]), dtype=torch.int64)

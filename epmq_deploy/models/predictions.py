@@ -1,19 +1,21 @@
 """Predicted logits of any model, the input of divergences, entropies and likelihoods.
 
-A classifier predicts one class per sample, through the task's head. A text-generation model
-predicts every token of the answer, through its output layer, after reading the tokens of the
-sample's answer before it ("teacher forcing"): several predictions per sample, none for padding.
+A classifier predicts one class per sample, or one per word, through the task's head. A
+text-generation model predicts every token of the answer, through its output layer, after reading
+the tokens of the sample's answer before it ("teacher forcing"): several predictions per sample,
+none for padding.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from epmq_deploy.models.base import ModelFamily
 from epmq_deploy.models.head import TaskHead
 from epmq_deploy.models.problem_types import SINGLE_LABEL
 from epmq_deploy.models.text_generation.base import generates_text
+from epmq_deploy.models.token_batch import TokenBatch
 from epmq_deploy.recipe import ProblemType
 
 
@@ -44,6 +46,19 @@ class PredictedLogits:
         return replace(self, logits=self.logits[first:last], counts=self.counts[start:stop])
 
 
+def features_of(family: ModelFamily, model: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+    """Compute what a task's head takes: embeddings ``[n, D]``; of words, ``[m, D]``.
+
+    Args:
+        family: the model's.
+        model: a backbone of the family.
+        inputs: of the task, on the model's device.
+    """
+    if isinstance(inputs, TokenBatch):
+        return inputs.features(family.token_states(model, *inputs))
+    return family.embed(model, *inputs)
+
+
 def predict_logits(
     family: ModelFamily, head: TaskHead | None, features: Tensor, inputs: tuple[Tensor, ...]
 ) -> PredictedLogits:
@@ -52,11 +67,13 @@ def predict_logits(
     Args:
         family: the model's.
         head: of the task, on the device of ``features``; None where the family generates text.
-        features: as ``family.embed`` returns them, float32.
+        features: as ``features_of`` returns them, float32.
         inputs: of the model, as ``family.input_names``.
     """
     assert generates_text(family) or head is not None, "classifiers predict through heads"
     counts = family.prediction_counts(*inputs)
+    if isinstance(inputs, TokenBatch):
+        counts = inputs.counts()
     if head is None:
         return PredictedLogits(features, counts)
     return PredictedLogits(head(features), counts, head.problem_type)

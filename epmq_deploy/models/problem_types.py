@@ -1,6 +1,7 @@
-"""What logits mean: one class of several, any number of labels, or a value.
+"""What logits mean: a class, any number of labels, a value, a class of each word, or an embedding.
 
-Names and defaults are those of ``transformers`` (``PreTrainedConfig.problem_type``).
+Names and defaults are those of ``transformers`` (``PreTrainedConfig.problem_type``); heads that
+label words or embed texts have none there, and are named here as on the Hugging Face hub.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,12 @@ from epmq_deploy.recipe import ProblemType
 SINGLE_LABEL: ProblemType = "single_label_classification"
 MULTI_LABEL: ProblemType = "multi_label_classification"
 REGRESSION: ProblemType = "regression"
+TOKEN: ProblemType = "token_classification"
+EMBEDDING: ProblemType = "feature_extraction"
+# Of these, one class of several is predicted.
+ONE_CLASS = (SINGLE_LABEL, TOKEN)
+WITHOUT_CLASSES = (REGRESSION, EMBEDDING)
+READING_TOKENS = (TOKEN, EMBEDDING)
 
 
 def problem_type(given: ProblemType | None, config: Mapping[str, Any], outputs: int) -> ProblemType:
@@ -29,13 +36,14 @@ def problem_type(given: ProblemType | None, config: Mapping[str, Any], outputs: 
     Raises:
         RecipeError: the config names an unknown type, or the head has the wrong number of logits.
     """
-    kind = given or config.get("problem_type") or (REGRESSION if outputs == 1 else SINGLE_LABEL)
+    kind = given or (TOKEN if labels_words(config) else config.get("problem_type"))
+    kind = kind or (REGRESSION if outputs == 1 else SINGLE_LABEL)
     if kind not in get_args(ProblemType):
         raise RecipeError(
             f"problem_type {kind!r} in its config.json is none of "
             f"{', '.join(get_args(ProblemType))}; give head.problem_type"
         )
-    if kind == SINGLE_LABEL and outputs == 1:
+    if kind in ONE_CLASS and outputs == 1:
         raise RecipeError(
             "its head has a single logit, which cannot tell classes apart; give "
             f"head.problem_type: {REGRESSION} for a value, {MULTI_LABEL} for yes or no"
@@ -45,17 +53,37 @@ def problem_type(given: ProblemType | None, config: Mapping[str, Any], outputs: 
     return kind
 
 
+def labels_words(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's settings say that its head labels each word.
+
+    Args:
+        config: ``config.json`` of a model, or the settings of an adapter.
+    """
+    return config.get("task_type") == "TOKEN_CLS" or any(
+        name.endswith("ForTokenClassification") for name in architectures(config)
+    )
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the names of the classes that a checkpoint says it was saved from."""
+    names = config.get("architectures")
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
 def divergence(logits: Tensor, expert_logits: Tensor, kind: ProblemType = SINGLE_LABEL) -> Tensor:
     """Return how far a model's predictions are from the expert's, ``[m]``.
 
     The KL divergence in nats; of independent labels, the sum of theirs; of values, half the squared
-    error, which is the KL divergence of Gaussians of variance 1.
+    error, which is the KL divergence of Gaussians of variance 1; of embeddings, 1 less the cosine
+    of their angle.
 
     Args:
         logits: the model's, ``[m, C]``.
         expert_logits: the expert's, ``[m, C]``.
         kind: what they mean.
     """
+    if kind == EMBEDDING:
+        return 1 - F.cosine_similarity(logits, expert_logits, dim=1)
     if kind == REGRESSION:
         return 0.5 * (logits - expert_logits).square().sum(dim=1)
     ours, theirs = (log_chances(values, kind) for values in (logits, expert_logits))
@@ -68,10 +96,10 @@ def entropy(logits: Tensor, kind: ProblemType = SINGLE_LABEL) -> Tensor:
     Of independent labels, the sum of theirs.
 
     Raises:
-        RecipeError: values have none.
+        RecipeError: values and embeddings have none.
     """
-    if kind == REGRESSION:
-        raise RecipeError("predictions of a regression head have no entropy")
+    if kind in WITHOUT_CLASSES:
+        raise RecipeError(f"predictions of a head for {kind} have no entropy")
     scores = log_chances(logits, kind)
     return -(scores.exp() * scores).flatten(1).sum(dim=1)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.inputs import ModelInputs
 from epmq_deploy.models.loading import read_config
 from epmq_deploy.models.shared_tokenizer import SharedTokenizer
+from epmq_deploy.models.token_batch import PooledBatch, TextToEmbed, WordBatch, Words
 from epmq_deploy.models.tokenizer import open_tokenizer
 
 log = logging.getLogger(__name__)
@@ -21,8 +23,23 @@ log = logging.getLogger(__name__)
 _EXAMPLE_TOKENS = 8
 
 
+@dataclass(frozen=True)
+class WordSpan:
+    """A word that the tokenizer finds in a text.
+
+    Attributes:
+        token: number of its first token.
+        start: its first character.
+        stop: the character after its last.
+    """
+
+    token: int
+    start: int
+    stop: int
+
+
 class TextInputs(ModelInputs):
-    """Texts, or pairs of texts, right-padded.
+    """Texts, pairs of texts, or texts as words, right-padded.
 
     A pair is one sequence, its parts told apart as the tokenizer does (separators, segments). Texts
     are padded to the longest of their batch and cut, of a pair the longer text first, at the
@@ -54,11 +71,15 @@ class TextInputs(ModelInputs):
 
         Args:
             folder: a model folder with a tokenizer.
-            samples: texts, or pairs of texts, not both.
+            samples: texts, pairs of texts, ``Words`` or ``TextToEmbed``; all of one kind.
 
         Raises:
             RecipeError: the tokenizer is missing or does not fit the model.
         """
+        if isinstance(samples[0], Words):
+            return self._collate_words(folder, samples)
+        if isinstance(samples[0], TextToEmbed):
+            return self._collate_to_embed(folder, samples)
         texts, seconds = list(samples), None
         if isinstance(texts[0], tuple):
             texts, seconds = map(list, zip(*texts, strict=True))
@@ -70,14 +91,77 @@ class TextInputs(ModelInputs):
             return_token_type_ids="token_type_ids" in self.input_names,
             return_tensors="pt",
         )
+        return self._tensors(batch)
+
+    def _collate_words(self, folder: Path, samples: Sequence[Words]) -> WordBatch:
+        """Turn texts that are split into words into a batch."""
+        batch = self._encode_words(folder, [list(sample.words) for sample in samples], split=True)
+        inputs = self._tensors(batch)
+        words = torch.full_like(inputs[0], -1)
+        for row in range(len(samples)):
+            for token, number in _first_tokens(batch.word_ids(row)):
+                words[row, token] = number
+        return WordBatch(inputs, words)
+
+    def _collate_to_embed(self, folder: Path, samples: Sequence[TextToEmbed]) -> PooledBatch:
+        """Turn texts into a batch, cut where the expert cuts them."""
+        settings, tokenizer = samples[0].settings, self.tokenizer(folder)
+        longest = min(settings.longest or tokenizer.model_max_length, tokenizer.model_max_length)
+        batch = tokenizer(
+            [sample.text for sample in samples],
+            padding=True,
+            truncation=True,
+            max_length=longest,
+            return_token_type_ids="token_type_ids" in self.input_names,
+            return_tensors="pt",
+        )
+        return PooledBatch(self._tensors(batch), batch["attention_mask"], settings)
+
+    def find_words(
+        self, folder: Path, texts: Sequence[str]
+    ) -> tuple[tuple[Tensor, ...], list[list[WordSpan]]]:
+        """Turn texts into a batch, and find the words in them, as far as the encoder reads them.
+
+        Args:
+            folder: a model folder with a tokenizer.
+            texts: not split.
+
+        Returns:
+            Model inputs as ``input_names``, and each text's words.
+        """
+        batch = self._encode_words(folder, list(texts), split=False)
+        spans = [
+            [
+                WordSpan(token, *batch.word_to_chars(row, number))
+                for token, number in _first_tokens(batch.word_ids(row))
+            ]
+            for row in range(len(texts))
+        ]
+        return self._tensors(batch), spans
+
+    def _encode_words(self, folder: Path, texts: Sequence[Any], *, split: bool) -> Any:
+        return self.tokenizer(folder, words=True)(
+            texts,
+            is_split_into_words=split,
+            padding=True,
+            truncation=True,
+            return_token_type_ids="token_type_ids" in self.input_names,
+            return_tensors="pt",
+        )
+
+    def _tensors(self, batch: Any) -> tuple[Tensor, ...]:
         return tuple(batch[name].to(torch.int64) for name in self.input_names)
 
     @uses_settings
-    def tokenizer(self, folder: Path) -> Any:
+    def tokenizer(self, folder: Path, *, words: bool = False) -> Any:
         """Return the folder's tokenizer, which cuts texts at the length the encoder takes.
 
+        Args:
+            folder: a model folder with a tokenizer.
+            words: whether it has to say which token belongs to which word.
+
         Raises:
-            RecipeError: it is missing or does not fit the model.
+            RecipeError: it is missing, does not fit the model, or knows nothing of words.
         """
         config = read_config(folder)
         return _tokenizer(
@@ -86,6 +170,7 @@ class TextInputs(ModelInputs):
             self.vocabulary(config),
             self.positions(config),
             pads_with_end=self.pads_with_end,
+            words=words,
         )
 
     @uses_settings
@@ -124,11 +209,40 @@ def example_texts(
     return tuple(inputs[name] for name in names)
 
 
+def _first_tokens(numbers: Sequence[int | None]) -> list[tuple[int, int]]:
+    """Return the first token of each word, and the word's number.
+
+    Args:
+        numbers: of the word that each token belongs to; None for special tokens and padding.
+    """
+    previous = (None, *numbers[:-1])
+    return [
+        (token, number)
+        for token, (number, before) in enumerate(zip(numbers, previous, strict=True))
+        if number is not None and number != before
+    ]
+
+
 @lru_cache(maxsize=4)
 def _tokenizer(
-    folder: Path, files: tuple[str, ...], vocabulary: int, positions: int, *, pads_with_end: bool
+    folder: Path,
+    files: tuple[str, ...],
+    vocabulary: int,
+    positions: int,
+    *,
+    pads_with_end: bool,
+    words: bool,
 ) -> SharedTokenizer:
     tokenizer = open_tokenizer(folder, files, vocabulary, "texts need")
+    if words and not tokenizer.is_fast:
+        raise RecipeError(
+            f"{folder}: the tokenizer does not say which token belongs to which word, which "
+            "labelling words needs; save it as tokenizer.json"
+        )
+    if words and getattr(tokenizer, "add_prefix_space", None) is False:
+        # Words within a text begin with the space before them; so they have to where they are
+        # given one by one, as in transformers' examples.
+        tokenizer = open_tokenizer(folder, files, vocabulary, "texts need", add_prefix_space=True)
     if tokenizer.pad_token_id is None and pads_with_end and tokenizer.eos_token_id is not None:
         log.info("%s: no padding token, so %s pads, masked", folder, tokenizer.eos_token)
         tokenizer.pad_token = tokenizer.eos_token

@@ -7,7 +7,9 @@ from epmq_deploy.checkpoints.open_clip_weights import given_folder
 from epmq_deploy.errors import RecipeError
 
 
-def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpose: str) -> Any:
+def open_tokenizer(
+    folder: Path, files: tuple[str, ...], vocabulary: int, purpose: str, **settings: Any
+) -> Any:
     """Open the folder's tokenizer; where it is missing, transformers would make up an empty one.
 
     Args:
@@ -15,6 +17,7 @@ def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpos
         files: of a tokenizer that is not stored as ``tokenizer.json``.
         vocabulary: rows of the model's token embedding.
         purpose: what needs it, for the message.
+        settings: in place of the folder's.
 
     Raises:
         RecipeError: files are missing or cannot be opened, or it has tokens the model has no
@@ -31,7 +34,7 @@ def open_tokenizer(folder: Path, files: tuple[str, ...], vocabulary: int, purpos
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            folder, local_files_only=True, trust_remote_code=False, **settings
         )
         _try(tokenizer)
     # Tokenizers raise anything.

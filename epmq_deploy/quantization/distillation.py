@@ -17,8 +17,9 @@ from torch.nn.utils import parametrize
 from epmq_deploy.artifacts.manifest import Distillation
 from epmq_deploy.data.agreement import Judge, mean_divergence
 from epmq_deploy.data.samples import batches
-from epmq_deploy.models.predictions import PredictedLogits, predict_logits
+from epmq_deploy.models.predictions import PredictedLogits, features_of, predict_logits
 from epmq_deploy.models.problem_types import divergence
+from epmq_deploy.models.token_batch import on_device
 from epmq_deploy.progress import NoProgress
 from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.results import QuantizedLinear, QuantizedModel
@@ -147,7 +148,7 @@ def _train(
     for _ in progress.track(range(epochs), "distilling"):
         for task, inputs, target in _interleaved(judge):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
-                features = ctx.family.embed(model, *(value.to(device) for value in inputs))
+                features = features_of(ctx.family, model, on_device(inputs, device))
             features = features.to("cpu", torch.float32)
             predicted = predict_logits(ctx.family, judge.heads.get(task), features, inputs)
             divergences = predicted.per_sample(

@@ -24,8 +24,14 @@ SAME_AS_HEAD = "same_as_head"
 Preflight = Literal["auto", "full", "sampled"]
 # A task's name becomes part of the graph's output names.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]+$")]
-# As transformers calls them.
-ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+# As transformers and the Hugging Face hub call them.
+ProblemType = Literal[
+    "single_label_classification",
+    "multi_label_classification",
+    "regression",
+    "token_classification",
+    "feature_extraction",
+]
 MetricName = Literal[
     "accuracy",
     "f1",
@@ -33,6 +39,8 @@ MetricName = Literal[
     "micro_f1",
     "matthews_correlation",
     "mean_average_precision",
+    "seqeval_f1",
+    "ndcg_at_10",
     "spearmanr",
     "pearsonr",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.artifacts.manifest import Parity
+from epmq_deploy.data.heads import Reading
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.data.samples import TextSamples, batches
 from epmq_deploy.errors import EpmqError, NumericsError
@@ -70,6 +71,7 @@ def parity_inputs(
                 prompt=task.prompt,
                 limit=_SAMPLES,
                 labelled=False,
+                reading=Reading.of_task(task, family),
             )
             if isinstance(samples, TextSamples) and samples.lacks_labels:
                 # Texts are compared; what is written behind them may be anything.
@@ -126,7 +128,7 @@ def measure_parity(
         samples=sum(len(batch[0]) for batch in inputs),
         max_abs=max(float(np.abs(one - other).max()) for one, other in pairs),
         relative=max(_relative(one, other) for one, other in pairs),
-        agreement=float(np.mean(hits)) if hits else None,
+        agreement=float(np.concatenate(hits).mean()) if hits else None,
         tolerance=tolerance,
     )
     # Not a number is no parity either.

@@ -4,8 +4,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from epmq_deploy.data.class_labels import HeadClasses
-from epmq_deploy.data.heads import head_classes, head_of_expert
+from epmq_deploy.data.heads import PLAIN, Reading, head_classes, head_of_expert
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.data.preflight import check_images
 from epmq_deploy.data.samples import Samples, batches
@@ -14,7 +13,7 @@ from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, problems_o
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.recipe import Recipe, Task
-from epmq_deploy.runtime.evaluation.predictions import metrics_of, metrics_of_text
+from epmq_deploy.runtime.evaluation.predictions import check_pairs, metrics_of, metrics_of_text
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +43,24 @@ def evaluation_samples(
             problems.append(f"task {name!r} has no evaluation data (tasks.{name}.evaluation)")
             continue
         try:
-            classes = (
-                None if generates_text(family) else _classes(name, task, family, folder, heads)
-            )
+            if generates_text(family):
+                classes, reading = None, PLAIN
+            else:
+                head = _head(name, task, family, folder, heads)
+                classes = head_classes(task, head)
+                reading = Reading.of_head(head) if head else Reading.of_task(task, family)
             samples[name] = load_samples(
-                name, task.evaluation, family, prompt=task.prompt, limit=recipe.eval.max_samples
+                name,
+                task.evaluation,
+                family,
+                prompt=task.prompt,
+                limit=recipe.eval.max_samples,
+                reading=reading,
             )
             if classes is not None:
                 check_images(samples[name], recipe.preflight)
                 next(batches(samples[name], family, folder, 1))
-                metrics_of(task, classes)
+                check_pairs(samples[name], metrics_of(task, classes))
                 assumption = targets_of(samples[name], classes).assumption
                 # What is assumed when graphs are evaluated stands in the report.
                 if assumption and heads is None:
@@ -67,14 +74,14 @@ def evaluation_samples(
     return samples
 
 
-def _classes(
+def _head(
     name: str,
     task: Task,
     family: ModelFamily,
     folder: Path,
     heads: Mapping[str, TaskHead] | None,
-) -> HeadClasses:
-    """Return the classes of a task's head, as far as they are known yet.
+) -> TaskHead | None:
+    """Return a task's head; None where the recipe gives one that is not built yet.
 
     Raises:
         RecipeError: there is no head, or its expert's cannot be read.
@@ -85,4 +92,4 @@ def _classes(
         raise RecipeError(f"task {name!r}: {error}") from error
     if head is None and (task.head is None or heads is not None):
         raise RecipeError(f"task {name!r} has no head (tasks.{name}.head)")
-    return head_classes(task, head)
+    return head

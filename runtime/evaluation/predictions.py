@@ -7,15 +7,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from epmq_deploy.data.class_labels import HeadClasses
+from epmq_deploy.data.class_labels import HeadClasses, listed
+from epmq_deploy.data.samples import EmbeddingSamples, Samples
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from epmq_deploy.models.problem_types import (
+    EMBEDDING,
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    TOKEN,
+)
 from epmq_deploy.recipe import MetricName, ProblemType, Task
 from epmq_deploy.recipe.prompt import Prompt
 from epmq_deploy.runtime.evaluation.average_precision import MeanAveragePrecision
 from epmq_deploy.runtime.evaluation.correlation import LinearCorrelation, RankCorrelation
+from epmq_deploy.runtime.evaluation.entity_f1 import EntityF1, spell_entities
 from epmq_deploy.runtime.evaluation.label_scores import LABEL_SCORES
 from epmq_deploy.runtime.evaluation.metrics import Accuracy, Score
+from epmq_deploy.runtime.evaluation.retrieval import Ndcg, similarities
 from epmq_deploy.runtime.evaluation.significance import Booleans
 
 Predicted = npt.NDArray[Any]
@@ -25,11 +34,15 @@ _DEFAULTS: Mapping[ProblemType, tuple[MetricName, ...]] = {
     SINGLE_LABEL: ("accuracy",),
     MULTI_LABEL: ("micro_f1", "macro_f1", "mean_average_precision"),
     REGRESSION: ("spearmanr", "pearsonr"),
+    TOKEN: ("seqeval_f1", "accuracy"),
+    EMBEDDING: ("spearmanr", "pearsonr"),
 }
 _FITTING: Mapping[ProblemType, tuple[MetricName, ...]] = {
     SINGLE_LABEL: ("accuracy", "f1", "macro_f1", "matthews_correlation"),
     MULTI_LABEL: ("micro_f1", "macro_f1", "mean_average_precision", "accuracy"),
     REGRESSION: ("spearmanr", "pearsonr"),
+    TOKEN: ("seqeval_f1", "accuracy", "macro_f1"),
+    EMBEDDING: ("spearmanr", "pearsonr", "ndcg_at_10"),
 }
 # Values that differ by less than this share of the truth's standard deviation count as the same.
 _SAME = 0.05
@@ -42,7 +55,55 @@ def metrics_of(task: Task, head: HeadClasses) -> tuple[MetricName, ...]:
         RecipeError: a metric does not fit the head.
     """
     kind = head.problem_type
+    if kind == TOKEN:
+        return _metrics_of_words(task, head)
     return _fitting(task.metric or _DEFAULTS[kind], _FITTING[kind], head.count, kind)
+
+
+def _metrics_of_words(task: Task, head: HeadClasses) -> tuple[MetricName, ...]:
+    """Return the metrics of a task that labels words: by entities, where its tags spell them."""
+    metrics = task.metric or _DEFAULTS[TOKEN]
+    if "seqeval_f1" in metrics and head.names is None:
+        raise RecipeError(
+            "the head does not name its tags, which metric seqeval_f1 goes by; name them in their "
+            "order as head.classes, with head.from_expert: true, or give metric: accuracy"
+        )
+    if "seqeval_f1" in metrics and not spell_entities(head.names or ()):
+        if task.metric is None:
+            return ("accuracy", "macro_f1")
+        raise RecipeError(
+            f"metric seqeval_f1 is for tags like B-PER, I-PER and O, and the head's are "
+            f"{listed(head.names or ())}; choose accuracy or macro_f1"
+        )
+    return _fitting(metrics, _FITTING[TOKEN], head.count, TOKEN)
+
+
+def check_pairs(samples: Samples, metrics: Sequence[MetricName]) -> None:
+    """Make sure that a task that embeds texts has pairs of them, and what its metrics need.
+
+    Raises:
+        RecipeError: it has not; other tasks are always right.
+    """
+    if not isinstance(samples, EmbeddingSamples):
+        return
+    where = f"task {samples.task!r}: {samples.source.path}"
+    if len(samples.columns) < 2:
+        raise RecipeError(
+            f"{where}: embeddings are evaluated on pairs of texts; give input_columns, like "
+            "[sentence1, sentence2]"
+        )
+    rated = set(metrics) - {"ndcg_at_10"}
+    if samples.source.label_column is None and rated:
+        raise RecipeError(
+            f"{where}: metric {sorted(rated)[0]} needs a label_column with similarities; without "
+            "one every pair counts as relevant, for metric ndcg_at_10"
+        )
+    if "ndcg_at_10" in metrics:
+        relevance = samples.relevance()
+        if min(relevance) < 0 or not any(relevance):
+            raise RecipeError(
+                f"{where}: relevances for metric ndcg_at_10 are 0 or more, and some above 0"
+            )
 
 
 def metrics_of_text(task: Task) -> tuple[MetricName, ...]:
@@ -166,11 +227,58 @@ class ValuePredictions(TaskPredictions):
         return kind(self.predicted[model].astype(np.float64), self.truth)
 
 
+@dataclass(frozen=True)
+class WordPredictions(TaskPredictions):
+    """Tags of words, ``[m]``, sample after sample.
+
+    Attributes:
+        sizes: words of each sample, ``[n]``; ``m`` together.
+        tags: their names; empty where they have none.
+    """
+
+    sizes: Sequence[int] = ()
+    tags: Sequence[str] = ()
+
+    def _by(self, metric: MetricName, model: str) -> Score:
+        if metric == "seqeval_f1":
+            return EntityF1.of_tags(self.predicted[model], self.truth, self.sizes, self.tags)
+        return super()._by(metric, model)
+
+
+@dataclass(frozen=True)
+class EmbeddingPredictions(TaskPredictions):
+    """Embeddings of both texts of each pair, ``[2n, E]``; ``truth`` is ``[n]``.
+
+    Attributes:
+        pairs: the texts.
+    """
+
+    pairs: Sequence[tuple[str, str]] = ()
+
+    def same(self, model: str, other: str) -> Booleans:
+        """Return for which pairs two models' similarities are close, ``[n]``."""
+        ours, theirs = (similarities(self.predicted[name]) for name in (model, other))
+        return np.asarray(np.abs(ours - theirs) <= _SAME * float(theirs.std()))
+
+    def recalls(self, model: str) -> list[float | None]:
+        """Return nothing: embeddings have no classes."""
+        return []
+
+    def _by(self, metric: MetricName, model: str) -> Score:
+        embeddings = self.predicted[model]
+        if metric == "ndcg_at_10":
+            return Ndcg.of_pairs(embeddings, self.pairs, self.truth)
+        kind = RankCorrelation if metric == "spearmanr" else LinearCorrelation
+        return kind(similarities(embeddings), self.truth)
+
+
 # What of a batch's logits ``[n, C]`` is kept, and how it is scored.
 KEPT: Mapping[ProblemType, Callable[[Predicted], Predicted]] = {
     SINGLE_LABEL: lambda logits: logits.argmax(axis=1),
     MULTI_LABEL: lambda logits: logits,
     REGRESSION: lambda logits: logits[:, 0],
+    TOKEN: lambda logits: logits.argmax(axis=1),
+    EMBEDDING: lambda embeddings: embeddings,
 }
 PREDICTIONS: Mapping[ProblemType, type[TaskPredictions]] = {
     SINGLE_LABEL: TaskPredictions,

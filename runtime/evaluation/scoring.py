@@ -1,5 +1,6 @@
 """Running all models on a task, whatever the kind of task."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,21 +13,28 @@ from torch import Tensor
 from epmq_deploy.artifacts.manifest import GraphEntry
 from epmq_deploy.data.accuracy import embeddings
 from epmq_deploy.data.class_labels import HeadClasses
-from epmq_deploy.data.samples import Samples, batches
-from epmq_deploy.data.targets import targets_of
+from epmq_deploy.data.samples import EmbeddingSamples, Samples, batches
+from epmq_deploy.data.targets import of_words_read, targets_of
 from epmq_deploy.models import ModelFamily, TaskHead
+from epmq_deploy.models.deployable import output_of
 from epmq_deploy.models.experts import ExpertBackbone
+from epmq_deploy.models.problem_types import TOKEN
 from epmq_deploy.models.text_generation.special_tokens import SpecialTokens
+from epmq_deploy.models.token_batch import WordBatch, words_read
 from epmq_deploy.recipe import MetricName
 from epmq_deploy.runtime.evaluation.latency import Runs
 from epmq_deploy.runtime.evaluation.predictions import (
     KEPT,
     PREDICTIONS,
+    EmbeddingPredictions,
     Predicted,
     TaskPredictions,
+    WordPredictions,
 )
 from epmq_deploy.runtime.evaluation.report import EXPERTS
 from epmq_deploy.runtime.ort.sessions import Graph
+
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=Runs)
 Family = TypeVar("Family", bound=ModelFamily)
@@ -106,19 +114,33 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
         head = self.classes[task]
         kept = KEPT[head.problem_type]
         parts: dict[str, list[Predicted]] = {name: [] for name in names}
-        output = f"logits_{task}"
+        words: list[Tensor] = []
+        output = output_of(task, head.problem_type)
         for batch in batches(samples, self.family, self.folder, self.batch_size):
+            words += words_read(batch)
             for name, graph in models.items():
-                parts[name].append(kept(graph.run(batch, [output])[output]))
+                logits = graph.run(batch, [output])[output]
+                if isinstance(batch, WordBatch):
+                    logits = logits[(batch.words >= 0).numpy()]
+                parts[name].append(kept(logits))
             if expert is not None:
-                logits = self.heads[task](embeddings(expert, self.family, batch))
-                parts[EXPERTS].append(kept(logits.numpy()))
-        return PREDICTIONS[head.problem_type](
-            targets_of(samples, head).values,
-            {name: np.concatenate(values) for name, values in parts.items()},
-            self.metrics[task],
-            head.count or 0,
-        )
+                of_expert = self.heads[task](embeddings(expert, self.family, batch))
+                parts[EXPERTS].append(kept(of_expert.numpy()))
+        targets = targets_of(samples, head)
+        predicted = {name: np.concatenate(values) for name, values in parts.items()}
+        metrics, count = self.metrics[task], head.count or 0
+        if isinstance(samples, EmbeddingSamples):
+            pairs = samples.pairs()
+            return EmbeddingPredictions(targets.values, predicted, metrics, pairs=pairs)
+        if head.problem_type != TOKEN:
+            return PREDICTIONS[head.problem_type](targets.values, predicted, metrics, count)
+        sizes = [len(numbers) for numbers in words]
+        if cut := sum(map(len, targets.values)) - sum(sizes):
+            log.warning(
+                "task %r: %d words are beyond what the model reads and do not count", task, cut
+            )
+        truth = of_words_read(targets, words)
+        return WordPredictions(truth, predicted, metrics, count, sizes, head.names or ())
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """Return a batch of samples."""

@@ -8,15 +8,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from torch import Tensor
 
 from epmq_deploy.models import ModelFamily
 from epmq_deploy.models.images import read_rgb, to_rgb
-from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from epmq_deploy.models.pooling import EmbeddingSettings
+from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKEN
+from epmq_deploy.models.text_inputs import TextInputs
+from epmq_deploy.models.token_batch import TextToEmbed
 from epmq_deploy.recipe import ProblemType
 from epmq_deploy.runtime.inference.base import ExportedModel, text_of
+from epmq_deploy.runtime.inference.words import LabelledText, labelled_text
 from epmq_deploy.runtime.ort.sessions import Graph
 
-LOGITS = "logits_"
+
+def is_answer(output: str) -> bool:
+    """Whether an output of a graph is what a task answers."""
+    return output.startswith(("logits_", "embedding_"))
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,17 @@ class Value:
     value: float
 
 
-class ExportedClassifier(ExportedModel[Prediction | LabelSet | Value]):
+@dataclass(frozen=True)
+class Embedding:
+    """The embedding of a text, float32 ``[E]``."""
+
+    vector: npt.NDArray[np.float32]
+
+
+Answer = Prediction | LabelSet | Value | LabelledText | Embedding
+
+
+class ExportedClassifier(ExportedModel[Answer]):
     """One graph of an export with its preprocessing.
 
     Args:
@@ -69,6 +87,7 @@ class ExportedClassifier(ExportedModel[Prediction | LabelSet | Value]):
         classes: names of each task's classes, where they are known.
         problem_types: of tasks that do not choose one of several classes.
         pairs: the two columns of each task that reads pairs of texts.
+        embeddings: of tasks that embed texts, how.
         batch_size: inputs per run.
     """
 
@@ -80,14 +99,18 @@ class ExportedClassifier(ExportedModel[Prediction | LabelSet | Value]):
         classes: Mapping[str, Sequence[str] | None],
         problem_types: Mapping[str, ProblemType],
         pairs: Mapping[str, tuple[str, str]],
+        embeddings: Mapping[str, EmbeddingSettings],
         batch_size: int,
     ) -> None:
-        outputs = [name for name in graph.output_names if name.startswith(LOGITS)]
-        tasks = [name.removeprefix(LOGITS) for name in outputs]
+        self._outputs = {
+            name.partition("_")[2]: name for name in graph.output_names if is_answer(name)
+        }
+        tasks = list(self._outputs)
         super().__init__(tasks, graph.provider, batch_size)
         self._graph, self._family, self._folder = graph, family, folder
         self._names = {name: classes.get(name) for name in tasks}
         self._pairs, self._problem_types = pairs, problem_types
+        self._embeddings = embeddings
 
     def _holds_several(self, inputs: Any) -> bool:
         pair = isinstance(inputs, tuple) and len(inputs) == 2 and bool(self._pairs)
@@ -106,21 +129,53 @@ class ExportedClassifier(ExportedModel[Prediction | LabelSet | Value]):
             )
         return text_of(item)
 
-    def _answers(
-        self, samples: Sequence[Any], tasks: Sequence[str]
-    ) -> list[dict[str, Prediction | LabelSet | Value]]:
-        batch = self._family.collate(self._folder, samples)
-        logits = self._graph.run(batch, [LOGITS + name for name in tasks])
-        return [
-            {name: self._predict(name, logits[LOGITS + name][row]) for name in tasks}
-            for row in range(len(samples))
-        ]
+    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Answer]]:
+        labelling = [name for name in tasks if self._problem_types.get(name) == TOKEN]
+        embedding = [name for name in tasks if name in self._embeddings]
+        others = [name for name in tasks if name not in (*labelling, *embedding)]
+        answers: dict[str, Sequence[Answer]] = {}
+        if others:
+            logits = self._run(self._family.collate(self._folder, samples), others)
+            answers = {name: [self._predict(name, row) for row in logits[name]] for name in others}
+        for name in embedding:
+            texts = [TextToEmbed(text, self._embeddings[name]) for text in samples]
+            vectors = self._run(self._family.collate(self._folder, texts), [name])[name]
+            answers[name] = [Embedding(vector) for vector in vectors]
+        if labelling:
+            answers |= self._label_words(samples, labelling)
+        return [{name: answers[name][row] for name in tasks} for row in range(len(samples))]
+
+    def _run(
+        self, batch: tuple[Tensor, ...], tasks: Sequence[str]
+    ) -> dict[str, npt.NDArray[np.float32]]:
+        """Return the logits or embeddings of some tasks."""
+        outputs = self._graph.run(batch, [self._outputs[name] for name in tasks])
+        return {name: outputs[self._outputs[name]] for name in tasks}
+
+    def _label_words(
+        self, texts: Sequence[str], tasks: Sequence[str]
+    ) -> dict[str, Sequence[Answer]]:
+        """Return the texts' words with their tags, by task."""
+        assert isinstance(self._family, TextInputs), "only texts have words"
+        batch, words = self._family.find_words(self._folder, texts)
+        logits = self._run(batch, tasks)
+        return {
+            name: [
+                labelled_text(text, spans, row, self._classes(name, row.shape[-1]))
+                for text, spans, row in zip(texts, words, logits[name], strict=True)
+            ]
+            for name in tasks
+        }
+
+    def _classes(self, task: str, count: int) -> tuple[str, ...]:
+        """Return the names of a task's classes, or else their numbers."""
+        return tuple(self._names[task] or map(str, range(count)))
 
     def _predict(self, task: str, logits: npt.NDArray[np.float32]) -> Prediction | LabelSet | Value:
         kind = self._problem_types.get(task, SINGLE_LABEL)
         if kind == REGRESSION:
             return Value(float(logits[0]))
-        names = tuple(self._names[task] or map(str, range(len(logits))))
+        names = self._classes(task, len(logits))
         exact = logits.astype(np.float64)
         if kind == MULTI_LABEL:
             scores = 1 / (1 + np.exp(-exact))

@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from epmq_deploy.artifacts.manifest import GraphEntry, read_manifest
+from epmq_deploy.data.heads import load_heads
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
+from epmq_deploy.models.embedding_head import EmbeddingHead
+from epmq_deploy.models.problem_types import EMBEDDING
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.runtime.evaluation.text_scoring import open_text_generator
-from epmq_deploy.runtime.inference.classifier import LOGITS, ExportedClassifier
+from epmq_deploy.runtime.inference.classifier import ExportedClassifier, is_answer
 from epmq_deploy.runtime.inference.text_generation import ExportedTextGenerator
 from epmq_deploy.runtime.ort.providers import AUTO
 from epmq_deploy.runtime.ort.sessions import Graph, by_format
@@ -75,13 +78,23 @@ def load(
     if max_tokens is not None or not scores:
         raise RecipeError(f"{path} is a classifier; max_tokens and scores are for text generation")
     graph = Graph.exported(path, chosen[0], provider=provider, threads=threads)
-    if not any(name.startswith(LOGITS) for name in graph.output_names):
-        raise RecipeError(f"{path / chosen[0].file} has no output logits_<task>")
+    if not any(map(is_answer, graph.output_names)):
+        raise RecipeError(f"{path / chosen[0].file} has no output of a task (logits_<task>)")
     tasks = manifest.recipe.tasks
-    pairs = {name: pair for name, task in tasks.items() if (pair := task.text_pair) is not None}
     details = manifest.details
+    embedding = EMBEDDING in details.problem_types.values()
+    embeddings = {
+        name: head.settings
+        for name, head in (load_heads(path) if embedding else {}).items()
+        if isinstance(head, EmbeddingHead)
+    }
+    pairs = {
+        name: pair
+        for name, task in tasks.items()
+        if name not in embeddings and (pair := task.text_pair) is not None
+    }
     return ExportedClassifier(
-        graph, family, path, details.classes, details.problem_types, pairs, batch_size
+        graph, family, path, details.classes, details.problem_types, pairs, embeddings, batch_size
     )
 
 

@@ -100,13 +100,13 @@ class _Tuning:
 
     def _entropies(self, task: str, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return the mean entropy of each sample's predictions ``[n]``."""
-        from epmq_deploy.models.problem_types import REGRESSION, entropy
+        from epmq_deploy.models.problem_types import WITHOUT_CLASSES, entropy
 
         predicted = self._data.predictions(task, self._model, inputs)
-        if predicted.problem_type == REGRESSION:
+        if predicted.problem_type in WITHOUT_CLASSES:
             raise RecipeError(
-                f"task {task!r} has a regression head, whose values have no entropy that "
-                "adamerging could lower; choose another merge method"
+                f"task {task!r} has a {predicted.problem_type} head, whose predictions have no "
+                "entropy that adamerging could lower; choose another merge method"
             )
         return predicted.per_sample(entropy(predicted.logits, predicted.problem_type))
 

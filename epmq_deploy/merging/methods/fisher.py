@@ -135,11 +135,17 @@ def _weighted_likelihoods(
     """Return log-likelihoods whose squared gradients, weighted, add up to a sample's Fisher.
 
     The exact expectation sums over predictions too, which are independent given the inputs. A value
-    is the mean of a Gaussian of variance 1, whose Fisher is the square of the value's gradient.
+    is the mean of a Gaussian of variance 1, whose Fisher is the square of the value's gradient; so
+    is each of an embedding.
     """
-    from epmq_deploy.models.problem_types import REGRESSION, log_chances
+    from epmq_deploy.models.problem_types import EMBEDDING, WITHOUT_CLASSES, log_chances
 
-    if predicted.problem_type == REGRESSION:
+    if predicted.problem_type == EMBEDDING and labels:
+        # The squared gradient along a random direction is that of all values, in expectation.
+        shape = (labels, *predicted.logits.shape)
+        directions = torch.randn(shape, generator=generator).to(predicted.logits)
+        return [((predicted.logits * along).sum(), 1 / labels) for along in directions]
+    if predicted.problem_type in WITHOUT_CLASSES:
         return [(value, 1.0) for value in predicted.logits.flatten()]
     scores = log_chances(predicted.logits, predicted.problem_type).flatten(0, -2)
     chances = scores.detach().exp().cpu()

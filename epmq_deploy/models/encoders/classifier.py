@@ -132,10 +132,18 @@ class ClassifierFamily(TypedFamily):
         return Block(name, tuple(group.inside(name) for group in groups), norm=norm)
 
     def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
-        """Return the last hidden state of the first token."""
+        """Return the pooled hidden states."""
+        return self.pool(self.token_states(model, *inputs), *inputs)
+
+    def token_states(self, model: nn.Module, *inputs: Tensor) -> Tensor:
+        """Return the last hidden states."""
         named = dict(zip(self.input_names, inputs, strict=True))
-        hidden: Tensor = model(**named).last_hidden_state
-        return hidden[:, 0]
+        states: Tensor = model(**named).last_hidden_state
+        return states
+
+    def pool(self, states: Tensor, *inputs: Tensor) -> Tensor:
+        """Return the state of the first token."""
+        return states[:, 0]
 
     def expert_head(self, expert: Checkpoint) -> TaskHead | None:
         """Read the expert's classifier, with the layers between it and the encoder.
@@ -143,21 +151,32 @@ class ClassifierFamily(TypedFamily):
         Raises:
             RecipeError: one of its tensors is missing.
         """
-        names = self.head.tensors
+        kind = "Image" if self.modality == "image" else "Sequence"
+        return self.read_head(expert, self.head, f"AutoModelFor{kind}Classification")
+
+    def read_head(self, expert: Checkpoint, layout: HeadLayout, builder: str) -> TaskHead | None:
+        """Read a head from an expert's checkpoint; None where it holds none.
+
+        Args:
+            expert: opened with ``canonical_key``.
+            layout: of the head.
+            builder: class of ``transformers`` that saves such experts.
+
+        Raises:
+            RecipeError: one of its tensors is missing.
+        """
+        names = layout.tensors
         stored = {part: name for part, name in names.items() if name in expert.tensors}
         if not any(part in stored for part in ("weight", "bias")):
             return None
         missing = [name for part, name in names.items() if part not in stored]
         if missing:
-            kind = "Image" if self.modality == "image" else "Sequence"
             raise RecipeError(
                 f"{expert.folder}: its head lacks {', '.join(missing)}; save the expert with "
-                f"AutoModelFor{kind}Classification"
+                f"{builder}"
             )
         tensors = {part: expert.load(name) for part, name in stored.items()}
-        return TaskHead.of_tensors(
-            tensors, self.head.activation, norm_epsilon=self.head.norm_epsilon
-        )
+        return TaskHead.of_tensors(tensors, layout.activation, norm_epsilon=layout.norm_epsilon)
 
 
 def load_encoder(

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.files import uses_settings
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import RecipeError
@@ -20,6 +21,8 @@ from epmq_deploy.models.generic.head_settings import adopted_settings
 from epmq_deploy.models.generic.pooling import POOLINGS, as_tokens, last_token, real_tokens
 from epmq_deploy.models.generic.preparation import prepare, runs_in_bfloat16
 from epmq_deploy.models.generic.tracing import find_blocks
+from epmq_deploy.models.generic.word_head import check_word_head
+from epmq_deploy.models.head import TaskHead
 from epmq_deploy.models.loading import config_differences, read_config
 from epmq_deploy.models.text_inputs import example_texts
 from epmq_deploy.models.tokens import TokenWeights
@@ -178,10 +181,10 @@ class GenericFamily(ClassifierFamily):
                 self.float32_blocks = True
         return blocks
 
-    def embed(self, model: nn.Module, *inputs: Tensor) -> Tensor:
+    def pool(self, states: Tensor, *inputs: Tensor) -> Tensor:
         """Pool hidden states as the model type's classifiers do."""
         named = dict(zip(self.input_names, inputs, strict=True))
-        hidden = as_tokens(model(**named).last_hidden_state)
+        hidden = as_tokens(states)
         pooling, mask = self._anatomy.pooling, named.get("attention_mask")
         if mask is None:
             return POOLINGS[pooling](hidden, hidden.new_ones(hidden.shape[:2]))
@@ -224,6 +227,16 @@ class GenericTextFamily(GenericFamily, TextClassifierFamily):
         if self._anatomy.pooling != "last":
             return tokens
         return TokenWeights(tokens.real, last_token(real_tokens(ids, mask, self._anatomy.padding)))
+
+    def expert_word_head(self, expert: Checkpoint) -> TaskHead | None:
+        """Read the expert's classifier of words.
+
+        Raises:
+            RecipeError: one of its tensors is missing, or it has other layers as well.
+        """
+        tensors = self.word_head.tensors.values()
+        check_word_head(read_config(self._folder), tensors, expert.folder)
+        return super().expert_word_head(expert)
 
 
 class GenericImageFamily(GenericFamily, ImageClassifierFamily):
