@@ -11,6 +11,7 @@ from epmq_deploy.lazy import exports
 if TYPE_CHECKING:
     from epmq_deploy.runtime.inference.base import ExportedModel
     from epmq_deploy.runtime.inference.classifier import (
+        Embedding,
         ExportedClassifier,
         LabelSet,
         Prediction,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     )
     from epmq_deploy.runtime.inference.load import load
     from epmq_deploy.runtime.inference.text_generation import Answer, ExportedTextGenerator
+    from epmq_deploy.runtime.inference.words import LabelledText, Span
     from epmq_deploy.runtime.stage import evaluate
 
 _load = exports(
@@ -25,6 +27,7 @@ _load = exports(
     {
         "epmq_deploy.runtime.inference.base": ("ExportedModel",),
         "epmq_deploy.runtime.inference.classifier": (
+            "Embedding",
             "ExportedClassifier",
             "LabelSet",
             "Prediction",
@@ -32,17 +35,21 @@ _load = exports(
         ),
         "epmq_deploy.runtime.inference.load": ("load",),
         "epmq_deploy.runtime.inference.text_generation": ("Answer", "ExportedTextGenerator"),
+        "epmq_deploy.runtime.inference.words": ("LabelledText", "Span"),
         "epmq_deploy.runtime.stage": ("evaluate",),
     },
 )
 
 __all__ = [
     "Answer",
+    "Embedding",
     "ExportedClassifier",
     "ExportedModel",
     "ExportedTextGenerator",
     "LabelSet",
+    "LabelledText",
     "Prediction",
+    "Span",
     "Value",
     "evaluate",
     "load",

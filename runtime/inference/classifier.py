@@ -74,10 +74,10 @@ class Embedding:
     vector: npt.NDArray[np.float32]
 
 
-Answer = Prediction | LabelSet | Value | LabelledText | Embedding
+HeadOutput = Prediction | LabelSet | Value | LabelledText | Embedding
 
 
-class ExportedClassifier(ExportedModel[Answer]):
+class ExportedClassifier(ExportedModel[HeadOutput]):
     """One graph of an export with its preprocessing.
 
     Args:
@@ -129,11 +129,11 @@ class ExportedClassifier(ExportedModel[Answer]):
             )
         return text_of(item)
 
-    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, Answer]]:
+    def _answers(self, samples: Sequence[Any], tasks: Sequence[str]) -> list[dict[str, HeadOutput]]:
         labelling = [name for name in tasks if self._problem_types.get(name) == TOKEN]
         embedding = [name for name in tasks if name in self._embeddings]
         others = [name for name in tasks if name not in (*labelling, *embedding)]
-        answers: dict[str, Sequence[Answer]] = {}
+        answers: dict[str, Sequence[HeadOutput]] = {}
         if others:
             logits = self._run(self._family.collate(self._folder, samples), others)
             answers = {name: [self._predict(name, row) for row in logits[name]] for name in others}
@@ -154,7 +154,7 @@ class ExportedClassifier(ExportedModel[Answer]):
 
     def _label_words(
         self, texts: Sequence[str], tasks: Sequence[str]
-    ) -> dict[str, Sequence[Answer]]:
+    ) -> dict[str, Sequence[HeadOutput]]:
         """Return the texts' words with their tags, by task."""
         assert isinstance(self._family, TextInputs), "only texts have words"
         batch, words = self._family.find_words(self._folder, texts)
