@@ -90,10 +90,10 @@ def test_applications_pass_pairs_as_tuples_or_by_column(chain: Path) -> None:
     ("item", "tasks", "message"),
     [
         ("red", ["topic"], "'topic' reads two texts, premise and hypothesis; give both"),
-        (("red", "green"), ["tone"], "expected a text, found tuple"),
+        (("red", "green"), ["tone"], "expected a str, found tuple"),
         ("red", None, "tone read one text, other tasks pairs of texts"),
         ({"premise": "red"}, ["topic"], "'topic' reads hypothesis, which is not given"),
-        (("red", 3), ["topic"], "expected a text, found int"),
+        (("red", 3), ["topic"], "expected a str, found int"),
         (("red", "red", "red"), ["topic"], "give both"),
     ],
 )
