@@ -1,1 +1,1 @@
-"""Encoders without a family of their own, taken apart by running them once."""
+"""Classifiers without a family of their own, encoders and decoders, taken apart by running them."""

@@ -114,8 +114,8 @@ class GenericFamily(ClassifierFamily):
 
     def config_problems(self, base: dict[str, Any], expert: dict[str, Any]) -> list[str]:
         """Compare model types, then the keys of ``architecture``."""
-        found = config_differences(("model_type",), base, expert)
-        return found or super().config_problems(base, expert)
+        other_type = config_differences(("model_type",), base, expert)
+        return other_type or super().config_problems(base, expert)
 
     def is_deployed(self, key: str) -> bool:
         """Whether it is a parameter of the encoder."""

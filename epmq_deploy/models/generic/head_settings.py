@@ -33,29 +33,29 @@ def adopted_settings(
     Raises:
         RecipeError: experts differ in one, but share one encoder and its embedding.
     """
-    own = _settings(config)
+    of_base = _settings(config)
     given: dict[str, dict[str, Any]] = {
         str(expert.path): _settings(expert.config)
         for expert in experts
         if expert.config and expert.config.get("model_type") == config.get("model_type")
     }
     adopted: dict[str, Any] = {}
-    for key in own:
+    for key in of_base:
         values = {path: settings[key] for path, settings in given.items() if key in settings}
-        first, *others = dict.fromkeys(map(repr, values.values())) or [repr(own[key])]
+        first, *others = dict.fromkeys(map(repr, values.values())) or [repr(of_base[key])]
         if others:
             shown = ", ".join(f"{value!r} in {path}" for path, value in values.items())
             raise RecipeError(
                 f"{key} differs between experts ({shown}), which share what their heads read; "
                 "fine-tune them alike, or merge those that agree"
             )
-        if first != repr(own[key]):
+        if first != repr(of_base[key]):
             adopted[key] = next(iter(values.values()))
             log.warning(
                 "%s: its config.json has %s %r; the experts' is used, %r",
                 folder,
                 key,
-                own[key],
+                of_base[key],
                 adopted[key],
             )
     return adopted

@@ -213,13 +213,13 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
-    after = steps[_made_at(steps, hidden[0]) + 1 :]
+    after = steps[_index_of(steps, hidden[0]) + 1 :]
     tail = [step for step in after if list(step.module.parameters(recurse=False))]
     logits: Tensor = output.logits
     return hidden[0], tail, logits
 
 
-def _made_at(steps: Sequence[Step], hidden: Tensor) -> int:
+def _index_of(steps: Sequence[Step], hidden: Tensor) -> int:
     """Return which step gave the last hidden state."""
     for at, step in enumerate(steps):
         if step.left is hidden:
