@@ -45,7 +45,7 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
     Attributes:
         max_tokens: longest answer.
         experts: in torch, or None.
-        metrics: by task.
+        metrics: by task; accuracy where none are given.
     """
 
     max_tokens: int
@@ -101,7 +101,8 @@ class TextScorer(Scorer[TextGenerator, TextGenerationFamily]):
         }
         assert isinstance(samples, TextSamples), "text generation reads texts"
         wanted = np.array(list(map(normalised, truth)))
-        metrics, listed = self.metrics[task], samples.prompt_format.answers
+        metrics = self.metrics.get(task, ("accuracy",))
+        listed = samples.prompt_format.answers
         if samples.prompt_format.decimals is not None:
             return NumberPredictions(wanted, predicted, metrics)
         if listed is None or metrics == ("accuracy",):

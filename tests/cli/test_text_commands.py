@@ -156,7 +156,7 @@ def test_labels_beyond_the_expert_s_classifier_stop_before_any_work(
     content["tasks"]["tone"]["evaluation"] = content["tasks"]["topic"]["evaluation"]
     recipe.write_text(yaml.safe_dump(content))
     assert run("run", recipe, "-o", tmp_path / "out") == 3
-    assert "has labels 0 to 2, but its head has 2 classes" in capsys.readouterr().err
+    assert "holds label 2, but its head has 2 classes, 0 to 1" in capsys.readouterr().err
 
 
 def test_every_quantized_layer_is_diagnosed(chain: Path, tmp_path: Path) -> None:

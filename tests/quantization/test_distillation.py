@@ -96,7 +96,8 @@ def test_what_does_not_help_is_undone_and_said(
 
 def test_every_task_needs_a_head(tiny: TinyZoo, merged: Path, tmp_path: Path) -> None:
     headless = with_head(distilling(tiny, 1), None)
-    with pytest.raises(RecipeError, match=rf"quantize\.distill needs a head .* missing for {TASKS[0]}$"):
+    message = rf"quantize\.distill needs a head .* missing for {TASKS[0]}$"
+    with pytest.raises(RecipeError, match=message):
         quantize(headless, merged, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
