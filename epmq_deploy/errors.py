@@ -69,7 +69,8 @@ def all_problems(subject: str, errors: Sequence[EpmqError]) -> MismatchError:
     """Return one error with the problems of all of these, each once."""
     problems = list(dict.fromkeys(text for error in errors for text in problems_of(error)))
     options = {key: value for error in errors for key, value in error.options.items()}
-    return MismatchError(subject, problems, options=options)
+    # Several checks may meet the same fault.
+    return MismatchError(subject, list(dict.fromkeys(problems)), options=options)
 
 
 def problems_of(error: EpmqError) -> Sequence[str]:

@@ -17,7 +17,8 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 # Of tokenizer and image processor together; the image processor's settings are in its section.
 PROCESSOR_FILE = "processor_config.json"
 IMAGE_SECTION = "image_processor"
-_SETTINGS_SUFFIXES = {".json", ".txt", ".model", ".jinja"}
+# The last ones are those of tokenizers.
+SETTINGS_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".codes", ".bpe", ".spm", ".tiktoken")
 _NOT_SETTINGS = {"manifest.json", "report.json", "eval.json"}
 _INDEX_SUFFIX = ".index.json"
 # No model has more blocks; building one with a nonsensical number would not end.
@@ -110,7 +111,7 @@ def setting_files(folder: Path) -> tuple[Path, ...]:
         file
         for file in sorted(folder.iterdir())
         if file.is_file()
-        and file.suffix in _SETTINGS_SUFFIXES
+        and file.suffix in SETTINGS_SUFFIXES
         and file.name not in _NOT_SETTINGS
         and not file.name.endswith(_INDEX_SUFFIX)
     )

@@ -4,11 +4,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from epmq_deploy.checkpoints.files import SETTINGS_SUFFIXES
 from epmq_deploy.checkpoints.pickle_conversion import PICKLES, pickled_weights
 from epmq_deploy.errors import RecipeError
 
 # The card (README.md) names the license.
-_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "README.md"]
+_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in SETTINGS_SUFFIXES), "README.md"]
 _ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\S+))?", re.ASCII)
 _FILES = (".parquet", ".json", ".jsonl", ".csv", ".safetensors", ".yaml", *PICKLES)
 

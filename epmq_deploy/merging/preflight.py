@@ -14,6 +14,7 @@ from epmq_deploy.checkpoints.weight_scan import READERS, is_finite
 from epmq_deploy.errors import EpmqError, MismatchError, joined
 from epmq_deploy.merging.origins import warn_about_origins
 from epmq_deploy.models.experts import BASE, Sources
+from epmq_deploy.models.input_settings import input_differences
 
 log = logging.getLogger(__name__)
 
@@ -168,6 +169,10 @@ def _layout_problems(
     )
     problems = {BASE: _common_problems(sources, names, held)}
     for task, expert in experts.items():
+        if other := _other_vocabulary(sources, expert, names):
+            # What follows from it would only be repeated tensor by tensor.
+            problems[task] = [other]
+            continue
         with usable_settings(expert.folder):
             problems[task] = family.config_problems(
                 base.source.config or {}, expert.source.config or {}
@@ -194,6 +199,30 @@ def _common_problems(sources: Sources, names: Sequence[str], held: Collection[st
         and info.dtype.is_floating_point
     ]
     return [f"no expert has {_listed(absent)}, which the base has"] if absent else []
+
+
+def _other_vocabulary(sources: Sources, expert: Checkpoint, names: Sequence[str]) -> str:
+    """Return one sentence where an expert has a row for other numbers of tokens than the base."""
+    vocabulary = (sources.base.source.config or {}).get("vocab_size")
+    shapes = [
+        (sources.base.tensors[name].shape, expert.tensors[name].shape)
+        for name in names
+        if name in expert.tensors
+    ]
+    sizes = {
+        tuned[0]
+        for original, tuned in shapes
+        if original != tuned and original[:1] == (vocabulary,) and original[1:] == tuned[1:]
+    }
+    if len(sizes) != 1:
+        return ""
+    (size,) = sizes
+    return (
+        f"its vocabulary has {size} tokens, the base's has {vocabulary}, and only models with the "
+        "same tokens can be merged: resize its embeddings to the base's "
+        f"(resize_token_embeddings({vocabulary})) where it needs no others, or fine-tune it from "
+        "a base with the added tokens"
+    )
 
 
 def _tensor_problems(sources: Sources, expert: Checkpoint, names: Sequence[str]) -> list[str]:
@@ -239,6 +268,22 @@ def _dtype_problems(base: Checkpoint, expert: Checkpoint, names: Sequence[str]) 
         f"{_listed(different)} stored as {expert_dtype}, the base as {base_dtype}; convert one of "
         "them or set merge.mixed_dtypes: true"
     ]
+
+
+def warn_about_other_inputs(sources: Sources) -> None:
+    """Warn about experts whose own tokenizer or processor makes other inputs than the base's."""
+    base, family = sources.base.folder, sources.family
+    kind = "tokenizer" if family.modality == "text" else "image processor"
+    for task, expert in sources.experts.items():
+        if differences := input_differences(family, base, expert.folder):
+            log.warning(
+                "expert %r was fine-tuned with another %s: %s; the base's is used for all tasks, "
+                "so its accuracy can be lower than it was; if all experts share the other one, "
+                "put its files into the base's folder",
+                task,
+                kind,
+                ", ".join(differences),
+            )
 
 
 def warn_about_unmerged_changes(sources: Sources) -> None:

@@ -21,7 +21,11 @@ from epmq_deploy.merging.data import RecipeData, load_data
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.origins import warn_about_origins
 from epmq_deploy.merging.output import merged_size, write_merged
-from epmq_deploy.merging.preflight import ExpertCheck, warn_about_unmerged_changes
+from epmq_deploy.merging.preflight import (
+    ExpertCheck,
+    warn_about_other_inputs,
+    warn_about_unmerged_changes,
+)
 from epmq_deploy.merging.scaling_search import check_objective, search_scaling
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
 from epmq_deploy.models.experts import Sources, open_available
@@ -68,6 +72,7 @@ def merge(
             data = _load_data(recipe, sources, errors, device, progress)
             check.check_layout(errors)
             warn_about_origins(sources, check.names)
+            warn_about_other_inputs(sources)
             vectors = CheckpointTaskVectors(
                 sources.base, sources.experts, check.names, device, check
             )

@@ -6,15 +6,19 @@ from typing import Any
 from epmq_deploy.checkpoints.open_clip_weights import given_folder
 from epmq_deploy.errors import RecipeError
 
+# What names of tokenizers' files begin with.
+_NAMES = ("tokenizer", "vocab", "spm.", "spiece.", "sentencepiece.", "merges.")
+
 
 def open_tokenizer(
     folder: Path, files: tuple[str, ...], vocabulary: int, purpose: str, **settings: Any
 ) -> Any:
-    """Open the folder's tokenizer; where it is missing, transformers would make up an empty one.
+    """Open the folder's tokenizer, of any kind that ``AutoTokenizer`` opens.
 
     Args:
         folder: a Hugging Face model folder.
-        files: of a tokenizer that is not stored as ``tokenizer.json``.
+        files: that the model's usual tokenizer has where it is not stored as ``tokenizer.json``,
+            for the message.
         vocabulary: rows of the model's token embedding.
         purpose: what needs it, for the message.
         settings: in place of the folder's.
@@ -25,29 +29,75 @@ def open_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    whole = (folder / "tokenizer.json").is_file()
-    parts = all((folder / name).is_file() for name in files)
-    if not (whole or parts):
-        raise RecipeError(
-            f"{given_folder(folder)}: {purpose} the base's tokenizer: tokenizer.json, or "
-            f"{' and '.join(files)}"
-        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **settings
         )
-        _try(tokenizer)
+        is_stored = _is_stored(tokenizer, folder)
+        if is_stored:
+            _try(tokenizer)
     # Tokenizers raise anything.
     except Exception as error:
+        whole = (folder / "tokenizer.json").is_file()
+        if not whole and not all((folder / name).is_file() for name in files):
+            raise _missing(folder, files, purpose) from error
         raise RecipeError(
             f"{folder}: {purpose} the base's tokenizer, which cannot be opened "
             f"({' '.join(str(error).split())[:200] or type(error).__name__})"
         ) from error
+    if not is_stored:
+        raise _missing(folder, files, purpose)
     if len(tokenizer) > vocabulary:
+        tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        beyond = [f"{token!r} ({number})" for token, number in tokens if number >= vocabulary]
+        named = ", ".join(beyond[:3]) + (f" and {len(beyond) - 3} more" if len(beyond) > 3 else "")
         raise RecipeError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}"
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}: it has "
+            f"no embedding for {named or 'some of them'}; give the tokenizer that belongs to the "
+            "model, or resize the embeddings of base and experts (resize_token_embeddings)"
         )
     return tokenizer
+
+
+def stored_tokenizer(folder: Path) -> Any | None:
+    """Return the tokenizer that a folder holds; None where it holds none that can be opened."""
+    from transformers import AutoTokenizer
+
+    # Without a file of a tokenizer, that of the model type would be made up.
+    if not any(file.name.startswith(_NAMES) for file in folder.iterdir()):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        return tokenizer if _is_stored(tokenizer, folder) else None
+    # Tokenizers raise anything.
+    except Exception:
+        return None
+
+
+def _is_stored(tokenizer: Any, folder: Path) -> bool:
+    """Tell whether a folder holds the tokenizer's files; without, some are opened as empty ones.
+
+    Tokenizers of bytes or characters have no files.
+    """
+    names = dict(tokenizer.vocab_files_names)
+    whole = names.pop("tokenizer_file", None)
+    if whole is not None and (folder / whole).is_file():
+        return True
+    if whole is not None and not names:
+        return False
+    parts = [name for key, name in names.items() if key != "tokenizer_config_file"]
+    return all((folder / name).is_file() for name in parts)
+
+
+def _missing(folder: Path, files: tuple[str, ...], purpose: str) -> RecipeError:
+    parts = [name for name in files if name != "tokenizer.json"]
+    others = f", or {' and '.join(parts)}" if parts else ""
+    return RecipeError(
+        f"{given_folder(folder)}: {purpose} the base's tokenizer: tokenizer.json{others}, or the "
+        "files of another tokenizer that transformers opens"
+    )
 
 
 def _try(tokenizer: Any) -> None:
