@@ -301,6 +301,7 @@ def _parities(
             quantized if FORMATS[graph.format].low_bit else merged,
             inputs.batches,
             options.accuracy_level,
+            inputs.real,
         )
         for of_part, (merged, quantized), inputs in parts
         for graph in of_part

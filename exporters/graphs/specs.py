@@ -1,7 +1,7 @@
 """The graphs a model becomes: one, or several for a text-generation model with an encoder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,6 +65,7 @@ def parts_of(
             Part(graph, graph.example_inputs(), comparison_inputs(graph, samples))
             for graph in text_generation_graphs(family, backbone)
         ), {}
+    samples = replace(samples, real=[family.tokens(*inputs).real for inputs in samples.batches])
     width = family.embedding_width(backbone, folder)
     heads = build_heads(tasks, family, folder, width, device=device, progress=progress)
     return (Part(MultiTaskModel(family, backbone, heads), example, samples),), heads

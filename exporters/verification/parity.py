@@ -40,11 +40,13 @@ class ParityInputs:
         batches: model inputs, as the graph's ``input_names``; ``parity_inputs`` gives the
             family's.
         missing: by task, why it gave no samples.
+        real: of each batch, which tokens are no padding, bool ``[B, T]``; None where all count.
     """
 
     kind: Literal["calibration", "example"]
     batches: Batches
     missing: Mapping[str, str]
+    real: Sequence[Tensor | None] = ()
 
 
 def parity_inputs(
@@ -98,7 +100,11 @@ def torch_outputs(model: Deployable, inputs: Batches) -> Outputs:
 
 @frozen_gc()
 def measure_parity(
-    graph: ExportedGraph, expected: Outputs, inputs: Batches, accuracy_level: int
+    graph: ExportedGraph,
+    expected: Outputs,
+    inputs: Batches,
+    accuracy_level: int,
+    real: Sequence[Tensor | None] = (),
 ) -> Parity:
     """Run a graph and compare.
 
@@ -107,14 +113,18 @@ def measure_parity(
         expected: torch's outputs, of the merged model for a float format, else of the quantized.
         inputs: batches that gave them.
         accuracy_level: the graph was exported for.
+        real: of each batch, which tokens count, bool ``[B, T]``; default: all.
 
     Raises:
         NumericsError: the graph is further from torch than its format's tolerance.
     """
     actual = run_graph(graph.path, accuracy_level, inputs)
     outputs = list(actual[0])
-    computed = [_rows([run[name] for run in actual]) for name in outputs]
-    reference = [_rows([part.numpy() for part in parts]) for parts in zip(*expected, strict=True)]
+    counted = real or [None] * len(inputs)
+    computed = [_rows([run[name] for run in actual], counted) for name in outputs]
+    reference = [
+        _rows([part.numpy() for part in parts], counted) for parts in zip(*expected, strict=True)
+    ]
     (fmt,) = formats_of([graph.format])
     integer = fmt.low_bit and accuracy_level == INT8_LEVEL
     tolerance = max(fmt.tolerance, INT8_TOLERANCE) if integer else fmt.tolerance
@@ -140,9 +150,19 @@ def measure_parity(
     return parity
 
 
-def _rows(batches: Sequence[np.ndarray]) -> np.ndarray:
-    """Batches of one output, which may differ in length, along their last axis."""
-    return np.concatenate([batch.reshape(-1, batch.shape[-1]) for batch in batches])
+def _rows(batches: Sequence[np.ndarray], real: Sequence[Tensor | None]) -> np.ndarray:
+    """Batches of one output, which may differ in length, along their last axis.
+
+    Of outputs for every token, those for padding are left out: they may be anything.
+    """
+    return np.concatenate(
+        [
+            batch.reshape(-1, batch.shape[-1])
+            if tokens is None or batch.ndim < 3
+            else batch[tokens.numpy()]
+            for batch, tokens in zip(batches, real, strict=True)
+        ]
+    )
 
 
 def _relative(computed: np.ndarray, reference: np.ndarray) -> float:

@@ -9,6 +9,9 @@ from epmq_deploy.models.head import TaskHead
 from epmq_deploy.models.text_inputs import TextInputs
 from epmq_deploy.models.tokens import TokenWeights
 
+# What saves experts that label words.
+WORD_CLASSIFIER = "AutoModelForTokenClassification"
+
 
 class TextClassifierFamily(TextInputs, ClassifierFamily):
     """Encoders of texts.
@@ -30,7 +33,7 @@ class TextClassifierFamily(TextInputs, ClassifierFamily):
         Raises:
             RecipeError: one of its tensors is missing.
         """
-        return self.read_head(expert, self.word_head, "AutoModelForTokenClassification")
+        return self.read_head(expert, self.word_head, WORD_CLASSIFIER)
 
     def tokens(self, *inputs: Tensor, stream: str = "") -> TokenWeights:
         """Return that padding is not real, and the first token is read where heads read one."""

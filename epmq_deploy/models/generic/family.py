@@ -15,13 +15,13 @@ from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.blocks import EVERY_TOKEN, Block
 from epmq_deploy.models.encoders.classifier import ClassifierFamily, load_encoder
 from epmq_deploy.models.encoders.image_classifier import ImageClassifierFamily
-from epmq_deploy.models.encoders.text_classifier import TextClassifierFamily
+from epmq_deploy.models.encoders.text_classifier import WORD_CLASSIFIER, TextClassifierFamily
 from epmq_deploy.models.generic.anatomy import anatomy_of, refusal
 from epmq_deploy.models.generic.head_settings import adopted_settings
 from epmq_deploy.models.generic.pooling import POOLINGS, as_tokens, last_token, real_tokens
 from epmq_deploy.models.generic.preparation import prepare, runs_in_bfloat16
 from epmq_deploy.models.generic.tracing import find_blocks
-from epmq_deploy.models.generic.word_head import check_word_head
+from epmq_deploy.models.generic.word_head import word_head_layout
 from epmq_deploy.models.head import TaskHead
 from epmq_deploy.models.loading import config_differences, read_config
 from epmq_deploy.models.text_inputs import example_texts
@@ -232,11 +232,12 @@ class GenericTextFamily(GenericFamily, TextClassifierFamily):
         """Read the expert's classifier of words.
 
         Raises:
-            RecipeError: one of its tensors is missing, or it has other layers as well.
+            RecipeError: one of its tensors is missing, or it has other layers than a linear one
+                and those of the model type's classifiers of texts.
         """
-        tensors = self.word_head.tensors.values()
-        check_word_head(read_config(self._folder), tensors, expert.folder)
-        return super().expert_word_head(expert)
+        layouts = (self.word_head, self.head)
+        layout = word_head_layout(read_config(self._folder), layouts, expert.folder)
+        return self.read_head(expert, layout, WORD_CLASSIFIER)
 
 
 class GenericImageFamily(GenericFamily, ImageClassifierFamily):

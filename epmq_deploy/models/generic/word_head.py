@@ -1,23 +1,26 @@
-"""Making sure that a model type's classifiers of words are what heads can be."""
+"""Finding out how classifiers of words of a model type get from hidden states to logits."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from epmq_deploy.errors import RecipeError
+from epmq_deploy.models.encoders.classifier import HeadLayout
 
 
-def check_word_head(config: Mapping[str, Any], tensors: Collection[str], where: object) -> None:
-    """Make sure that classifiers of words are a linear layer on the encoder's hidden states.
+def word_head_layout(
+    config: Mapping[str, Any], layouts: Sequence[HeadLayout], where: object
+) -> HeadLayout:
+    """Return the layout of a model type's classifiers of words.
 
     Args:
         config: the base's ``config.json``.
-        tensors: names of that layer's tensors.
+        layouts: that they may have.
         where: what to call the expert in the message.
 
     Raises:
-        RecipeError: they have more layers, or ``transformers`` has no such classifiers.
+        RecipeError: they have another one, or ``transformers`` has no such classifiers.
     """
     from transformers import AutoConfig, AutoModelForTokenClassification
 
@@ -33,8 +36,10 @@ def check_word_head(config: Mapping[str, Any], tensors: Collection[str], where: 
         ) from error
     inside = f"{model.base_model_prefix}."
     outside = {name for name, _ in model.named_parameters() if not name.startswith(inside)}
-    if others := sorted(outside - set(tensors)):
-        raise RecipeError(
-            f"{where}: classifiers of words of type {kind.model_type} have layers between encoder "
-            f"and classifier ({', '.join(others)}), which are not supported"
-        )
+    for layout in layouts:
+        if outside == set(layout.tensors.values()):
+            return layout
+    raise RecipeError(
+        f"{where}: the head of classifiers of words of type {kind.model_type} is not supported "
+        f"(it has {', '.join(sorted(outside))})"
+    )
