@@ -24,7 +24,8 @@ def is_classifier(
     if any(classifies(expert) for expert in experts):
         return True
     names = _tensor_names(folder)
-    bare = bool(names) and not any(name.startswith("model.") for name in names)
+    # Wrappers may have left prefixes before it.
+    bare = bool(names) and not any(".model." in f".{name}" for name in names)
     if config.get("architectures"):
         bare = not _named(config, "ForCausalLM")
     if bare and any(_named(expert.config or {}, "ForCausalLM") for expert in experts):
