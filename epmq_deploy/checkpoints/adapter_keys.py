@@ -16,6 +16,8 @@ _WHOLE_MODULES = "modules_to_save"
 TOKENS = "trainable_tokens_"
 _TOKEN_WRAPPER = "token_adapter"
 _KINDS = ("weight", "bias")
+# Parts of the running model's state that say nothing new: modules that were replaced, and a count.
+_REPEATED = {"original_module", "ranknum"}
 
 
 @dataclass
@@ -67,15 +69,17 @@ def adapter_tensors(
     names |= {_parsed(key, prefix, names).adapter for key in stored}
     keys = [(_parsed(key, prefix, names), info) for key, info in stored.items()]
     chosen = _chosen({key.adapter for key, _ in keys if key.adapter}, adapter, file)
+    shared = {key.name.removeprefix(ROOT) for key, _ in keys if not _in_model(key)}
     tensors, problems = AdapterTensors(), []
     for key, info in keys:
-        if key.adapter not in (None, chosen) or ".original_module." in key.name:
-            # Another adapter's, or what a saved module has replaced.
+        if key.adapter not in (None, chosen):
+            continue
+        if _in_model(key) and not (shared | _REPEATED).isdisjoint(key.name.split(".")):
             continue
         if key.module is not None:
             group = tensors.modules.setdefault(key.module, {})
         else:
-            group = tensors.whole if key.name.startswith(MODEL_PREFIX) else tensors.shared
+            group = tensors.whole if _in_model(key) else tensors.shared
         name = key.name.removeprefix(MODEL_PREFIX) if key.module is None else key.name
         name = name.replace(".base_layer.", ".")
         other = group.setdefault(name, info)
@@ -85,6 +89,10 @@ def adapter_tensors(
     if problems:
         raise MismatchError(f"{file}: keys", problems)
     return tensors
+
+
+def _in_model(key: _Key) -> bool:
+    return key.name.startswith(MODEL_PREFIX)
 
 
 def _chosen(names: Iterable[str], wanted: str | None, file: str) -> str | None:
@@ -106,7 +114,7 @@ def _chosen(names: Iterable[str], wanted: str | None, file: str) -> str | None:
 
 def _parsed(stored: str, prefix: str, adapters: Collection[str | None]) -> _Key:
     """Parse a key; ``adapters`` are the names that may follow a module saved whole."""
-    parts = without_wrappers(stored.split("."))
+    parts = [part for part in without_wrappers(stored.split(".")) if part != _TOKEN_WRAPPER]
     if len(parts) > 1 and parts[0] == "module":
         parts = parts[1:]
     key = ".".join(parts)
@@ -120,10 +128,8 @@ def _parsed(stored: str, prefix: str, adapters: Collection[str | None]) -> _Key:
     for index, part in enumerate(parts):
         if part == _WHOLE_MODULES and index > 2:
             return _saved_module(parts, index, adapters)
-        if part == _TOKEN_WRAPPER or part.startswith((prefix, TOKENS)):
-            last = index + 1 + (part == _TOKEN_WRAPPER)
-            name, adapter = _without_adapter(parts, last)
-            name = name.replace(f".{_TOKEN_WRAPPER}.", ".")
+        if part.startswith((prefix, TOKENS)):
+            name, adapter = _without_adapter(parts, index + 1)
             return _Key(".".join(parts[2:index]), name, adapter)
     return _Key(None, key, None)
 

@@ -33,6 +33,7 @@ class AdaptedModule:
         bias: the base's; None where it has none.
         factors: the module's and shared tensors of the adapter, by key.
         largest: shapes of the weights that decide the size of shared tensors, by module.
+        decomposed: whether loading the adapter takes a part of the weight away.
     """
 
     name: str
@@ -41,6 +42,7 @@ class AdaptedModule:
     bias: TensorInfo | None
     factors: Mapping[str, TensorInfo]
     largest: Mapping[str, tuple[int, ...]]
+    decomposed: bool = False
 
     def merged_weight(self) -> Tensor:
         """Compute the weight with the adapter merged, float32."""
@@ -63,7 +65,8 @@ class AdaptedModule:
     def _differences(self) -> list[str]:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        with torch.device("meta"):
+        # Pruning needs values.
+        with torch.device("cpu" if self.settings.prunes_ranks else "meta"):
             factors = {
                 key: torch.empty(info.shape, dtype=info.dtype) for key, info in self.factors.items()
             }
@@ -99,7 +102,7 @@ class AdaptedModule:
         with torch.no_grad():
             weight = self.weight.load().to(torch.float32)
             bias = None if self.bias is None else self.bias.load().to(torch.float32)
-            model = self._model(weight, bias, decomposed=self.settings.decomposes_base)
+            model = self._model(weight, bias, decomposed=self.decomposed)
             set_peft_model_state_dict(
                 model, {key: info.load() for key, info in self.factors.items()}
             )

@@ -49,6 +49,7 @@ def adapted_tensors(
     base: Mapping[str, TensorInfo],
     rename: Rename,
     tied: Mapping[str, str],
+    is_head: Callable[[str], bool],
     adapter: str | None = None,
 ) -> dict[str, TensorInfo]:
     """List all tensors of the base with an adapter applied, by canonical name.
@@ -58,6 +59,7 @@ def adapted_tensors(
         base: tensors of the base by canonical name.
         rename: stored name to canonical name.
         tied: canonical names of tensors that the base may hold as others, to those of the others.
+        is_head: whether a canonical name belongs to a task's head.
         adapter: which one is wanted where the file holds several; None for the only one.
 
     Raises:
@@ -70,7 +72,7 @@ def adapted_tensors(
     once = {copy: name for copy, name in tied.items() if copy not in base and name in base}
     names = [*tensors.whole, *(f"{module}.weight" for module in tensors.modules)]
     rename = unwrapped(names, rename, lambda name: name in base or name in once, folder)
-    plan = _Plan(tensors, settings, base, rename, once)
+    plan = _Plan(tensors, settings, base, rename, once, is_head)
     problems = plan.problems()
     if problems:
         raise MismatchError(f"{folder}: the adapter does not fit the base", problems)
@@ -89,6 +91,7 @@ class _Plan:
         base: tensors of the base by canonical name.
         rename: stored name to canonical name.
         once: names of tensors that the base holds as others, to those of the others.
+        is_head: whether a canonical name belongs to a task's head.
     """
 
     tensors: AdapterTensors
@@ -96,6 +99,7 @@ class _Plan:
     base: Mapping[str, TensorInfo]
     rename: Rename
     once: Mapping[str, str]
+    is_head: Callable[[str], bool]
 
     def problems(self) -> list[str]:
         """Say where the adapter does not fit the base."""
@@ -105,6 +109,8 @@ class _Plan:
             for name, info in self.tensors.whole.items()
             if not self._is_known(name)
         ]
+        if not (self.tensors.modules or self.tensors.whole):
+            problems.append("the adapter has no tensors")
         for module in self.tensors.modules:
             missing = [name for name in self._names(f"{module}.weight") if not self._holds(name)]
             if missing:
@@ -140,6 +146,8 @@ class _Plan:
                     self._tensor(target.biases) if target.biases else None,
                     self.tensors.modules[module] | self.tensors.shared,
                     largest,
+                    # What the file holds of the weight is what was left of it.
+                    self.settings.decomposes_base and target.weights[0] not in self.ties.whole,
                 ),
                 target,
             )
@@ -205,7 +213,10 @@ class _Plan:
         }
 
     def _is_known(self, name: str) -> bool:
-        return self.settings.saves_whole(name) or all(map(self._holds, self._names(name)))
+        """Whether a whole tensor was trained, or is the base's or a head's."""
+        return self.settings.saves_whole(name) or all(
+            self._holds(part) or self.is_head(part) for part in self._names(name)
+        )
 
     def _holds(self, name: str) -> bool:
         return name in self.base or name in self.once

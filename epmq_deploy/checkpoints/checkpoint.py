@@ -12,6 +12,10 @@ from epmq_deploy.checkpoints.tensors import Rename, TensorInfo
 from epmq_deploy.checkpoints.wrappers import unwrapped
 
 
+def _nothing(name: str) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The tensors of one model by canonical name; nothing is read until asked for.
@@ -54,7 +58,9 @@ class Checkpoint:
         source.check_base()
         if is_known is not None:
             rename = unwrapped(source.stored_names, rename, is_known, source.path)
-        return cls(source, source.layout.tensors(source.path, rename, tied, {}))
+        return cls(
+            source, source.layout.tensors(source.path, rename, tied, {}, is_known or _nothing)
+        )
 
     @classmethod
     def open_expert(
@@ -63,7 +69,7 @@ class Checkpoint:
         base: "Checkpoint",
         rename: Rename,
         tied: Mapping[str, str] = MappingProxyType({}),
-        is_known: Callable[[str], bool] = lambda name: False,
+        is_head: Callable[[str], bool] = _nothing,
     ) -> "Checkpoint":
         """List an expert's tensors: those it stores, or the base's with its adapter applied.
 
@@ -72,7 +78,7 @@ class Checkpoint:
             base: the model an adapter is applied to.
             rename: as for ``open``.
             tied: as for ``open``.
-            is_known: as for ``open``; names of the base are known.
+            is_head: whether a canonical name belongs to a task's head.
 
         Raises:
             RecipeError: the folder holds no safetensors, or an unsupported kind of adapter.
@@ -83,10 +89,10 @@ class Checkpoint:
             rename = unwrapped(
                 source.stored_names,
                 rename,
-                lambda name: name in base.tensors or is_known(name),
+                lambda name: name in base.tensors or is_head(name),
                 source.path,
             )
-        return cls(source, source.layout.tensors(source.path, rename, tied, base.tensors))
+        return cls(source, source.layout.tensors(source.path, rename, tied, base.tensors, is_head))
 
     def load(self, name: str) -> Tensor:
         """Read one tensor, in its stored dtype, CPU."""

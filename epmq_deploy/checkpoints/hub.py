@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG
 from epmq_deploy.checkpoints.files import SETTINGS_SUFFIXES
 from epmq_deploy.checkpoints.pickle_conversion import PICKLES, pickled_weights
 from epmq_deploy.errors import RecipeError
@@ -55,7 +56,8 @@ def fetch_snapshot(model: HubId) -> Path:
             f"{_shown(model)}: no such folder, and loading it from the hub failed "
             f"({_reason(error)})"
         ) from error
-    if not any(folder.glob("*.safetensors")):
+    # Adapters may each have a folder of their own.
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob(f"*/{ADAPTER_CONFIG}")):
         _explain_missing(model)
     return folder
 

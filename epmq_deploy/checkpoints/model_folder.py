@@ -25,6 +25,7 @@ from epmq_deploy.checkpoints.open_clip_weights import named_folder, split_named
 from epmq_deploy.checkpoints.pickle_conversion import refuse_pickled, refuse_pickled_file
 from epmq_deploy.checkpoints.quantized_weights import without_quantization
 from epmq_deploy.checkpoints.tensors import stored_tensors
+from epmq_deploy.checkpoints.weight_names import refuse_other_formats
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.registry import Registry
 
@@ -73,6 +74,7 @@ class ModelFolder:
     def _of_file(cls, file: Path) -> "ModelFolder":
         """Open the folder of a file that belongs to a model."""
         refuse_pickled_file(file, "the folder")
+        refuse_other_formats(file)
         folder = cls.at(file.parent)
         files = folder.layout.weight_files(folder.path)
         if file in files or (files and file.suffix == ".json"):
@@ -129,6 +131,7 @@ class ModelFolder:
         files = self.layout.weight_files(self.path)
         if not files:
             refuse_pickled(self.path)
+            refuse_other_formats(self.path)
             raise RecipeError(f"{self.path}: {self.layout.without_weights}")
         return files
 

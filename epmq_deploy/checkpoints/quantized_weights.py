@@ -24,6 +24,7 @@ _MARKS = (
     (r"codebooks", "AQLM"),
     (r"\w+_blocks", "MXFP4"),
     (r"weight_scale_2", "ModelOpt in 4 bits"),
+    (r"_?weight_(qdata|zero_point)|weight:\w+", "torchao"),
 )
 _NAMES = {
     "gptq": "GPTQ",
@@ -37,7 +38,8 @@ _NAMES = {
     "mxfp4": "MXFP4",
 }
 # Where a config says how weights were quantized.
-_SETTINGS = ("quantization_config", "compression_config")
+_SETTINGS = ("quantization_config", "compression_config", "quantization")
+_CODES = (torch.int8, torch.uint8, torch.int32, torch.uint32)
 # Names of scales, after that of the tensor or of its module.
 _SCALES = ("{tensor}_scale_inv", "{tensor}_scale", "{module}.scale_weight")
 # Scales of what a layer takes and gives, for which there is no use.
@@ -102,10 +104,7 @@ def refuse_quantized(folder: Path, config: Mapping[str, Any], stored: Mapping[st
         ),
         None,
     )
-    integers = any(
-        key.endswith(".weight") and info.dtype in (torch.int8, torch.uint8, torch.int32)
-        for key, info in stored.items()
-    )
+    integers = any(key.endswith(".weight") and info.dtype in _CODES for key, info in stored.items())
     if by_tensors is None and not integers:
         return
     settings: Any = next((config[key] for key in _SETTINGS if config.get(key)), {})

@@ -12,9 +12,20 @@ from epmq_deploy.errors import RecipeError
 SINGLE_FILES = (SINGLE_FILE, "pytorch_model.safetensors", "consolidated.safetensors")
 _SUFFIX = ".safetensors"
 _INDEX_SUFFIX = f"{_SUFFIX}.index.json"
-_SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 # Files of other things than a model's weights.
 _OTHERS = re.compile(r"(adapter_|optimizer|scheduler|training_|open_clip_|heads\.|random_states).*")
+
+# Formats of weights that are not read, by suffix.
+_FORMATS = {
+    ".gguf": "GGUF",
+    ".ggml": "GGML",
+    ".h5": "TensorFlow",
+    ".msgpack": "Flax",
+    ".onnx": "ONNX",
+    ".tflite": "TFLite",
+    ".npz": "NumPy",
+}
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +51,21 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     if others:
         _say(folder, ", ".join(file.name for file in others[:1]), len(others))
     return others
+
+
+def refuse_other_formats(given: Path) -> None:
+    """Refuse a file, or a folder that holds nothing else, with weights in another format.
+
+    Raises:
+        RecipeError: names the format.
+    """
+    files = sorted(given.iterdir()) if given.is_dir() else [given]
+    for file in files:
+        if name := _FORMATS.get(file.suffix.lower()):
+            raise RecipeError(
+                f"{file}: weights in the format of {name}, which are not read; give the model's "
+                "safetensors"
+            )
 
 
 def _others(folder: Path) -> tuple[Path, ...]:

@@ -232,7 +232,7 @@ def head_of_expert(task: Task, family: ModelFamily, base: Path) -> TaskHead | No
         return None
     source = ModelFolder.open(task.expert, task.adapter)
     opened = Checkpoint.open(ModelFolder.at(base), family.canonical_key, is_known=family.is_known)
-    expert = Checkpoint.open_expert(source, opened, family.canonical_key, is_known=family.is_known)
+    expert = Checkpoint.open_expert(source, opened, family.canonical_key, is_head=family.is_head)
     reading = Reading.of_task(task, family)
     if reading.embedding is not None:
         return embedding_head(source.path)

@@ -96,7 +96,7 @@ def open_available(recipe: Recipe) -> tuple[Sources | None, list[str]]:
             with usable_settings(folder.path):
                 rename = family.expert_rename(folder.config or {})
             experts[name] = Checkpoint.open_expert(
-                folder, base, rename, family.tied, family.is_known
+                folder, base, rename, family.tied, family.is_head
             )
         except EpmqError as error:
             problems.append(f"expert {name!r}: {error}")

@@ -1,7 +1,9 @@
 """Every kind of adapter is the model that ``peft`` merges it into."""
 
 import copy
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from epmq_deploy.checkpoints import adapter_layers
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.model_folder import ModelFolder
 from epmq_deploy.errors import EpmqError, MismatchError
@@ -45,6 +48,9 @@ KINDS: dict[str, Callable[[], peft.PeftConfig]] = {
     "bias-lora-only": lambda: peft.LoraConfig(r=4, bias="lora_only", target_modules=TARGETS),
     "pissa": lambda: peft.LoraConfig(r=4, init_lora_weights="pissa", target_modules=TARGETS),
     "olora": lambda: peft.LoraConfig(r=4, init_lora_weights="olora", target_modules=TARGETS),
+    "dora-embedding": lambda: peft.LoraConfig(
+        r=4, use_dora=True, target_modules=["word_embeddings", "query"]
+    ),
     "embedding": lambda: peft.LoraConfig(r=4, target_modules=["word_embeddings", "query"]),
     "whole-embedding": lambda: peft.LoraConfig(
         r=4, target_modules=["query"], modules_to_save=["word_embeddings"]
@@ -108,7 +114,9 @@ def read(base: Path, folder: Path, adapter: str | None = None) -> dict[str, Tens
     family = family_of(base)
     opened = Checkpoint.open(ModelFolder.open(str(base)), family.canonical_key, family.tied)
     source = ModelFolder.open(str(folder), adapter)
-    expert = Checkpoint.open_expert(source, opened, family.canonical_key, family.tied)
+    expert = Checkpoint.open_expert(
+        source, opened, family.canonical_key, family.tied, family.is_head
+    )
     return {name: expert.load(name) for name in expert.tensors}
 
 
@@ -164,6 +172,92 @@ def test_each_kind_is_what_peft_makes_of_it(
     start = model.roberta.state_dict()
     changed = [name for name, value in start.items() if not torch.equal(value, result[name])]
     assert len(changed) >= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_the_running_model_is_read_alike(
+    classifier: tuple[Any, Path], tmp_path: Path, kind: str
+) -> None:
+    """With the base, its head, names of adapters and everything that is kept twice."""
+    model, base = classifier
+    expected = saved(model, tmp_path, KINDS[kind]())
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    whole = {name: value.clone() for name, value in loaded.state_dict().items()}
+    assert any(".default" in name for name in whole)
+    save_file(whole, tmp_path / FILE)
+    result = read(base, tmp_path)
+    assert differences(base, result, expected) == []
+    assert "classifier.out_proj.weight" in result
+
+
+def test_pruned_ranks(classifier: tuple[Any, Path], tmp_path: Path) -> None:
+    model, base = classifier
+    config = peft.AdaLoraConfig(
+        init_r=6, target_r=2, tinit=0, tfinal=1, total_step=6, deltaT=1, target_modules=TARGETS
+    )
+    training = peft.get_peft_model(copy.deepcopy(model), config)
+    optimizer = torch.optim.SGD(training.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        ids = torch.randint(2, 12, (4, 8), generator=generator)
+        training(input_ids=ids, labels=ids[:, 0] % 3).loss.backward()
+        optimizer.step()
+        training.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    training.save_pretrained(tmp_path)
+    ranks = {value.shape[0] for key, value in load_file(tmp_path / FILE).items() if "lora_A" in key}
+    assert ranks != {6}
+    assert differences(base, read(base, tmp_path), merged(model, tmp_path)) == []
+
+
+def test_a_module_that_the_base_splits(tmp_path: Path) -> None:
+    """One linear layer of the adapter's model may be several tensors of the base."""
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 12)
+
+    model = Fused()
+    config = peft.LoraConfig(r=2, lora_bias=True, target_modules=["qkv"])
+    expected = saved(model, tmp_path / "adapter", config)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+
+    def split(name: str) -> tuple[str, ...]:
+        return tuple(name.replace("qkv", part) for part in ("q", "k", "v"))
+
+    opened = Checkpoint.open(ModelFolder.open(str(tmp_path / "model.safetensors")), split)
+    expert = Checkpoint.open_expert(ModelFolder.open(str(tmp_path / "adapter")), opened, split)
+    for kind in ("weight", "bias"):
+        parts = [expert.load(f"{part}.{kind}") for part in ("q", "k", "v")]
+        assert torch.allclose(torch.cat(parts), expected[f"qkv.{kind}"], atol=1e-6)
+
+
+def test_modules_are_freed_as_soon_as_they_are_merged(
+    classifier: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base = classifier
+    saved(model, tmp_path, KINDS["dora"]())
+    family = family_of(base)
+    opened = Checkpoint.open(ModelFolder.open(str(base)), family.canonical_key)
+    expert = Checkpoint.open_expert(ModelFolder.open(str(tmp_path)), opened, family.canonical_key)
+    weights: list[weakref.ref[Tensor]] = []
+    build = adapter_layers._module
+
+    def watched(weight: Tensor, *rest: Any, **options: Any) -> nn.Module:
+        weights.append(weakref.ref(weight))
+        return build(weight, *rest, **options)
+
+    monkeypatch.setattr(adapter_layers, "_module", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        for name in expert.tensors:
+            expert.load(name)
+            assert sum(weight() is not None for weight in weights) == 0
+    finally:
+        gc.enable()
+    assert weights
 
 
 def test_convolutions(tmp_path: Path) -> None:

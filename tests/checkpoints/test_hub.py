@@ -82,6 +82,15 @@ def test_the_revision_is_fetched(hub: Hub) -> None:
     assert hub.asked == [("owner/name", "refs/pr/15"), ("owner/name", None)]
 
 
+def test_adapters_in_folders_of_their_own_are_fetched(hub: Hub) -> None:
+    parts = ("adapter_config.json", "adapter_model.safetensors")
+    files = [f"{name}/{part}" for name in ("one", "other") for part in parts]
+    hub.files["owner/name", None] = files
+    assert ModelFolder.open("owner/name", "other").path == hub.folder / "other"
+    with pytest.raises(RecipeError, match="several adapters; choose one with adapter: one, other"):
+        ModelFolder.open("owner/name")
+
+
 @pytest.mark.parametrize("revision", [None, "v1"])
 def test_pickles_on_the_hub_are_named_with_what_to_do(hub: Hub, revision: str | None) -> None:
     wanted = "owner/name" if revision is None else f"owner/name@{revision}"

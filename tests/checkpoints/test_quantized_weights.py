@@ -63,6 +63,12 @@ KINDS: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, str]] = {
     ),
     "hqq": ({"W_q": BYTES, "meta": ANY}, None, "HQQ"),
     "quanto": ({"weight._data": BYTES, "weight._scale": ANY}, None, "quanto"),
+    "mlx": (
+        {"weight": WHOLE.to(torch.uint32), "scales": ANY, "biases": ANY},
+        {"group_size": 64, "bits": 4},
+        "integers",
+    ),
+    "torchao": ({"weight_qdata": BYTES, "weight_scale": ANY}, None, "torchao"),
     "another": ({"weight": BYTES}, {"quant_method": "quark"}, "quark"),
     "unknown": ({"weight": BYTES}, None, "integers"),
 }
@@ -81,7 +87,7 @@ def test_a_quantized_expert_is_named_in_one_sentence(tmp_path: Path, kind: str) 
     save_file(tensors, expert / FILE)
     config = json.loads((expert / "config.json").read_text())
     if settings is not None:
-        config["quantization_config"] = settings
+        config["quantization" if kind == "mlx" else "quantization_config"] = settings
     (expert / "config.json").write_text(json.dumps(config))
     with pytest.raises(MismatchError) as caught:
         open_sources(load_recipe(models.recipe))

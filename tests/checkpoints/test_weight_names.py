@@ -99,6 +99,26 @@ def test_a_file_that_is_not_the_folders_model_is_refused(tmp_path: Path) -> None
         ModelFolder.open(str(tmp_path / "notes.txt"))
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("model-Q4_K_M.gguf", "GGUF"), ("tf_model.h5", "TensorFlow"), ("model.onnx", "ONNX")],
+)
+def test_other_formats_are_named(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).touch()
+    for given in (tmp_path, tmp_path / name):
+        with pytest.raises(RecipeError, match=f"weights in the format of {kind}"):
+            ModelFolder.open(str(given)).check_base()
+    write(tmp_path, "model.safetensors")
+    ModelFolder.open(str(tmp_path)).check_base()
+
+
+def test_a_model_with_an_unmerged_adapter_is_named(tmp_path: Path) -> None:
+    tensors = {"base_model.model.q.base_layer.weight": torch.zeros(2, 2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(RecipeError, match="an adapter that is not merged into it"):
+        Checkpoint.open(ModelFolder.open(str(tmp_path)))
+
+
 def test_the_layout_of_the_first_releases_is_named(tmp_path: Path) -> None:
     tensors = {"layers.0.attention.wq.weight": torch.zeros(2, 2), "norm.weight": torch.zeros(2)}
     save_file(tensors, tmp_path / "consolidated.safetensors")

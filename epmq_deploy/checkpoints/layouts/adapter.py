@@ -1,6 +1,6 @@
 """The layout of ``peft``: an adapter, which is read as the base model with it applied."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from epmq_deploy.checkpoints.adapter_settings import ADAPTER_CONFIG, ADAPTER_FILE
@@ -41,9 +41,10 @@ class AdapterLayout(Layout):
         rename: Rename,
         tied: Mapping[str, str],
         base: Mapping[str, TensorInfo],
+        is_head: Callable[[str], bool],
     ) -> dict[str, TensorInfo]:
         """List all tensors of the base, those the adapter changes as computed ones."""
-        return adapted_tensors(folder, base, rename, tied, self._chosen)
+        return adapted_tensors(folder, base, rename, tied, is_head, self._chosen)
 
     def declared_base(self, folder: Path) -> str | None:
         """Return what ``peft`` was given as the base."""

@@ -1,7 +1,7 @@
 """What a layout is: which files a model folder has, and what they mean."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,6 +51,7 @@ class Layout(ABC):
         rename: Rename,
         tied: Mapping[str, str],
         base: Mapping[str, TensorInfo],
+        is_head: Callable[[str], bool],
     ) -> dict[str, TensorInfo]:
         """List the tensors of a folder that has its weight files, by canonical name.
 
@@ -60,6 +61,7 @@ class Layout(ABC):
             tied: canonical names of tensors that may be copies of others, to those of the others;
                 copies are left out.
             base: tensors of the base model, which an adapter changes; whole models ignore them.
+            is_head: whether a canonical name belongs to a task's head.
 
         Raises:
             RecipeError: a file cannot be read, or holds something this layout does not support.

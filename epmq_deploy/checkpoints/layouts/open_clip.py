@@ -1,6 +1,6 @@
 """The layout of ``open_clip``: one safetensors file and ``open_clip_config.json``."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class OpenClipLayout(Layout):
         rename: Rename,
         tied: Mapping[str, str],
         base: Mapping[str, TensorInfo],
+        is_head: Callable[[str], bool],
     ) -> dict[str, TensorInfo]:
         """List the stored tensors by the names ``transformers`` has for them, then renamed."""
         return open_clip_tensors(self.weight_files(folder)[0], rename)

@@ -1,6 +1,6 @@
 """The layout of ``transformers``: safetensors, single or sharded, and JSON settings."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -40,11 +40,12 @@ class TransformersLayout(Layout):
         rename: Rename,
         tied: Mapping[str, str],
         base: Mapping[str, TensorInfo],
+        is_head: Callable[[str], bool],
     ) -> dict[str, TensorInfo]:
         """List the stored tensors: of tied ones a single copy, or both where the base has both."""
         stored = stored_tensors(self.weight_files(folder))
         config = self.config(folder) or {}
-        _refuse_first_releases(folder, stored)
+        _refuse_other_states(folder, stored)
         refuse_quantized(folder, config, stored)
         dense = dequantized(folder, config, stored, partial(_dtype_in_base, base, rename))
         tensors = canonical_tensors(dense, rename, folder)
@@ -63,13 +64,20 @@ class TransformersLayout(Layout):
         return (self.config(folder) or {}).get("tie_word_embeddings") is True
 
 
-def _refuse_first_releases(folder: Path, names: Collection[str]) -> None:
-    """Refuse Llama and Mistral as their authors lay them out: attention is ordered otherwise."""
+def _refuse_other_states(folder: Path, names: Collection[str]) -> None:
+    """Refuse tensors that are not those of a model, or of one in another order."""
     if any(name.endswith("layers.0.attention.wq.weight") for name in names):
+        # Llama and Mistral: rotary attention takes the rows of queries and keys in another order.
         raise RecipeError(
             f"{folder}: in its authors' layout (layers.0.attention.wq), not in that of "
             "transformers; give the release for transformers, or convert it with transformers' "
             "script for this model"
+        )
+    if any(".base_layer." in name for name in names):
+        raise RecipeError(
+            f"{folder}: a model with an adapter that is not merged into it (names with "
+            "base_layer); save the adapter alone, with its adapter_config.json, or the model after "
+            "peft's merge_and_unload"
         )
 
 
