@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_text import build_tiny_text
 from tiny_text_generators import TEXT_GENERATORS, TinyTextGenerators, build_tiny_text_generators
-from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+from transformers import AutoTokenizer, LlamaConfig, LlamaModel, RobertaConfig, RobertaModel
 
 from epmq_deploy.data.pseudo_labels import generate_pseudo_labels
 from epmq_deploy.errors import EpmqError, RecipeError
@@ -145,6 +145,11 @@ def test_padding_of_encoders_that_is_no_token(tmp_path: Path, padding: int) -> N
     change(tmp_path / "roberta" / "config.json", pad_token_id=padding)
     with pytest.raises(RecipeError, match=rf"pad_token_id is {padding}, which is no token"):
         load_encoder(tmp_path / "roberta", lambda key: key)
+    # Llama remembers it and has no use for it.
+    config = LlamaConfig(vocab_size=20, intermediate_size=8, **sizes)
+    LlamaModel(config).save_pretrained(tmp_path / "llama")
+    change(tmp_path / "llama" / "config.json", pad_token_id=padding)
+    load_encoder(tmp_path / "llama", lambda key: key)
 
 
 def test_answers_end_at_the_first_end() -> None:

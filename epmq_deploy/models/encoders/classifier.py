@@ -224,10 +224,9 @@ def load_encoder(
 
 def _counts_from_padding(model: nn.Module) -> bool:
     """Tell whether a model numbers positions from its padding token on, as RoBERTa does."""
-    # Decoders note it on the model itself, for their table of tokens alone.
-    inside = (module for module in model.modules() if module is not model)
     return any(
-        "padding_idx" in vars(module) for module in inside if not isinstance(module, nn.Embedding)
+        "padding_idx" in vars(module) and "position_embeddings" in dict(module.named_children())
+        for module in model.modules()
     )
 
 
