@@ -71,7 +71,7 @@ def class_labels(
     named = any(isinstance(value, str) for value in values)
     if named:
         texts = [_text(value, row, where) for value, row in zip(values, rows, strict=True)]
-        data_names = data_names or sorted(set(texts), key=_natural)
+        data_names = data_names or sorted(set(texts))
         places = {name: number for number, name in enumerate(data_names)}
         if unknown := sorted(set(texts) - set(places)):
             raise RecipeError(
@@ -221,10 +221,6 @@ def _digits(name: str) -> str:
     """Return the digits of a name that is a number, with or without transformers' prefix."""
     text = name.strip().removeprefix(UNNAMED)
     return text if text.isascii() and text.isdigit() else ""
-
-
-def _natural(name: str) -> tuple[int, int, str]:
-    return (0, int(name), name) if name.isascii() and name.isdigit() else (1, 0, name)
 
 
 def _plain(name: str) -> str:
