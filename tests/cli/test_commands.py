@@ -82,7 +82,7 @@ def test_every_command_prints_one_object_as_json_and_nothing_when_quiet(
                 assert next(iter(json.loads(shown.out))) == first
             else:
                 assert shown.out == ""
-                missed = "error: gates missed: qdq has 0." if code else ""
+                missed = "error: gates missed: qdq takes 0." if code else ""
                 assert shown.err.startswith(missed)
                 assert shown.err.count("\n") == bool(code)
 
