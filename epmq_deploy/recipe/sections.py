@@ -129,7 +129,7 @@ class DataSource(Options):
     @classmethod
     def _two_columns(cls, given: Any) -> Any:
         """Refuse anything but two columns, in one sentence."""
-        if given is not None and (isinstance(given, str) or len(given) != 2):
+        if given is not None and not (isinstance(given, list | tuple) and len(given) == 2):
             raise ValueError("must be a list of two columns; for one, give input_column")
         return given
 
@@ -211,7 +211,7 @@ class Task(Options):
     @classmethod
     def _one_metric(cls, given: Any) -> Any:
         """Return a metric that is given by itself as the only one, and none as not given."""
-        return (given,) if isinstance(given, str) else given or None
+        return (given,) if isinstance(given, str) else (None if given in ([], ()) else given)
 
     @model_validator(mode="after")
     def _same_inputs(self) -> "Task":

@@ -103,7 +103,9 @@ def settings(**changes: Any) -> CalibrationSettings:
 def entered(model: nn.Module, cache: ActivationCache, experts: Experts | None) -> BlockRunner:
     """Return a runner whose batches are at the block."""
     family: Any = SimpleNamespace(
-        embed=lambda model, values: model(values), tokens=lambda values, stream: TokenWeights()
+        embed=lambda model, values: model(values),
+        tokens=lambda values, stream: TokenWeights(),
+        float32_blocks=False,
     )
     batches = {task: (lambda task=task: inputs_of(task)) for task in TASKS}
     runner = BlockRunner(
