@@ -142,7 +142,7 @@ def label_column(names: Sequence[str], source: DataSource, where: str) -> str | 
 
 def label_columns(source: DataSource) -> Collection[str]:
     """Return the columns that may hold a data source's labels."""
-    usual = (LABEL_COLUMN, *_LABELS) if source.label_column == LABEL_COLUMN else ()
+    usual = (LABEL_COLUMN, *_LABELS, *_SCORES) if source.label_column == LABEL_COLUMN else ()
     spelled = [spell(name) for name in usual for spell in (str.lower, str.upper, str.capitalize)]
     named = source.label_columns or (source.label_column or "",)
     return {*named, *spelled}

@@ -101,3 +101,10 @@ def test_files_without_rows_or_in_another_encoding_are_named(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecipeError, match=message):
         load_rows("t", DataSource(path=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("name", ["label", "Label", "target", "score", "similarity"])
+def test_columns_that_usually_hold_labels_are_read_as_numbers(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x.csv").write_text(f"sentence1,sentence2,{name}\n12,blue,3.5\n")
+    rows = load_rows("t", DataSource(path=str(tmp_path / "x.csv")))
+    assert rows[0] == {"sentence1": "12", "sentence2": "blue", name: 3.5}
