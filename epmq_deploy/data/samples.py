@@ -107,11 +107,25 @@ class Samples:
         Raises:
             RecipeError: no such column, or labels that are no classes of the head.
         """
-        values = self.label_values()
+        return self.as_classes(self.label_values(), self.indices, head or HeadClasses())
+
+    def as_classes(
+        self, values: Sequence[Any], rows: Sequence[int], head: HeadClasses
+    ) -> ClassLabels:
+        """Return values of the label column as class numbers of a head.
+
+        Args:
+            values: class numbers or names.
+            rows: where each value stands, for messages.
+            head: the classes to translate to.
+
+        Raises:
+            RecipeError: a value is no class of the head.
+        """
         where = f"task {self.task!r}: {self.source.path}: column {self.source.label_column!r}"
-        labels = class_labels(values, self.indices, self.class_names, head or HeadClasses(), where)
-        said = self.source.label_names is not None
-        return ClassLabels(labels.numbers) if said else labels
+        labels = class_labels(values, rows, self.class_names, head, where)
+        # What the recipe says is not assumed.
+        return labels if self.source.label_names is None else ClassLabels(labels.numbers)
 
 
 @dataclass(frozen=True)

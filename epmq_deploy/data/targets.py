@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from epmq_deploy.data.class_labels import HeadClasses, class_labels, match_classes
+from epmq_deploy.data.class_labels import HeadClasses, match_classes
 from epmq_deploy.data.samples import EmbeddingSamples, Samples
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKEN
@@ -108,9 +108,7 @@ def _label_sets(samples: Samples, head: HeadClasses) -> Targets:
         return Targets(np.array(rows, dtype=np.int64))
     flat = [value for entries in sets for value in entries]
     owners = [number for number, entries in enumerate(sets) for _ in entries]
-    found = class_labels(
-        flat, [samples.indices[owner] for owner in owners], samples.class_names, head, where
-    )
+    found = samples.as_classes(flat, [samples.indices[owner] for owner in owners], head)
     labels = np.zeros((len(sets), max([count, *(n + 1 for n in found.numbers)])), dtype=np.int64)
     labels[owners, found.numbers] = 1
     return Targets(labels, found.assumption)
@@ -131,13 +129,12 @@ def _word_labels(samples: Samples, head: HeadClasses) -> Targets:
             )
     flat = [label for labels in lists for label in labels]
     rows = np.repeat(samples.indices, sizes).tolist()
-    known = class_labels(flat, rows, samples.class_names, head, f"{where}: column {column!r}")
+    known = samples.as_classes(flat, rows, head)
     values = np.empty(len(sizes), dtype=object)
     ends = np.cumsum(sizes)
     for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
         values[number] = np.array(known.numbers[end - size : end], dtype=np.int64)
-    said = samples.source.label_names is not None
-    return Targets(values, "" if said else known.assumption)
+    return Targets(values, known.assumption)
 
 
 def of_words_read(targets: Targets, numbers: Iterable[Tensor]) -> npt.NDArray[np.int64]:
