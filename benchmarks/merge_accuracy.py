@@ -22,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor
 
@@ -50,7 +51,8 @@ def scored_samples(recipe: Recipe, family: ModelFamily, base: Path, held: int | 
         samples = load_samples(task, source, family, limit=None if held is None else 2 * held)
         if held is not None:
             samples = replace(samples, indices=samples.indices[held:])
-        found[task] = list(batches(samples, family, base, 64)), samples.labels()
+        labels = torch.tensor(samples.labels().numbers)
+        found[task] = list(batches(samples, family, base, 64)), labels
     return found
 
 

@@ -31,9 +31,10 @@ from torch import Tensor, nn
 import epmq_deploy
 from epmq_deploy.cli.run import assign
 from epmq_deploy.data.accuracy import torch_accuracy
-from epmq_deploy.data.heads import build_heads
+from epmq_deploy.data.heads import build_heads, head_classes
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.data.samples import Samples, batches
+from epmq_deploy.data.targets import targets_of
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
@@ -124,6 +125,8 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool, limit: int | None 
     """Merge into ``folder`` and load all samples; of test samples at most ``limit`` per task."""
     merge(recipe, folder)
     family = family_of(folder)
+    features = family.embedding_width(family.load(folder), folder)
+    heads = build_heads(recipe.tasks, family, folder, features)
     calibration, scored = {}, {}
     used = calibration_samples(recipe, family, folder)
     for task, chosen in used.items():
@@ -132,16 +135,22 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool, limit: int | None 
             half = len(inputs) // 2
             used[task] = replace(chosen, indices=chosen.indices[: half * 32])
             calibration[task] = inputs[:half]
-            scored[task] = inputs[half:], chosen.labels()[half * 32 :]
+            scored[task] = inputs[half:], class_numbers(recipe, chosen, heads)[half * 32 :]
             continue
         calibration[task] = inputs
         source = recipe.tasks[task].evaluation
         assert source is not None, f"task {task} has no evaluation data"
         test = load_samples(task, source, family, limit=limit)
-        scored[task] = list(batches(test, family, folder, 64)), test.labels()
-    features = family.embedding_width(family.load(folder), folder)
-    heads = build_heads(recipe.tasks, family, folder, features)
+        scored[task] = list(batches(test, family, folder, 64)), class_numbers(recipe, test, heads)
     return Suite(recipe, folder, family, used, calibration, scored, heads)
+
+
+def class_numbers(recipe: Recipe, samples: Samples, heads: dict[str, TaskHead]) -> Tensor:
+    """Return the labels of a task's samples as class numbers of its head, int64 ``[n]``."""
+    task = samples.task
+    return torch.from_numpy(
+        targets_of(samples, head_classes(recipe.tasks[task], heads[task])).values
+    )
 
 
 def measure(suite: Suite, variant: str) -> dict[str, Any]:

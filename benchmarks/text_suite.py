@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from methods import class_numbers
 from text_sources import SOURCES, base_folder, fetch
 from text_tasks import TextTask, split_task, write_splits
 from text_training import Schedule, described, probe_accuracy, train_expert
@@ -157,7 +158,8 @@ def accuracies(
     for task, options in recipe.tasks.items():
         assert options.evaluation is not None, "recipe_of gives every task evaluation data"
         samples = load_samples(task, options.evaluation, family)
-        inputs, labels = list(batches(samples, family, merged, 64)), samples.labels()
+        inputs = list(batches(samples, family, merged, 64))
+        labels = class_numbers(recipe, samples, heads)
         scores[name][task] = torch_accuracy(model, family, heads[task], inputs, labels)
         if guide is not None:
             expert = guide.become(task)
