@@ -22,12 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from scoring import model_score, truth_of
 from torch import Tensor
 
 import epmq_deploy
-from epmq_deploy.data.accuracy import torch_accuracy
 from epmq_deploy.data.heads import build_heads
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.data.samples import batches
@@ -43,17 +42,20 @@ Scored = dict[str, tuple[list[tuple[Tensor, ...]], Tensor]]
 
 
 def scored_samples(recipe: Recipe, family: ModelFamily, base: Path, held: int | None) -> Scored:
-    """Return inputs and labels by task: of test samples, or calibration samples after ``held``."""
-    found = {}
+    """Return inputs and truth by task: of test samples, or calibration samples after ``held``."""
+    heads = build_heads(recipe.tasks, family, base, family.embedding_width(family.load(base), base))
+    scored = {}
     for task, given in recipe.tasks.items():
         source = given.evaluation if held is None else given.calibration
         assert source is not None, f"task {task} has no data to score"
         samples = load_samples(task, source, family, limit=None if held is None else 2 * held)
         if held is not None:
             samples = replace(samples, indices=samples.indices[held:])
-        labels = torch.tensor(samples.labels().numbers)
-        found[task] = list(batches(samples, family, base, 64)), labels
-    return found
+        scored[task] = (
+            list(batches(samples, family, base, 64)),
+            truth_of(recipe, samples, heads),
+        )
+    return scored
 
 
 def measure(recipe: Recipe, scored: Scored, variant: str, held: int | None) -> dict[str, Any]:
@@ -72,8 +74,8 @@ def measure(recipe: Recipe, scored: Scored, variant: str, held: int | None) -> d
         model = family.load(folder)
         heads = build_heads(chosen.tasks, family, folder, family.embedding_width(model, folder))
         accuracies = {
-            task: round(torch_accuracy(model, family, heads[task], inputs, labels), 2)
-            for task, (inputs, labels) in scored.items()
+            task: round(model_score(model, family, heads[task], inputs, truth), 2)
+            for task, (inputs, truth) in scored.items()
         }
     return {
         "average": round(sum(accuracies.values()) / len(accuracies), 2),
@@ -101,7 +103,7 @@ def main() -> None:
     rows = known.setdefault("held-back calibration samples" if held else "test samples", {})
     # SLERP takes two experts.
     variants = arguments.method or [name for name in MERGE_METHODS if name != "slerp"]
-    print("| merge | average accuracy % | seconds |\n|---|--:|--:|")
+    print("| merge | average score | seconds |\n|---|--:|--:|")
     for variant in variants:
         rows[variant] = measure(recipe, scored, variant, held)
         print(

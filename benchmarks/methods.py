@@ -26,15 +26,14 @@ from typing import Any
 
 import torch
 import yaml
+from scoring import model_score, standard_error, truth_of
 from torch import Tensor, nn
 
 import epmq_deploy
 from epmq_deploy.cli.run import assign
-from epmq_deploy.data.accuracy import torch_accuracy
-from epmq_deploy.data.heads import build_heads, head_classes
+from epmq_deploy.data.heads import build_heads
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.data.samples import Samples, batches
-from epmq_deploy.data.targets import targets_of
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
@@ -84,7 +83,7 @@ class Suite:
         family: its family.
         samples: calibration samples by task.
         calibration: batches of inputs of them.
-        scored: batches of inputs and labels by task.
+        scored: batches of inputs, and labels or values, by task.
         heads: by task.
     """
 
@@ -96,14 +95,22 @@ class Suite:
     scored: dict[str, tuple[list[tuple[Tensor, ...]], Tensor]]
     heads: dict[str, TaskHead]
 
-    def accuracy(self, model: nn.Module, task: str) -> float:
-        """Percent correct on a task's scored samples."""
-        inputs, labels = self.scored[task]
-        return torch_accuracy(model, self.family, self.heads[task], inputs, labels)
+    def score(self, model: nn.Module, task: str) -> float:
+        """Percent correct on a task's scored samples; of values, the rank correlation x 100."""
+        inputs, truth = self.scored[task]
+        return model_score(model, self.family, self.heads[task], inputs, truth)
 
     def average(self, model: nn.Module) -> float:
-        """Percent correct, averaged over tasks."""
-        return sum(self.accuracy(model, task) for task in self.scored) / len(self.scored)
+        """Return the score averaged over tasks."""
+        return sum(self.score(model, task) for task in self.scored) / len(self.scored)
+
+    def standard_error(self, model: nn.Module) -> float:
+        """Return the standard error of the average that the scored samples leave, in points."""
+        errors = [
+            standard_error(self.score(model, task), len(truth), values=truth.is_floating_point())
+            for task, (_, truth) in self.scored.items()
+        ]
+        return float(sum(error**2 for error in errors) ** 0.5 / len(errors))
 
     def with_calibration(self, recipe: Recipe) -> "Suite":
         """Return the suite with the calibration samples another recipe asks for."""
@@ -117,7 +124,7 @@ class Suite:
     def experts_average(self) -> float:
         """Each expert on its own task, averaged."""
         expert = ExpertBackbone(open_sources(self.recipe), torch.device("cpu"))
-        scores = [self.accuracy(expert.become(task), task) for task in self.scored]
+        scores = [self.score(expert.become(task), task) for task in self.scored]
         return sum(scores) / len(scores)
 
 
@@ -135,22 +142,14 @@ def load_suite(recipe: Recipe, folder: Path, held_back: bool, limit: int | None 
             half = len(inputs) // 2
             used[task] = replace(chosen, indices=chosen.indices[: half * 32])
             calibration[task] = inputs[:half]
-            scored[task] = inputs[half:], class_numbers(recipe, chosen, heads)[half * 32 :]
+            scored[task] = inputs[half:], truth_of(recipe, chosen, heads)[half * 32 :]
             continue
         calibration[task] = inputs
         source = recipe.tasks[task].evaluation
         assert source is not None, f"task {task} has no evaluation data"
         test = load_samples(task, source, family, limit=limit)
-        scored[task] = list(batches(test, family, folder, 64)), class_numbers(recipe, test, heads)
+        scored[task] = list(batches(test, family, folder, 64)), truth_of(recipe, test, heads)
     return Suite(recipe, folder, family, used, calibration, scored, heads)
-
-
-def class_numbers(recipe: Recipe, samples: Samples, heads: dict[str, TaskHead]) -> Tensor:
-    """Return the labels of a task's samples as class numbers of its head, int64 ``[n]``."""
-    task = samples.task
-    return torch.from_numpy(
-        targets_of(samples, head_classes(recipe.tasks[task], heads[task])).values
-    )
 
 
 def measure(suite: Suite, variant: str) -> dict[str, Any]:
@@ -222,7 +221,7 @@ def main() -> None:
             {"variant": "experts", "average": suite.experts_average()},
             {"variant": "fp32 merged", "average": suite.average(suite.family.load(suite.folder))},
         ]
-        print("| model | average accuracy % |\n|---|---|")
+        print("| model | average score |\n|---|---|")
         for row in rows:
             print(f"| {row['variant']} | {row['average']:.2f} |", flush=True)
         for variant in arguments.variant or VARIANTS + (AROUND if held_back else ()):

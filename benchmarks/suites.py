@@ -2,9 +2,11 @@
 
     python benchmarks/suites.py                                   # the bundled zoo
     python benchmarks/suites.py --recipe RECIPE.yaml --name text  # e.g. that of text_suite.py
+    python benchmarks/suites.py --recipe ... --name text_other --only 'task_arithmetic/[^/]*/4$'
 
-Scores test samples, in torch. Writes ``benchmarks/results/suite_NAME.json`` after every figure, so
-that an interrupted run goes on where it stopped, and prints the tables as Markdown.
+Scores test samples, in torch: percent correct, and of values the rank correlation times 100. Writes
+``benchmarks/results/suite_NAME.json`` after every figure, so that an interrupted run goes on where
+it stopped, and prints the tables as Markdown.
 """
 
 import os
@@ -17,6 +19,7 @@ import json
 import re
 import tempfile
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from methods import RESULTS, ZOO, Suite, load_suite, measure
@@ -90,7 +93,9 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
             store.add(f"{name}/{key}", measure(used, variant)["average"])
 
     if f"{name}/fp32" not in store.figures:
-        store.add(f"{name}/fp32", suite.average(suite.family.load(suite.folder)))
+        model = suite.family.load(suite.folder)
+        store.add(f"{name}/fp32", suite.average(model))
+        store.add(f"{name}/standard error", suite.standard_error(model))
     for method, variant in METHODS.items():
         for bits in BITS:
             if bits == BITS[0] or method in NARROW:
@@ -103,8 +108,8 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
     for bits in BITS:
         figure(f"{DEFAULT}/{bits}/unrefined", f"epmq,refine=0,bits={bits}", suite)
     figure(f"{DEFAULT}/auto", "epmq,anchor=auto", suite)
-    for mean in MIXED:
-        figure(f"{DEFAULT}/mixed {mean}", f"epmq,target_bits={mean}", suite)
+    for width in MIXED:
+        figure(f"{DEFAULT}/mixed {width}", f"epmq,target_bits={width}", suite)
     runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
     for samples, seed in dict.fromkeys(runs):
         missing = [
@@ -135,6 +140,7 @@ def tables(store: Store, merges: list[str]) -> str:
             row = [shown(f"{merge}/{method}/{bits}") for method in METHODS]
             lines.append(f"| {merge} | {shown(f'{merge}/fp32')} | {bits} | {' | '.join(row)} |")
     first = merges[0]
+    lines += ["", f"standard error from test samples: {shown(f'{first}/standard error')}"]
     for merge in merges:
         unrounded, exact = (shown(f"{merge}/{DEFAULT}/{what}") for what in ("unrounded", "float32"))
         lines += ["", f"{merge}: the default's targets without rounding {unrounded}"]
@@ -143,17 +149,28 @@ def tables(store: Store, merges: list[str]) -> str:
     lines += ["", f"{first}: anchor auto {shown(f'{first}/{DEFAULT}/auto')}"]
     for bits in BITS:
         lines += [f"{bits} bits, no refinement: {shown(f'{first}/{DEFAULT}/{bits}/unrefined')}"]
-    for mean in MIXED:
-        lines += [f"{mean} bits on average: {shown(f'{first}/{DEFAULT}/mixed {mean}')}"]
+    for width in MIXED:
+        lines += [f"{width} bits on average: {shown(f'{first}/{DEFAULT}/mixed {width}')}"]
     runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
     columns = list(dict.fromkeys(runs))
     named = [f"{samples} samples, seed {seed}" for samples, seed in columns]
+    named.append(f"{SEED_SAMPLES} samples, mean ± standard error over seeds")
     lines += ["", f"4 bits, {first}:", "", "| method | " + " | ".join(named) + " |"]
     lines += ["|---|" + "--:|" * len(named)]
     for method in FOLLOWED:
         row = [shown(f"{first}/{method}/4/{samples}x{seed}") for samples, seed in columns]
+        row.append(over_seeds(store, f"{first}/{method}/4"))
         lines.append(f"| {method} | {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def over_seeds(store: Store, start: str) -> str:
+    """Return the mean over seeds and its standard error; empty while any is missing."""
+    keys = [f"{start}/{SEED_SAMPLES}x{seed}" for seed in SEEDS]
+    if not all(key in store.figures for key in keys):
+        return ""
+    values = [store.figures[key] for key in keys]
+    return f"{mean(values):.2f} ± {stdev(values) / len(values) ** 0.5:.2f}"
 
 
 def main() -> None:

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 import yaml
-from text_sources import SOURCES, fetch
+from text_packages import fetch
+from text_sources import SOURCES
 from text_suite import CACHE as TEXT_CACHE
 from text_tasks import TextTask, split_task, write_splits
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers

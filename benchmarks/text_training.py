@@ -1,4 +1,4 @@
-"""Fine-tune the text suite's experts, and probe the base linearly for comparison."""
+"""Fine-tune the text suites' experts, and probe the base linearly for comparison."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scoring import score
+from text_sources import Passage
 from text_tasks import TextTask
 from torch import Tensor
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
-Labelled = Sequence[tuple[str, int]]
+Labelled = Sequence[tuple[Passage, float]]
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,10 @@ def train_expert(base: Path, task: TextTask, output: Path, schedule: Schedule, s
     """Fine-tune ``base`` on one task into ``output``, a complete folder or none.
 
     Returns:
-        Percent correct on the test split.
+        Percent correct on the test split, or the rank correlation of values times 100.
     """
     torch.manual_seed(seed)
-    names = dict(enumerate(task.classes))
-    model = AutoModelForSequenceClassification.from_pretrained(
-        base, num_labels=len(names), id2label=names, label2id={v: k for k, v in names.items()}
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(base, **_labels_of(task))
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     order = random.Random(seed)
     steps = schedule.epochs * -(-len(task.train) // schedule.batch)
@@ -63,14 +62,14 @@ def train_expert(base: Path, task: TextTask, output: Path, schedule: Schedule, s
         for inputs, labels in _batches(tokenizer, shuffled, schedule.batch):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits = model(**inputs).logits
-            loss = torch.nn.functional.cross_entropy(logits.float(), labels)
+            loss = _loss(logits.float(), labels)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
     model.eval()
-    reached = _accuracy(model, tokenizer, task.test)
+    reached = _reached(model, tokenizer, task.test)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -86,45 +85,65 @@ def described(schedule: Schedule, seed: int) -> dict[str, Any]:
     return {**asdict(schedule), "seed": seed}
 
 
-def probe_accuracy(base: Path, task: TextTask, weight_decay: float = 1e-3) -> float:
-    """Percent correct of a linear classifier on the base's last [CLS] hidden states."""
+def probe_score(base: Path, task: TextTask, weight_decay: float = 1e-3) -> float:
+    """Score, as ``train_expert``, of a linear head on the base's last [CLS] hidden states."""
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     model = AutoModel.from_pretrained(base).eval()
     train, labels = _features(model, tokenizer, task.train)
     test, truth = _features(model, tokenizer, task.test)
     mean, spread = train.mean(dim=0), train.std(dim=0)
     train, test = (train - mean) / spread, (test - mean) / spread
-    weight = torch.zeros(len(task.classes), train.shape[1], requires_grad=True)
-    bias = torch.zeros(len(task.classes), requires_grad=True)
+    outputs = len(task.classes) or 1
+    weight = torch.zeros(outputs, train.shape[1], requires_grad=True)
+    bias = torch.zeros(outputs, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(train @ weight.T + bias, labels)
+        loss = _loss(train @ weight.T + bias, labels)
         loss = loss + weight_decay * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return 100.0 * float(((test @ weight.T + bias).argmax(dim=1) == truth).float().mean())
+    return score((test @ weight.T + bias).detach(), truth)
+
+
+def _labels_of(task: TextTask) -> dict[str, Any]:
+    """Return the settings of a model that say what its logits mean."""
+    if not task.classes:
+        return {"num_labels": 1, "problem_type": "regression"}
+    names = dict(enumerate(task.classes))
+    return {
+        "num_labels": len(names),
+        "id2label": names,
+        "label2id": {v: k for k, v in names.items()},
+    }
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return what transformers trains with: cross-entropy, or the squared error of values."""
+    if labels.is_floating_point():
+        return torch.nn.functional.mse_loss(logits[:, 0], labels)
+    return torch.nn.functional.cross_entropy(logits, labels)
 
 
 def _batches(tokenizer: Any, rows: Labelled, size: int) -> Iterator[tuple[Any, Tensor]]:
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         inputs = tokenizer(
-            [text for text, _ in part], padding=True, truncation=True, return_tensors="pt"
+            [passage for passage, _ in part], padding=True, truncation=True, return_tensors="pt"
         )
         yield inputs, torch.tensor([label for _, label in part])
 
 
-def _accuracy(model: Any, tokenizer: Any, rows: Labelled) -> float:
+def _reached(model: Any, tokenizer: Any, rows: Labelled) -> float:
     with torch.inference_mode():
-        hits = sum(
-            int((model(**inputs).logits.argmax(dim=1) == labels).sum())
-            for inputs, labels in _batches(tokenizer, rows, 64)
-        )
-    return 100.0 * hits / len(rows)
+        parts = [
+            (model(**inputs).logits, labels) for inputs, labels in _batches(tokenizer, rows, 64)
+        ]
+    logits, truth = (torch.cat(part) for part in zip(*parts, strict=True))
+    return score(logits, truth)
 
 
 def _features(model: Any, tokenizer: Any, rows: Labelled) -> tuple[Tensor, Tensor]:
