@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import yaml
-from text_packages import fetch
+from packages import fetch
 from text_sources import SOURCES
 from text_suite import CACHE as TEXT_CACHE
 from text_tasks import TextTask, split_task, write_splits

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from text_packages import only_file
+from packages import only_file
 from text_sources import Source, Text, rated
 
 # Abbreviations of Webster's fields in the text.

