@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+from collections.abc import Iterator
 
 # Read when torch is imported; see epmq_deploy.cli.process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -8,15 +9,28 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 from merged_text_generators import MergedTextGenerator
+from remembered_traces import remembering
 from tiny_text import TinyText, build_tiny_text
 from tiny_text_generators import TEXT_GENERATORS, build_tiny_text_generators
 from tiny_zoo import TinyZoo, build_tiny_zoo
 
+from epmq_deploy.exporters.graphs import build
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.recipe import load_recipe
 
 # More threads than cores cost far more than they gain on models this small.
 torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The same model is traced once in a run of the tests, by whichever worker comes first."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "traces"
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "trace", remembering(folder))
+        yield
 
 
 @pytest.fixture(scope="session")
