@@ -4,23 +4,17 @@ RegMean (Jin et al., arXiv 2212.09849) and RegMean++ (arXiv 2508.03121): the out
 layer are the closest to those of every expert's layer on that expert's inputs.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from epmq_deploy.calibration.activations import joined_runs
-from epmq_deploy.calibration.block_runner import BlockRunner, CalibrationBatch, SameForAllTasks
-from epmq_deploy.calibration.cache import ActivationCache
-from epmq_deploy.calibration.statistics import Accumulator
+from epmq_deploy.calibration.block_runner import BlockRunner
 from epmq_deploy.errors import NumericsError
 from epmq_deploy.merging.base import Calibrated, CalibrationData, Context, TaskVectors
-from epmq_deploy.models import Block, Group
-from epmq_deploy.models.modules import first_input
+from epmq_deploy.merging.layer_inputs import input_grams, runner_of
+from epmq_deploy.models import Block
 from epmq_deploy.options.merging import RegressionOptions
 
 # Added to the diagonal, relative to its mean: decides in directions without inputs.
@@ -139,7 +133,8 @@ class _Regression:
         ]
         sums = [_Sums() for _ in groups]
         for index, task in enumerate(self._data.tasks):
-            for group_sums, names, gram in zip(sums, groups, self._grams(task, block), strict=True):
+            grams = input_grams(self._runner, self._data, task, block, self._merged)
+            for group_sums, names, gram in zip(sums, groups, grams, strict=True):
                 self._add(group_sums, names, gram, index)
         solved: dict[str, Tensor] = {}
         for group_sums, names in zip(sums, groups, strict=True):
@@ -149,23 +144,6 @@ class _Regression:
             _add_to(self._merged, self._vectors, inside, solved)
             self._runner.advance(block)
         return solved
-
-    def _grams(self, task: str, block: Block) -> list[Tensor]:
-        """Return the mean over tokens of ``x x^T`` of the inputs of each group of layers."""
-        expert = self._data.experts.module(task, block.name)
-        sums = [Accumulator() for _ in block.groups]
-        firsts = [expert.get_submodule(block.inner(group.layers[0])) for group in block.groups]
-        for batch in self._runner.batches[task]:
-            with _accumulating(firsts, sums, block, batch):
-                if self._merged is None:
-                    self._runner.step(block, expert, batch.student)
-                else:
-                    with torch.inference_mode():
-                        batch.student.run(expert)
-        try:
-            return [accumulator.statistics().gram for accumulator in sums]
-        except NumericsError as error:
-            raise NumericsError(f"{block.name}: task {task!r}: {error}") from error
 
     def _add(self, sums: _Sums, names: list[str], gram: Tensor, index: int) -> None:
         vectors = {
@@ -177,41 +155,6 @@ class _Regression:
 
     def _factor(self, name: str) -> float:
         return self._options.for_tensor(name).off_diagonal
-
-
-@contextmanager
-def _accumulating(
-    layers: Sequence[nn.Module],
-    sums: Sequence[Accumulator],
-    block: Block,
-    batch: CalibrationBatch,
-) -> Iterator[None]:
-    """Add what the first layer of each group of a block receives to its sums.
-
-    Padding does not count.
-    """
-
-    def hook(accumulator: Accumulator, group: Group) -> Callable[..., None]:
-        received: list[Tensor] = []
-
-        def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            received.append(first_input(args, kwargs))
-            if len(received) == group.runs:
-                inputs = joined_runs(received)
-                stream = block.stream_of(group)
-                accumulator.add(inputs, batch.token_weights(stream, inputs, 1.0, group.runs))
-
-        return add
-
-    handles = [
-        layer.register_forward_pre_hook(hook(accumulator, group), with_kwargs=True)
-        for layer, accumulator, group in zip(layers, sums, block.groups, strict=True)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _add_to(
@@ -247,14 +190,7 @@ def merge_linear_layers(
         inside = tuple(f"{block.name}." for block in blocks)
         outside = [name for name in vectors.names if not name.startswith(inside)]
         _add_to(merged, vectors, outside, {})
-    runner = BlockRunner(
-        data.family,
-        blocks,
-        {task: partial(data.batches, task, options.batch_size) for task in data.tasks},
-        data.experts if merged is None else SameForAllTasks(merged),
-        cache=ActivationCache(options.cache_bytes),
-        device=next(model.parameters()).device,
-    )
+    runner = runner_of(data, model, blocks, options, student=merged)
     regression = _Regression(data, vectors, options, runner, merged)
     solved: dict[str, Tensor] = {}
     for block in data.progress.track(blocks, "merging blocks"):

@@ -219,12 +219,9 @@ class CombineOptions(MergeOptions):
     )
 
 
-class RegressionOptions(DataOptions):
-    """Options of methods that merge linear layers by least squares; the rest is averaged."""
+class ActivationOptions(DataOptions):
+    """Options of methods that look at what linear layers receive, block by block."""
 
-    off_diagonal: float = Field(
-        1.0, ge=0, le=1, description="factor on the off-diagonal elements of the Gram matrices"
-    )
     batch_size: int = Field(64, ge=1, description="samples per forward pass; no effect on accuracy")
     cache_limit: float | None = Field(
         4.0, ge=0, description="GiB of activations held in memory; the rest goes to disk"
@@ -241,3 +238,33 @@ class RegressionOptions(DataOptions):
     def cache_bytes(self) -> int | None:
         """``cache_limit`` in bytes, None for no limit."""
         return in_bytes(self.cache_limit)
+
+
+class RegressionOptions(ActivationOptions):
+    """Options of methods that merge linear layers by least squares; the rest is averaged."""
+
+    off_diagonal: float = Field(
+        1.0, ge=0, le=1, description="factor on the off-diagonal elements of the Gram matrices"
+    )
+
+
+class PolarizedOptions(ActivationOptions, ScaledOptions):
+    """Options of methods that enlarge what is large and reduce what is small."""
+
+    polarization: float = Field(
+        2.0,
+        ge=0,
+        description="power of the relative norms by which tasks, input columns and layers of one "
+        "kind are enlarged or reduced; 0 for none",
+    )
+
+    whole_model: ClassVar[frozenset[str]] = (
+        ActivationOptions.whole_model | ScaledOptions.whole_model
+    )
+
+    def idle(self) -> dict[str, str]:
+        """Return ``search_samples``, next to ``samples``."""
+        idle = super().idle()
+        if "search_samples" in self.model_fields_set:
+            idle["search_samples"] = f"with {self.method}, whose merge.samples are searched on"
+        return idle

@@ -16,16 +16,20 @@ from epmq_deploy.merging.methods.ties import TiesOptions, global_statistics
 from epmq_deploy.merging.ops.selection import kth_smallest, magnitude_ranks, streamed_ranks
 from epmq_deploy.options.merging import ScaledOptions
 
+# Those that need calibration data are in test_methods_with_data.py.
 SCALED = sorted(
-    name for name, method in MERGE_METHODS.items() if issubclass(method.options, ScaledOptions)
+    name
+    for name, method in MERGE_METHODS.items()
+    if issubclass(method.options, ScaledOptions) and not method.needs_data
 )
-# Those that need calibration data are in test_merge_data.py.
 DATA_FREE = sorted(name for name, method in MERGE_METHODS.items() if not method.needs_data)
 ELEMENTWISE = sorted(name for name, method in MERGE_METHODS.items() if method.elementwise)
 GIVE_THEMSELVES = {
     "average": {},
     "model_stock": {},
     "slerp": {},
+    "decoupled": {"scaling": 1},
+    "knots": {"scaling": 1, "density": 1},
     "ties": {"combine": "mean", "scaling": 1, "density": 1},
     "dare_ties": {"combine": "mean", "scaling": 1, "density": 1},
     "della": {"combine": "mean", "scaling": 1, "density": 1, "epsilon": 0},

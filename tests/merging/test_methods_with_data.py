@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from merge_references import plain_regmean, seen_by
+from merge_references import plain_esm, plain_regmean, seen_by
 from safetensors.torch import load_file
 from tiny_text import TinyText
 from tiny_zoo import TASKS, TinyZoo
@@ -15,7 +15,7 @@ from torch.func import functional_call, jacrev
 from epmq_deploy.data.heads import build_heads
 from epmq_deploy.data.loading import load_samples
 from epmq_deploy.data.samples import batches
-from epmq_deploy.errors import MismatchError, NumericsError
+from epmq_deploy.errors import MismatchError, NumericsError, RecipeError
 from epmq_deploy.merging.methods.fisher import fisher_mean
 from epmq_deploy.merging.regression import regression_mean, shrink_off_diagonal
 from epmq_deploy.merging.stage import merge
@@ -24,12 +24,13 @@ from epmq_deploy.models.experts import ExpertBackbone, open_sources
 from epmq_deploy.models.problem_types import entropy
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
-DATA_METHODS = ("regmean", "regmean_pp", "fisher", "adamerging")
+DATA_METHODS = ("regmean", "regmean_pp", "fisher", "adamerging", "esm")
 QUICK: dict[str, dict[str, Any]] = {
     "regmean": {},
     "regmean_pp": {},
     "fisher": {"labels": 0},
     "adamerging": {"steps": 3},
+    "esm": {},
 }
 SAMPLES = 6
 BLOCK = "vision_model.encoder.layers"
@@ -156,6 +157,56 @@ def test_regmean_plus_plus_equals_the_plain_reference(tiny: TinyZoo, tmp_path: P
             assert torch.allclose(found[name], student.get_parameter(name), atol=5e-4), name
 
 
+@pytest.mark.parametrize("power", [0.0, 2.0])
+def test_esm_equals_the_plain_reference(tiny: TinyZoo, tmp_path: Path, power: float) -> None:
+    recipe = recipe_of(tiny, "esm", polarization=power, scaling=0.7, batch_size=4)
+    found = merged(recipe, tmp_path / "merged")
+    base = family_of(tiny.base).load(tiny.base)
+    rows, vectors = [], []
+    for task in TASKS:
+        model = expert_of(recipe, task)
+        names = [f"{BLOCK}.{i}.{name}" for i in (0, 1) for name in LAYERS]
+        modules = {name: model.get_submodule(name) for name in names}
+        pixels = pixels_of(recipe, task)
+        rows.append(seen_by(lambda model=model, pixels=pixels: model(pixels), modules))  # type: ignore[misc]
+        vectors.append(
+            {
+                name: (value - base.get_parameter(name)).detach()
+                for name, value in model.named_parameters()
+            }
+        )
+    for layer in LAYERS:
+        pair = [f"{BLOCK}.{index}.{layer}" for index in (0, 1)]
+        plain = [
+            plain_esm([v[f"{name}.weight"] for v in vectors], [r[name] for r in rows], power)
+            for name in pair
+        ]
+        mean = (plain[0].norm() + plain[1].norm()) / 2
+        for name, value in zip(pair, plain, strict=True):
+            change = found[f"{name}.weight"] - base.get_parameter(f"{name}.weight")
+            expected = 0.7 * value * (value.norm() / mean) ** power
+            assert torch.allclose(change, expected, atol=2e-3 * float(expected.abs().max())), name
+            bias = torch.stack([v[f"{name}.bias"] for v in vectors]).mean(dim=0)
+            change = found[f"{name}.bias"] - base.get_parameter(f"{name}.bias")
+            assert torch.allclose(change, 0.7 * bias, atol=1e-6), name
+
+
+def test_esm_is_linear_in_its_scaling_so_that_it_can_be_searched(
+    tiny: TinyZoo, tmp_path: Path
+) -> None:
+    once = merged(recipe_of(tiny, "esm", scaling=0.5), tmp_path / "once")
+    twice = merged(recipe_of(tiny, "esm", scaling=1.0), tmp_path / "twice")
+    base = family_of(tiny.base).load(tiny.base)
+    for name, value in once.items():
+        start = base.get_parameter(name)
+        assert torch.allclose(twice[name] - start, 2 * (value - start), atol=1e-5), name
+    searched = recipe_of(tiny, "esm", search=True)
+    manifest = merge(searched, tmp_path / "searched")
+    assert manifest.reported["scaling"] in [s["scaling"] for s in manifest.reported["search"]]
+    with pytest.raises(RecipeError, match=r"merge\.samples are searched on"):
+        merge(override(searched, "merge", {"search_samples": 8}), tmp_path / "idle")
+
+
 def plain_fisher(model: nn.Module, head: TaskHead, pixels: Tensor) -> dict[str, Tensor]:
     """Sample by sample, from the Jacobian of all log-probabilities."""
     parameters = {name: value.detach() for name, value in model.named_parameters()}
@@ -274,7 +325,7 @@ def test_adamerging_steps_equal_plain_autograd(tiny: TinyZoo, tmp_path: Path) ->
     assert bool((raw < 0).any()) and bool((raw > 1).any())
 
 
-@pytest.mark.parametrize("method", DATA_METHODS)
+@pytest.mark.parametrize("method", [name for name in DATA_METHODS if name != "esm"])
 def test_one_expert_is_itself(tiny: TinyZoo, tmp_path: Path, method: str) -> None:
     options = QUICK[method] | ({"initial": 1, "steps": 0} if method == "adamerging" else {})
     recipe = only(recipe_of(tiny, method, **options), "red")
@@ -338,10 +389,14 @@ def test_activations_on_disk_give_the_same(tiny: TinyZoo, tmp_path: Path) -> Non
 def test_batches_of_texts_do_not_matter_so_padding_does_not_count(
     tiny_text: TinyText, tmp_path: Path
 ) -> None:
-    for method in ("regmean", "regmean_pp"):
+    for method, options in (
+        ("regmean", {"off_diagonal": 0.9}),
+        ("regmean_pp", {"off_diagonal": 0.9}),
+        ("esm", {}),
+    ):
         found = []
         for size in (1, 24):
-            flags = {"method": method, "batch_size": size, "off_diagonal": 0.9}
+            flags = {"method": method, "batch_size": size, **options}
             folder = tmp_path / f"{method}{size}"
             merge(override(load_recipe(tiny_text.recipe), "merge", flags), folder)
             found.append(load_file(folder / "model.safetensors"))

@@ -1,4 +1,6 @@
-"""Merge methods that work on matrices: TSV-M, Iso-C, Iso-CTS, WUDI."""
+"""Merge methods that work on matrices: TSV-M, Iso-C, Iso-CTS, WUDI, DC-Merge, KnOTS, decoupled."""
+
+import itertools
 
 import pytest
 import torch
@@ -7,10 +9,10 @@ from torch import Tensor
 
 from epmq_deploy.merging.methods.iso_cts import subspaces
 from epmq_deploy.merging.methods.wudi import interference
-from epmq_deploy.merging.ops.spectral import polar, top_triplets
+from epmq_deploy.merging.ops.spectral import polar, shared_basis, smoothed, top_triplets
 
 SHAPES = {"wide": (12, 20), "tall": (20, 12)}
-MATRIX_METHODS = ("tsv_m", "iso_c", "iso_cts", "wudi")
+MATRIX_METHODS = ("tsv_m", "iso_c", "iso_cts", "wudi", "dc_merge", "knots", "decoupled")
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
@@ -174,3 +176,128 @@ def test_wudi_says_once_when_adam_cannot_leave_the_sum_behind(
     merged("wudi", vectors, solver="exact")
     merged("wudi", vectors, steps=0)
     assert not caplog.records
+
+
+def test_smoothing_keeps_the_sum_of_singular_values() -> None:
+    values = torch.tensor([8.0, 3.0, 2.0, 1.0, 0.0])
+    assert torch.equal(smoothed(values, "none", 5.0), values)
+    equal = torch.tensor([3.5, 3.5, 3.5, 3.5, 0.0])
+    assert torch.allclose(smoothed(values, "average", 5.0), equal)
+    linear = smoothed(values, "linear", 4.0)
+    assert torch.allclose(linear, 14 * torch.tensor([4.0, 3.0, 2.0, 1.0, 0.0]) / 10)
+    # They were flatter than asked for.
+    narrow = torch.tensor([2.0, 1.9, 1.0])
+    assert torch.allclose(smoothed(narrow, "linear", 5.0), 4.9 * torch.tensor([2, 1.5, 1]) / 4.5)
+    assert not smoothed(torch.zeros(3), "average", 5.0).any()
+
+
+def plain_dc_merge(matrices: Tensor, density: float, smoothing: str) -> Tensor:
+    """DC-Merge with plain singular value decompositions, entry by entry."""
+    tasks, rank = len(matrices), min(matrices.shape[1:]) // len(matrices)
+    parts = [torch.linalg.svd(matrix, full_matrices=False) for matrix in matrices]
+    left = orthonormal(torch.cat([u[:, :rank] for u, _, _ in parts], dim=1))
+    right = orthonormal(torch.cat([v[:rank] for _, _, v in parts], dim=0))
+    trimmed = []
+    for u, s, v in parts:
+        values = s[:rank]
+        if smoothing == "average":
+            values = torch.full((rank,), float(values.mean()))
+        low = u[:, :rank] @ torch.diag(values) @ v[:rank]
+        inside = left.T @ low @ right.T
+        bound = inside.abs().flatten().sort(descending=True).values
+        count = max(rank, int(density * inside.numel()))
+        trimmed.append(torch.where(inside.abs() >= bound[count - 1], inside, 0.0))
+    merged = torch.zeros(tasks * rank, tasks * rank)
+    for row, column in itertools.product(range(tasks * rank), repeat=2):
+        entries = [float(part[row, column]) for part in trimmed]
+        agreeing = [value for value in entries if value * sum(entries) > 0]
+        if agreeing and row // rank == column // rank:
+            merged[row, column] = sum(agreeing) / len(agreeing)
+    return left @ merged @ right
+
+
+@pytest.mark.parametrize(
+    ("density", "smoothing"), [(0.001, "none"), (0.3, "none"), (1.0, "none"), (0.2, "average")]
+)
+def test_dc_merge_equals_the_plain_reference(density: float, smoothing: str) -> None:
+    vectors = random_vectors(3, shapes=SHAPES)
+    found = merged("dc_merge", vectors, scaling=0.8, density=density, smoothing=smoothing)
+    for name, value in found.items():
+        expected = 0.8 * plain_dc_merge(vectors.tensors[name], density, smoothing)
+        assert torch.allclose(value, expected, atol=1e-4)
+
+
+def test_dc_merge_of_experts_in_other_directions_is_their_sum() -> None:
+    blocks = torch.zeros(3, 12, 20)
+    generator = torch.Generator().manual_seed(0)
+    for task, block in enumerate(blocks):
+        rows, columns = slice(4 * task, 4 * task + 4), slice(6 * task, 6 * task + 6)
+        block[rows, columns] = torch.randn(4, 6, generator=generator)
+    found = merged("dc_merge", InMemory({"w": blocks}, ["a", "b", "c"]))["w"]
+    assert torch.allclose(found, blocks.sum(dim=0), atol=1e-5)
+
+
+def test_the_shared_basis_spans_all_matrices_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low = torch.randn(2, 8, 2, generator=generator) @ torch.randn(2, 2, 10, generator=generator)
+    basis = shared_basis(low)
+    assert basis.shape == (8, 4)
+    assert torch.allclose(basis.T @ basis, torch.eye(4), atol=1e-5)
+    assert torch.allclose(basis @ (basis.T @ low), low, atol=1e-5)
+    u, _, _ = torch.linalg.svd(torch.cat(list(low), dim=1), full_matrices=False)
+    assert torch.allclose((basis.T @ u[:, :4]).abs(), torch.eye(4), atol=1e-4)
+
+
+def plain_knots(vectors: InMemory, density: float, combine: str) -> dict[str, Tensor]:
+    """KnOTS-TIES as the authors write it, by a decomposition of all experts side by side."""
+    bases, coordinates = {}, {}
+    for name, matrices in vectors.tensors.items():
+        upright = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+        u, s, v = torch.linalg.svd(torch.cat(list(upright), dim=1), full_matrices=False)
+        bases[name] = u
+        coordinates[name] = torch.stack([s[:, None] * part for part in v.chunk(len(matrices), 1)])
+    whole = torch.cat([value.flatten(1) for value in coordinates.values()], dim=1)
+    dropped = whole.shape[1] - int(whole.shape[1] * density)
+    bounds = whole.abs().sort(dim=1).values[:, max(dropped - 1, 0)]
+    result = {}
+    for name, value in coordinates.items():
+        trimmed = torch.where(value.abs() >= bounds[:, None, None], value, 0.0)
+        agrees = trimmed * trimmed.sum(dim=0).sign() > 0
+        total = (trimmed * agrees).sum(dim=0)
+        if combine == "mean":
+            total = total / agrees.sum(dim=0).clamp(min=1)
+        merged = bases[name] @ total
+        tall = vectors.tensors[name].shape[1] > vectors.tensors[name].shape[2]
+        result[name] = merged.T if tall else merged
+    return result
+
+
+@pytest.mark.parametrize(("density", "combine"), [(0.3, "mean"), (0.3, "sum"), (1.0, "mean")])
+def test_knots_equals_the_plain_reference(density: float, combine: str) -> None:
+    vectors = random_vectors(3, shapes=SHAPES)
+    found = merged("knots", vectors, scaling=0.8, density=density, combine=combine)
+    for name, expected in plain_knots(vectors, density, combine).items():
+        assert torch.allclose(found[name], 0.8 * expected, atol=1e-4)
+
+
+def test_knots_does_not_depend_on_the_axes_of_the_outputs() -> None:
+    vectors = random_vectors(3, shapes={"w": (6, 9)})
+    turn = orthonormal(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))
+    turned = InMemory({"w": turn @ vectors.tensors["w"]}, vectors.tasks)
+    found = merged("knots", turned, density=0.4)["w"]
+    assert torch.allclose(found, turn @ merged("knots", vectors, density=0.4)["w"], atol=1e-5)
+
+
+def test_decoupled_averages_lengths_and_directions_of_columns() -> None:
+    matrices = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    matrices[1] *= 100
+    matrices[2, :, 3] = 0
+    found = merged("decoupled", InMemory({"w": matrices}, ["a", "b", "c"]), scaling=0.5)["w"]
+    for column in range(5):
+        ones = matrices[:, :, column]
+        lengths = [float(one.norm()) for one in ones]
+        directions = [
+            one / size if size else 0 * one for one, size in zip(ones, lengths, strict=True)
+        ]
+        mean = sum(directions[1:], directions[0]) / 3
+        assert torch.allclose(found[:, column], 0.5 * sum(lengths) / 3 * mean, atol=1e-5)

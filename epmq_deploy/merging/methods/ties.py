@@ -18,12 +18,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class TiesOptions(ScaledOptions):
+class TrimOptions(ScaledOptions):
+    """Options of methods that trim task vectors and elect signs."""
+
+    density: float = Field(0.2, gt=0, le=1, description="share of each task vector that is kept")
+    combine: Combine = Field(
+        "mean", description="mean of the values that agree in sign, or their sum"
+    )
+
+
+class TiesOptions(TrimOptions):
     """TIES."""
 
     method: Literal["ties"] = "ties"
     scaling: float = Field(0.3, description="factor on the merged task vector")
-    density: float = Field(0.2, gt=0, le=1, description="share of each task vector that is kept")
     combine: Combine = Field(
         "sum",
         description="sum of the values that agree in sign (scaling about 0.3, the CLIP "
@@ -68,13 +76,16 @@ def ties(
         that of their sum; where it is zero, the majority sign over all parameters, as in the
         authors' code.
     """
-    statistics = context.statistics
+    return base + options.scaling * agreeing(task_vectors, options, context.statistics)
+
+
+def agreeing(task_vectors: Tensor, options: TrimOptions, statistics: TiesStatistics) -> Tensor:
+    """Merge the large entries of ``task_vectors [T, *]`` that agree in sign into one ``[*]``."""
     kept = trim(task_vectors, statistics.thresholds[options.density])
-    merged = ops.signs.disjoint_merge(kept, options.combine, statistics.majority_sign)
-    return base + options.scaling * merged
+    return ops.signs.disjoint_merge(kept, options.combine, statistics.majority_sign)
 
 
-def global_statistics(vectors: TaskVectors, options: TiesOptions) -> TiesStatistics:
+def global_statistics(vectors: TaskVectors, options: TrimOptions) -> TiesStatistics:
     """Compute thresholds over all tensors that share a density, and the majority sign, in one pass.
 
     One task vector and the sum of the kept values of those before it are in memory.
@@ -112,6 +123,6 @@ METHOD = MergeMethod(
     summary="keep each task vector's largest entries, elect signs, merge what agrees",
     source="TIES-Merging, arXiv 2306.01708",
     merge=ties,
-    statistics=FromTaskVectors(global_statistics),
+    statistics=FromTaskVectors[TiesOptions, TiesStatistics](global_statistics),
     elementwise=True,
 )

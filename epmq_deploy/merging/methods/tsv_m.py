@@ -34,21 +34,26 @@ def tsv_m(
         context: not used.
 
     Returns:
-        For a matrix ``[m, n]``: of each task the ``min(m, n) / T`` largest singular triplets (one
-        at least) are kept; all tasks' left vectors together are replaced by the nearest orthonormal
-        ones, and so are the right ones; the product with the singular values is added to the
-        base. Directions that tasks share exactly are not filled up with others. Any other tensor
-        gets the mean of the task vectors.
+        For a matrix the base plus the decorrelated task vectors; any other tensor gets their mean.
     """
-    if base.dim() != 2:
-        return base + options.scaling * task_vectors.mean(dim=0)
-    rank = max(1, min(base.shape) // len(task_vectors))
-    triplets = [ops.spectral.top_triplets(matrix, rank) for matrix in task_vectors]
+    merged = decorrelated(task_vectors) if base.dim() == 2 else task_vectors.mean(dim=0)
+    return base + options.scaling * merged
+
+
+def decorrelated(matrices: Tensor) -> Tensor:
+    """Merge task vectors ``[T, m, n]`` into one ``[m, n]``.
+
+    Of each task the ``min(m, n) / T`` largest singular triplets (one at least) are kept; all tasks'
+    left vectors together are replaced by the nearest orthonormal ones, and so are the right ones.
+    Directions that tasks share exactly are not filled up with others.
+    """
+    rank = max(1, min(matrices.shape[1:]) // len(matrices))
+    triplets = [ops.spectral.top_triplets(matrix, rank) for matrix in matrices]
     lefts, spectra, rights = zip(*triplets, strict=True)
     left, _ = ops.spectral.polar(torch.cat(lefts, dim=1))
     right, _ = ops.spectral.polar(torch.cat(rights, dim=0))
-    values = torch.cat(spectra)
-    return base + options.scaling * (left * values) @ right
+    merged: Tensor = (left * torch.cat(spectra)) @ right
+    return merged
 
 
 METHOD = MergeMethod(

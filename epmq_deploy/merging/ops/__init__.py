@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from epmq_deploy.merging.ops import selection, signs, sparsify, spectral
+    from epmq_deploy.merging.ops import essential, selection, signs, sparsify, spectral
 
-    __all__ = ["selection", "signs", "sparsify", "spectral"]
+    __all__ = ["essential", "selection", "signs", "sparsify", "spectral"]
 else:
     from epmq_deploy.lazy import submodules
 

@@ -4,6 +4,8 @@ Decompositions go through the Gram matrix of the shorter side in float64: for fl
 is as exact as a direct decomposition for all directions that matter, and several times faster.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -50,3 +52,37 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = values[present], vectors[:, present]
     nearest = (vectors / values) @ (vectors.T @ exact)
     return nearest.float(), values.float()
+
+
+def shared_basis(matrices: Tensor) -> Tensor:
+    """Return the left singular vectors of ``matrices [T, m, n]`` side by side, ``[m, T n]``.
+
+    Returns:
+        ``[m, r]``, float32, by descending singular value, without those that vanish.
+    """
+    gram = matrices.new_zeros(matrices.shape[1], matrices.shape[1], dtype=torch.float64)
+    for matrix in matrices.to(torch.float64):
+        gram.addmm_(matrix, matrix.T)
+    squares, vectors = torch.linalg.eigh(gram)
+    values = squares.clamp(min=0).sqrt()
+    basis: Tensor = vectors[:, values > _NULL * values[-1]].flip(1).float()
+    return basis
+
+
+def smoothed(values: Tensor, how: Literal["none", "linear", "average"], ratio: float) -> Tensor:
+    """Redistribute singular values ``[k]``, descending, without changing their sum.
+
+    Args:
+        values: those that vanish stay zero.
+        how: ``none`` leaves them, ``average`` makes them equal, ``linear`` lets them fall linearly.
+        ratio: of the largest to the smallest after ``linear``, unless it is smaller before.
+    """
+    present = values > _NULL * values[0]
+    count = int(present.sum())
+    if how == "none" or not count:
+        return values
+    first = min(ratio, float(values[0] / values[count - 1])) if how == "linear" else 1.0
+    shares = torch.linspace(first, 1.0, count, dtype=values.dtype, device=values.device)
+    result = torch.zeros_like(values)
+    result[:count] = values.sum() * shares / shares.sum()
+    return result
