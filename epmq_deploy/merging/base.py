@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from epmq_deploy.options.merging import DataOptions, MergeOptions
+from epmq_deploy.options.merging import DataOptions, MergeOptions, ScaledOptions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -218,12 +218,14 @@ class Merger(Generic[OptionsT, StatisticsT]):
         options: of the whole model.
         tasks: names of the experts.
         statistics: see ``Context``.
+        factors: on the scaling, by tensor name, for ``ScaledOptions``; 1 where there is none.
     """
 
     method: MergeMethod[OptionsT, StatisticsT]
     options: OptionsT
     tasks: Sequence[str]
     statistics: StatisticsT
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def merge(self, name: str, base: Tensor, task_vectors: Tensor) -> Tensor:
         """Merge one tensor.
@@ -234,6 +236,8 @@ class Merger(Generic[OptionsT, StatisticsT]):
             task_vectors: ``[T, *]``, float32.
         """
         method, options = self.method, self.options.for_tensor(name)
+        if name in self.factors and isinstance(options, ScaledOptions):
+            options = options.at(options.scaling * self.factors[name])
         context = Context(name, self.tasks, self.statistics)
         if not method.elementwise:
             return method.merge(base, task_vectors, options, context)

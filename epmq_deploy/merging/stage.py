@@ -1,6 +1,6 @@
 """The merge stage: experts in, one Hugging Face folder out, tensor by tensor."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +18,7 @@ from epmq_deploy.data.loading import data_sha256, missing_data
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, joined, noted
 from epmq_deploy.merging.base import FromData, FromTaskVectors, MergeMethod, Merger
 from epmq_deploy.merging.data import RecipeData, load_data
+from epmq_deploy.merging.depth import depth_factors
 from epmq_deploy.merging.methods import MERGE_METHODS
 from epmq_deploy.merging.origins import warn_about_origins
 from epmq_deploy.merging.output import merged_size, write_merged
@@ -30,7 +31,7 @@ from epmq_deploy.merging.scaling_search import check_objective, search_scaling
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
 from epmq_deploy.models.experts import Sources, open_available
 from epmq_deploy.options import without_effect
-from epmq_deploy.options.merging import MergeOptions
+from epmq_deploy.options.merging import MergeOptions, ScaledOptions
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import Recipe
 
@@ -76,7 +77,7 @@ def merge(
             vectors = CheckpointTaskVectors(
                 sources.base, sources.experts, check.names, device, check
             )
-            merger, details = _prepare(recipe.merge, vectors, data, check)
+            merger, details = _prepare(recipe.merge, sources, vectors, data, check)
             with atomic_folder(output) as folder:
                 tensors = _merged_and_copied(merger, vectors)
                 write_merged(folder, sources, tensors, recipe.merge, progress)
@@ -123,6 +124,12 @@ def check_options(recipe: Recipe) -> None:
     method = MERGE_METHODS[recipe.merge.method]
     problems = method.problems(recipe.merge, tuple(recipe.tasks))
     problems += without_effect("merge", recipe.merge.idle())
+    by_depth = isinstance(recipe.merge, ScaledOptions) and recipe.merge.first_block != 1
+    if recipe.base.part in ("text", "both") and by_depth:
+        problems.append(
+            f"base.part: {recipe.base.part}: merge.first_block knows the blocks of the image tower "
+            "alone; leave it out, or choose base.part: image"
+        )
     if recipe.base.part in ("text", "both") and uses_data(recipe.merge):
         problems.append(
             f"base.part: {recipe.base.part}: merging that takes calibration data (method "
@@ -198,6 +205,7 @@ def _load_data(
 
 def _prepare(
     options: MergeOptions,
+    sources: Sources,
     vectors: CheckpointTaskVectors,
     data: RecipeData | None,
     check: ExpertCheck,
@@ -217,7 +225,8 @@ def _prepare(
             calibrated = method.statistics.compute(data, vectors, options)
             statistics = calibrated.statistics
             details |= calibrated.details
-    merger = Merger(method, options, vectors.tasks, statistics)
+    factors = _scaling_factors(options, sources, vectors.names)
+    merger = Merger(method, options, vectors.tasks, statistics, factors)
     if data is not None and options.to_search is not None:
         tuned = search_scaling(data, merger, options.to_search, vectors)
         merger = replace(merger, options=options.to_search.at(tuned.value))
@@ -227,6 +236,18 @@ def _prepare(
         ]
         details["search_standard_error"] = tuned.standard_error
     return merger, details
+
+
+def _scaling_factors(
+    options: MergeOptions, sources: Sources, names: Sequence[str]
+) -> dict[str, float]:
+    """Return the factors on the scaling by depth; none where all blocks are scaled alike."""
+    if not isinstance(options, ScaledOptions) or options.first_block == 1:
+        return {}
+    family = sources.family
+    return depth_factors(
+        family.blocks(family.load(sources.base.folder)), names, options.first_block
+    )
 
 
 def _merged_and_copied(

@@ -107,6 +107,12 @@ class ScaledOptions(MergeOptions):
     """Options of methods whose result is linear in their ``scaling``; each sets its default."""
 
     scaling: float = Field(description="factor on the merged task vector")
+    first_block: float = Field(
+        1.0,
+        ge=0,
+        description="factor on scaling in the first block and outside of blocks, rising linearly "
+        "to 1 in the last block (LiNeS, arXiv 2410.17146); 1 scales all blocks alike",
+    )
     search: bool = Field(
         False,
         description="tune scaling on calibration samples, by search_objective",
@@ -120,7 +126,7 @@ class ScaledOptions(MergeOptions):
     search_samples: int = Field(64, ge=2, description="samples per task that scaling is tuned on")
 
     whole_model: ClassVar[frozenset[str]] = frozenset(
-        {"search", "search_objective", "search_samples"}
+        {"first_block", "search", "search_objective", "search_samples"}
     )
 
     @model_validator(mode="after")
