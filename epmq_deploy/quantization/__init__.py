@@ -3,7 +3,7 @@
 ``stage`` turns a merged folder into the quantized artifact. ``sequential`` goes through the model
 block by block: ``expert_features``, ``norms``, ``group_statistics`` and ``group`` are the parts of
 quantizing one block, ``embeddings`` quantizes what lies outside the blocks. A method in ``methods``
-states the problem of a layer, and ``solver`` finds its codes. ``planning`` settles options that
-depend on the model, ``distillation`` tunes scales, biases and norms, ``results`` and ``artifact``
-hold the outcome in memory and on disk.
+states the problem of a layer, and ``solver`` finds its codes. ``guidance`` weighs tokens by
+gradients, ``planning`` settles options that depend on the model, ``distillation`` tunes scales,
+biases and norms, ``results`` and ``artifact`` hold the outcome in memory and on disk.
 """

@@ -98,6 +98,7 @@ class CalibrationSettings:
             where it is positive.
         norm_mix: the same share when norms are re-fitted; None to leave norms as they are.
         norm_damping: pull of re-fitted norms towards the merged ones, per token.
+        guidance: power of tokens' squared gradients in their weights; 0 for none.
     """
 
     products: torch.dtype
@@ -108,6 +109,7 @@ class CalibrationSettings:
     mix: float = 0.0
     norm_mix: float | None = None
     norm_damping: float = 0.0
+    guidance: float = 0.0
 
 
 @dataclass(frozen=True)

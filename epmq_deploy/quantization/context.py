@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from epmq_deploy.models.experts import ExpertBackbone
 from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.bit_budget import BitBudget, bit_budget
+from epmq_deploy.quantization.guidance import Gradients, token_gradients
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import FinishedBlocks, quantize_model
@@ -88,14 +89,15 @@ class CalibrationContext:
         """
         model = self.family.load(self.folder).to(self.device)
         method = QUANTIZATION_METHODS[options.method]
-        size = method.calibration(options).batch_size
+        settings = method.calibration(options)
+        gradients = self._gradients(model, settings.batch_size) if settings.guidance else None
         result = quantize_model(
             model,
             self.family,
             method,
             options,
             batches={
-                task: partial(batches, samples, self.family, self.folder, size)
+                task: partial(batches, samples, self.family, self.folder, settings.batch_size)
                 for task, samples in self.samples.items()
             },
             experts=self.experts() if method.uses_experts else None,
@@ -104,5 +106,27 @@ class CalibrationContext:
             finished=finished,
             progress=self.progress,
             scratch=self.scratch,
+            gradients=gradients,
         )
         return model, result
+
+    def _gradients(self, model: nn.Module, batch_size: int) -> Gradients:
+        """Return the gradients of all samples in the merged model, computed once."""
+        known = self._gradients_by_batch_size
+        if batch_size not in known:
+            judge, blocks = self.judge(self.samples), self.family.blocks(model)
+            known[batch_size] = {
+                task: token_gradients(
+                    model,
+                    blocks,
+                    judge,
+                    task,
+                    batches(samples, self.family, self.folder, batch_size),
+                )
+                for task, samples in self.samples.items()
+            }
+        return known[batch_size]
+
+    @cached_property
+    def _gradients_by_batch_size(self) -> dict[int, Gradients]:
+        return {}

@@ -22,6 +22,7 @@ from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.quantization.base import CalibrationSettings, QuantizationMethod
 from epmq_deploy.quantization.expert_features import Features
 from epmq_deploy.quantization.expert_source import ExpertWeights
+from epmq_deploy.quantization.guidance import Gradients, guided
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +73,20 @@ class ActivationStatistics:
         runner: holds the batches.
         experts: whose weights outputs are computed with; None where the method aims at none.
         settings: of the method.
+        gradients: of the samples, for methods whose token weights they guide.
     """
 
     def __init__(
-        self, runner: BlockRunner, experts: ExpertWeights | None, settings: CalibrationSettings
+        self,
+        runner: BlockRunner,
+        experts: ExpertWeights | None,
+        settings: CalibrationSettings,
+        gradients: Gradients | None = None,
     ) -> None:
         self._runner = runner
         self._experts = experts
         self._settings = settings
+        self._gradients = gradients or {}
 
     @property
     def tasks(self) -> Collection[str]:
@@ -96,8 +103,21 @@ class ActivationStatistics:
             inputs = group.input_of(task, index)
             outputs = {name: features[index][name].peek() for name in group.layers if features}
             token_weights = batch.token_weights(group.stream, inputs, unpooled, group.runs)
+            if task in self._gradients:
+                squares = self._squares(task, index, group).to(inputs.device)
+                token_weights = guided(token_weights, squares, self._settings.guidance)
             accumulator.add(inputs, token_weights, weights, outputs, self._settings.mix)
         return accumulator.statistics()
+
+    def _squares(self, task: str, index: int, group: GroupInputs) -> Tensor:
+        """Return the squared gradients of the tokens that a batch of a group's inputs holds."""
+        batches = self._gradients[task]
+        # A block that repeats has several batches for each one of samples.
+        repeats = len(self._runner.batches[task]) // len(batches)
+        runs = batches[index // repeats][group.layers[0]]
+        first = (index % repeats) * group.runs
+        runs = runs[first : first + group.runs]
+        return runs[0] if group.runs == 1 else torch.cat([run.flatten() for run in runs])[None]
 
     def _expert_weights(self, task: str, layers: Sequence[str]) -> Mapping[str, Tensor | None]:
         """Return weights ``[N, K]`` by layer, None for each where only outputs count."""

@@ -27,6 +27,7 @@ from epmq_deploy.quantization.group_statistics import (
     StatisticsSource,
     WeightStatistics,
 )
+from epmq_deploy.quantization.guidance import Gradients
 from epmq_deploy.quantization.norms import NormRefit, RefittedNorm
 from epmq_deploy.quantization.results import LayerReport, QuantizedLinear, QuantizedModel
 
@@ -57,6 +58,7 @@ class BlockQuantizer:
         rounding: quantize; otherwise layers get the method's weights in float32.
         probe: by layer, widths in bits at which its error is measured in addition.
         scratch: folder for activations on disk; default: the system's temporary folder.
+        gradients: of the samples, for methods whose token weights they guide.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class BlockQuantizer:
         rounding: bool = True,
         probe: Mapping[str, Collection[int]] | None = None,
         scratch: Path | None = None,
+        gradients: Gradients | None = None,
     ) -> None:
         self._model, self._options = model, options
         settings = method.calibration(options)
@@ -93,7 +96,9 @@ class BlockQuantizer:
         self._norms: NormRefit | None = None
         if settings.norm_mix is not None and source is not None:
             self._norms = NormRefit(model, self._runner, source, self._cache, settings)
-        statistics: StatisticsSource = ActivationStatistics(self._runner, source, settings)
+        statistics: StatisticsSource = ActivationStatistics(
+            self._runner, source, settings, gradients
+        )
         if method.is_data_free(options) and source is not None:
             statistics = WeightStatistics(source)
         self._statistics = GroupStatistics(model, statistics, source, method, options)
@@ -213,6 +218,7 @@ def quantize_model(
     finished: FinishedBlocks | None = None,
     progress: Progress | None = None,
     scratch: Path | None = None,
+    gradients: Gradients | None = None,
 ) -> QuantizedModel:
     """Quantize ``model`` in place (its weights become the dequantized ones).
 
@@ -233,6 +239,7 @@ def quantize_model(
         finished: results of blocks done before; further ones are added to it.
         progress: shows one step per block.
         scratch: folder for activations on disk; default: the system's temporary folder.
+        gradients: of the samples, for methods whose token weights they guide.
 
     Raises:
         NumericsError: a layer could not be solved as asked; names it.
@@ -257,6 +264,7 @@ def quantize_model(
         rounding=rounding,
         probe=probe,
         scratch=scratch,
+        gradients=gradients,
     )
     for index, block in enumerate(progress.track(blocks, "quantizing")):
         result = finished.load(index) if finished else None

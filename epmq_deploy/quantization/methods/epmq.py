@@ -98,6 +98,14 @@ class EpmqOptions(CalibratedOptions):
     norms: bool | None = Field(
         None, description="re-fit LayerNorm gains and biases towards the experts' outputs"
     )
+    guidance: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="power of tokens' squared gradients (of the divergence from the expert, in the "
+        "merged model) in their weights: 0 weighs all tokens alike, 0.5 suits most models; a "
+        "classifier needs every task's head",
+    )
     distill: int = Field(
         0,
         ge=0,
@@ -137,9 +145,10 @@ class EpmqOptions(CalibratedOptions):
 
     @model_validator(mode="after")
     def _data_free_means_no_activations(self) -> EpmqOptions:
-        if self.preset == "weights" and (self.alpha or self.norms or self.distill):
+        if self.preset == "weights" and (self.alpha or self.norms or self.distill or self.guidance):
             raise ValueError(
-                "preset weights has no calibration data: leave out alpha, norms and distill"
+                "preset weights has no calibration data: leave out alpha, norms, distill and "
+                "guidance"
             )
         return self
 
@@ -184,7 +193,11 @@ class Epmq(CalibratedMethod[EpmqOptions]):
 
     def needs_heads(self, options: EpmqOptions) -> list[str]:
         """Return what compares predictions with the experts'."""
-        asked = {"anchor: auto": options.anchor == "auto", "distill": options.distill > 0}
+        asked = {
+            "anchor: auto": options.anchor == "auto",
+            "distill": options.distill > 0,
+            "guidance": options.guidance > 0,
+        }
         return [option for option, given in asked.items() if given]
 
     def anchor_search(self, options: EpmqOptions) -> AnchorSearch[EpmqOptions] | None:
@@ -208,6 +221,7 @@ class Epmq(CalibratedMethod[EpmqOptions]):
             mix=values.alpha,
             norm_mix=values.alpha if values.norms else None,
             norm_damping=values.anchor,
+            guidance=options.guidance,
         )
 
     def task_weight(self, statistics: TaskStatistics, options: EpmqOptions) -> float:
