@@ -51,11 +51,17 @@ from epmq_deploy.exporters.verification.parity import (
     torch_outputs,
 )
 from epmq_deploy.models import TaskHead, family_of
+from epmq_deploy.models.deployable import MultiTaskModel
 from epmq_deploy.models.experts import check_unchanged, open_sources
 from epmq_deploy.models.problem_types import SINGLE_LABEL
 from epmq_deploy.models.sizes import WeightCounts, weight_counts
 from epmq_deploy.progress import NoProgress, Progress
-from epmq_deploy.quantization.artifact import REPORT_FILE, load_artifact, load_inputs
+from epmq_deploy.quantization.artifact import (
+    REPORT_FILE,
+    load_artifact,
+    load_inputs,
+    load_refitted_heads,
+)
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.stage import MERGED_FOLDER
 from epmq_deploy.recipe import ExportOptions, Recipe
@@ -218,6 +224,7 @@ def _write(
     options, merged = recipe.export, quantized / MERGED_FOLDER
     family = family_of(merged)
     layers, replaced = load_artifact(quantized)
+    refitted = load_refitted_heads(quantized)
     with eager_free():
         backbone = family.load(merged)
         checkpoint = Checkpoint.open(ModelFolder.at(merged), family.canonical_key, family.tied)
@@ -248,11 +255,12 @@ def _write(
             accuracy_level=options.accuracy_level,
             two_bit_containers=chosen_two_bit_containers(options),
             context=ExportContext(options, load_inputs(quantized), groups),
+            heads=refitted,
         )
         for part in parts
     ]
     codes = {name: layers[name].codes_sha256() for name in sorted(layers)}
-    outputs = _torch_outputs(parts, layers, replaced)
+    outputs = _torch_outputs(parts, layers, replaced, refitted)
     return _Written(graphs, outputs, [part.samples for part in parts], heads, codes)
 
 
@@ -278,13 +286,17 @@ def _torch_outputs(
     parts: Sequence[Part],
     layers: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
+    heads: Mapping[str, TaskHead],
 ) -> list[tuple[Outputs, Outputs]]:
-    """Return what torch computes for each part: merged and quantized."""
+    """Return what torch computes for each part: merged and quantized, which has its own heads."""
 
     def outputs() -> list[Outputs]:
         return [torch_outputs(part.model, part.samples.batches) for part in parts]
 
     merged = outputs()
+    for part in parts:
+        if isinstance(part.model, MultiTaskModel):
+            part.model.replace_heads(heads)
     # All parts share it.
     with quantized_layers(parts[0].model.backbone, layers, replaced):
         return list(zip(merged, outputs(), strict=True))

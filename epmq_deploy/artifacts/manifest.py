@@ -44,6 +44,7 @@ class MergeDetails(_Record):
         search: the search's curve.
         search_standard_error: of the loss at the scaling found.
         answers_by_experts: number of pseudo-labels by task, where data had no labels.
+        refitted_heads: tasks whose heads were re-fitted to the quantized model.
     """
 
     method: str = ""
@@ -68,6 +69,43 @@ class AnchorPlan(_Record):
     anchor: float
     curve: tuple[tuple[float, float], ...]
     standard_error: float
+
+
+class TriedOptions(_Record):
+    """Options that were tried on held-back calibration samples.
+
+    Attributes:
+        settings: values of the options that differ between candidates.
+        losses: mean loss by the pull towards heads as they are, as pairs; None is no re-fitting.
+    """
+
+    settings: Mapping[str, float | str]
+    losses: tuple[tuple[float | None, float], ...]
+
+
+class OptionChoice(_Record):
+    """Options chosen for one model on held-back calibration samples.
+
+    Attributes:
+        chosen: values of the options that differ between candidates.
+        head_pull: towards heads as they are when heads are re-fitted; None to leave them so.
+        tried: every candidate, in the order tried; the first is what stays unless another is
+            better by more than the standard error.
+        judged_by: what decided, by task: ``labels``, or the ``expert``'s predictions.
+        fitted: how many samples of each task candidates were calibrated on, at most.
+        judged: how many others they were judged on, at most.
+        standard_error: of the difference between the best and the first candidate.
+        reason: why nothing was tried; empty otherwise.
+    """
+
+    chosen: Mapping[str, float | str] = Field(default_factory=dict)
+    head_pull: float | None = None
+    tried: tuple[TriedOptions, ...] = ()
+    judged_by: Mapping[str, str] = Field(default_factory=dict)
+    fitted: int = 0
+    judged: int = 0
+    standard_error: float = 0.0
+    reason: str = ""
 
 
 class BitPlan(_Record):
@@ -109,6 +147,7 @@ class QuantizeDetails(_Record):
         input_statistics: number of layers whose inputs calibration saw.
         mean_error_before: mean relative error of layers after the solver.
         mean_error_after: the same after refinement.
+        options: what was chosen on held-back samples, where the effort says so.
         anchor: the anchor's strength, where it was searched for.
         bits: bits by layer, where a budget chose them.
         distill: distillation, where there was one.
@@ -122,10 +161,12 @@ class QuantizeDetails(_Record):
     input_statistics: int = 0
     mean_error_before: float = 0.0
     mean_error_after: float = 0.0
+    options: OptionChoice | None = None
     anchor: AnchorPlan | None = None
     bits: BitPlan | None = None
     distill: Distillation | None = None
     answers_by_experts: Mapping[str, int] = Field(default_factory=dict)
+    refitted_heads: tuple[str, ...] = ()
 
 
 class Parity(_Record):

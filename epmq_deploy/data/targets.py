@@ -2,19 +2,31 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from epmq_deploy.data.class_labels import HeadClasses, match_classes
-from epmq_deploy.data.samples import EmbeddingSamples, Samples
+from epmq_deploy.data.samples import EmbeddingSamples, Samples, batches
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.problem_types import MULTI_LABEL, REGRESSION, SINGLE_LABEL, TOKEN
+from epmq_deploy.models.inputs import ModelInputs
+from epmq_deploy.models.problem_types import (
+    EMBEDDING,
+    MULTI_LABEL,
+    REGRESSION,
+    SINGLE_LABEL,
+    TOKEN,
+)
+from epmq_deploy.models.token_batch import words_read
 
 # As many times the share of equally frequent classes are uneven.
 _UNEVEN = 1.5
+# Samples tokenized at a time.
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,29 @@ def targets_of(samples: Samples, head: HeadClasses) -> Targets:
         return _word_labels(samples, head)
     labels = samples.labels(head)
     return Targets(np.array(labels.numbers, dtype=np.int64), labels.assumption)
+
+
+def label_tensor(samples: Samples, head: HeadClasses, family: ModelInputs, folder: Path) -> Tensor:
+    """Return what a task's head should predict, one entry for each of its predictions.
+
+    Args:
+        samples: of the task.
+        head: the classes to predict.
+        family: preprocesses.
+        folder: a model folder with preprocessor settings.
+
+    Raises:
+        RecipeError: the data have no labels, or they are none of this head.
+    """
+    if head.problem_type == EMBEDDING:
+        raise RecipeError(f"task {samples.task!r} embeds texts, and no label says what is right")
+    targets = targets_of(samples, head)
+    if head.problem_type != TOKEN:
+        return torch.from_numpy(targets.values)
+    read = [
+        row for inputs in batches(samples, family, folder, _BATCH) for row in words_read(inputs)
+    ]
+    return torch.from_numpy(of_words_read(targets, read))
 
 
 def imbalance(targets: Targets, head: HeadClasses) -> str:

@@ -17,14 +17,13 @@ from epmq_deploy.data.pseudo_labels import (
     with_pseudo_labels,
 )
 from epmq_deploy.data.samples import Samples, batches
-from epmq_deploy.data.targets import of_words_read, targets_of
-from epmq_deploy.errors import MismatchError, RecipeError
+from epmq_deploy.data.targets import label_tensor
+from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone, Sources
 from epmq_deploy.models.predictions import PredictedLogits, features_of, predict_logits
-from epmq_deploy.models.problem_types import EMBEDDING, TOKEN
 from epmq_deploy.models.text_generation.base import generates_text
-from epmq_deploy.models.token_batch import on_device, words_read
+from epmq_deploy.models.token_batch import on_device
 from epmq_deploy.options.merging import SampleNeed
 from epmq_deploy.progress import Progress
 from epmq_deploy.recipe import Recipe
@@ -85,14 +84,8 @@ class RecipeData:
         Raises:
             RecipeError: the data have no labels, or they are none of this head.
         """
-        if self.classes[task].problem_type == EMBEDDING:
-            raise RecipeError(f"task {task!r} embeds texts, and no label says what is right")
-        targets = targets_of(self.samples[task], self.classes[task])
-        if self.classes[task].problem_type == TOKEN:
-            batches = self.batches(task, _BATCH)
-            read = [row for inputs in batches for row in words_read(inputs)]
-            return torch.from_numpy(of_words_read(targets, read))
-        return torch.from_numpy(targets.values)
+        folder = self.sources.base.folder
+        return label_tensor(self.samples[task], self.classes[task], self.family, folder)
 
     def backbone(self) -> nn.Module:
         """Return a new model with the base's weights, float32, on the device."""

@@ -68,6 +68,12 @@ class MultiTaskModel(Deployable):
         self.heads = nn.ModuleList(heads.values())
         self._kinds = {task: head.problem_type for task, head in heads.items()}
 
+    def replace_heads(self, heads: Mapping[str, TaskHead]) -> None:
+        """Take other heads, of the same kind and size, for the tasks given."""
+        for number, task in enumerate(self.tasks):
+            if task in heads:
+                self.heads[number] = heads[task]
+
     @property
     def input_names(self) -> tuple[str, ...]:
         """Return the family's input names."""

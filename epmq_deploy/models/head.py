@@ -105,7 +105,21 @@ class TaskHead(nn.Module):
             return (self._logits(tokens) * shares).sum(dim=1)
         return self._logits(embedding)
 
+    def classifier_inputs(self, embedding: Tensor) -> Tensor:
+        """Return what the classifier itself takes of embeddings, ``[m, P]``.
+
+        Where its logits are averaged over tokens, what it takes is averaged, which is the same.
+        """
+        if embedding.dim() == 3 and self.problem_type != TOKEN:
+            tokens, shares = embedding[..., :-1], embedding[..., -1:]
+            return (self._before_classifier(tokens) * shares).sum(dim=1)
+        return self._before_classifier(embedding)
+
     def _logits(self, embedding: Tensor) -> Tensor:
+        logits = self._before_classifier(embedding) @ self.weight.T
+        return logits if self.bias is None else logits + self.bias
+
+    def _before_classifier(self, embedding: Tensor) -> Tensor:
         if self.pooler_weight is not None:
             embedding = embedding @ self.pooler_weight.T
             if self.pooler_bias is not None:
@@ -116,8 +130,7 @@ class TaskHead(nn.Module):
             embedding = F.layer_norm(
                 embedding, width, self.norm_weight, self.norm_bias, self.norm_epsilon
             )
-        logits = embedding @ self.weight.T
-        return logits if self.bias is None else logits + self.bias
+        return embedding
 
     def problems(self, features: int) -> list[str]:
         """Say why the head is not usable for embeddings of width ``features``; empty if it is."""

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from epmq_deploy.checkpoints.memory_map import MappedFile
 from epmq_deploy.checkpoints.tensors import tensors_of_file
+from epmq_deploy.data.heads import HEADS_FILE, load_heads, save_heads
+from epmq_deploy.models.head import TaskHead
 from epmq_deploy.quantization.results import (
     LayerInputs,
     LayerReport,
@@ -28,7 +30,8 @@ REPORT_FILE = "report.json"
 def save_artifact(folder: Path, quantized: QuantizedModel) -> None:
     """Write ``quantized.safetensors`` (per layer ``.codes`` uint8 ``[N, K]``, ``.scales`` float32
     and ``.zero_points`` uint8 ``[N, G]``), ``replaced.safetensors``, ``inputs.safetensors`` (per
-    layer the fields of `LayerInputs`; empty without activations) and ``report.json``.
+    layer the fields of `LayerInputs`; empty without activations) and ``report.json``; and
+    ``heads.safetensors`` where heads were re-fitted.
     """
     tensors, layers = {}, {}
     for name, linear in quantized.layers.items():
@@ -38,6 +41,8 @@ def save_artifact(folder: Path, quantized: QuantizedModel) -> None:
         layers[name] = [linear.bits, linear.group_size, linear.symmetric]
     save_file(tensors, folder / CODES_FILE, metadata={"layers": json.dumps(layers)})
     save_file(quantized.replaced, folder / REPLACED_FILE)
+    if quantized.heads:
+        save_heads(folder, quantized.heads)
     _save_inputs(folder, quantized.inputs)
     reports = [asdict(report) for report in quantized.reports]
     (folder / REPORT_FILE).write_text(json.dumps(reports, indent=2) + "\n")
@@ -68,6 +73,11 @@ def load_inputs(folder: Path) -> dict[str, LayerInputs]:
         )
         for name in names
     }
+
+
+def load_refitted_heads(folder: Path) -> dict[str, TaskHead]:
+    """Load re-fitted heads by task; none where heads stayed as they were."""
+    return load_heads(folder) if (folder / HEADS_FILE).is_file() else {}
 
 
 def load_reports(folder: Path) -> list[LayerReport]:

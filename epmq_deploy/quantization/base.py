@@ -12,7 +12,7 @@ completing the square gives ``H = sum_t s_t C_t + lambda I`` and
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
@@ -113,6 +113,19 @@ class CalibrationSettings:
 
 
 @dataclass(frozen=True)
+class Candidate(Generic[OptionsT]):
+    """One way to set a method's options.
+
+    Attributes:
+        settings: values of the options that differ between candidates, for reports.
+        options: the method's options with these values.
+    """
+
+    settings: Mapping[str, float | str]
+    options: OptionsT
+
+
+@dataclass(frozen=True)
 class AnchorSearch(Generic[OptionsT]):
     """A search for the strength of a method's anchor.
 
@@ -181,6 +194,25 @@ class QuantizationMethod(ABC, Generic[OptionsT]):
         return experts
 
     # What may be tuned with it.
+
+    def compares_predictions(self, options: OptionsT) -> bool:
+        """Return whether heads are of use, though not needed: models are compared by them."""
+        return bool(self.needs_heads(options))
+
+    def candidates(self, options: OptionsT) -> tuple[Candidate[OptionsT], ...]:
+        """Return options to choose among on held-back samples, the usual first; none to keep all.
+
+        With them goes how strongly re-fitted heads are held.
+        """
+        return ()
+
+    def may_refit_heads(self, options: OptionsT) -> bool:
+        """Return whether heads may be re-fitted where that helps on held-back samples."""
+        return False
+
+    def head_pull(self, options: OptionsT) -> float | None:
+        """Return the pull of re-fitted heads towards what they are; None to leave heads so."""
+        return None
 
     def anchor_search(self, options: OptionsT) -> AnchorSearch[OptionsT] | None:
         """Return the search for the anchor's strength that the options ask for, if they do."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from epmq_deploy.data.agreement import Judge
+from epmq_deploy.data.class_labels import HeadClasses
 from epmq_deploy.data.samples import Samples, batches
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone
@@ -36,6 +37,7 @@ class CalibrationContext:
         scratch: folder for activations on disk; default: the system's temporary folder.
         heads: by task, where classifiers are compared by what they predict.
         expert_heads: of tasks whose experts predict through other heads than the merged model.
+        classes: of the heads, by task.
     """
 
     family: ModelFamily
@@ -47,6 +49,7 @@ class CalibrationContext:
     scratch: Path | None = None
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     expert_heads: Mapping[str, TaskHead] = field(default_factory=dict)
+    classes: Mapping[str, HeadClasses] = field(default_factory=dict)
 
     def bit_budget(self, options: QuantizeOptions) -> BitBudget:
         """Return the budget; the model is in memory no longer than this takes.

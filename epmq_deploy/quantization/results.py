@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from epmq_deploy.models.head import TaskHead
 from epmq_deploy.quantization.solver.gptq import Status
 from epmq_deploy.quantization.solver.grid import expand_groups
 
@@ -128,6 +129,7 @@ class QuantizedModel:
         reports: one per layer quantized or norm re-fitted, in running order, then those kept.
         errors: per layer its error by width, where widths were probed.
         inputs: what calibration saw of layers' inputs, by layer name; empty without activations.
+        heads: re-fitted heads, by task; empty where heads stay as they were.
     """
 
     layers: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class QuantizedModel:
     reports: list[LayerReport] = field(default_factory=list)
     errors: dict[str, dict[int, float]] = field(default_factory=dict)
     inputs: dict[str, LayerInputs] = field(default_factory=dict)
+    heads: dict[str, TaskHead] = field(default_factory=dict)
 
     def extend(self, other: "QuantizedModel") -> None:
         """Add the results of further blocks."""
@@ -143,3 +146,4 @@ class QuantizedModel:
         self.reports += other.reports
         self.errors |= other.errors
         self.inputs |= other.inputs
+        self.heads |= other.heads

@@ -18,6 +18,7 @@ from epmq_deploy.artifacts.manifest import (
     BitPlan,
     Distillation,
     MergeManifest,
+    OptionChoice,
     QuantizeDetails,
     QuantizeManifest,
     fingerprint,
@@ -26,7 +27,7 @@ from epmq_deploy.artifacts.outputs import finish_output, open_output
 from epmq_deploy.artifacts.space import require_space
 from epmq_deploy.checkpoints.checkpoint import Checkpoint
 from epmq_deploy.checkpoints.model_folder import ModelFolder
-from epmq_deploy.data.heads import build_heads, heads_of_experts, heads_sha256
+from epmq_deploy.data.heads import build_heads, head_classes, heads_of_experts, heads_sha256
 from epmq_deploy.data.loading import data_sha256, load_calibration
 from epmq_deploy.data.pseudo_labels import (
     generate_pseudo_labels,
@@ -46,6 +47,7 @@ from epmq_deploy.quantization.artifact import save_artifact
 from epmq_deploy.quantization.context import CalibrationContext
 from epmq_deploy.quantization.distillation import distill
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
+from epmq_deploy.quantization.option_choice import choose_options, refitted_heads
 from epmq_deploy.quantization.planning import plan_anchor, plan_bits, with_bits
 from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.resume import FinishedWork
@@ -60,10 +62,12 @@ MERGED_FOLDER = "merged"
 class _Decisions(TypedDict, total=False):
     """What was decided by looking at models and data; fields of ``QuantizeDetails``."""
 
+    options: OptionChoice
     anchor: AnchorPlan
     bits: BitPlan
     distill: Distillation
     answers_by_experts: Mapping[str, int]
+    refitted_heads: tuple[str, ...]
 
 
 def check_options(recipe: Recipe) -> None:
@@ -110,7 +114,7 @@ def quantize_fingerprint(recipe: Recipe, merged: str) -> tuple[str, dict[str, st
         for name, task in recipe.tasks.items():
             if task.calibration is not None:
                 inputs[f"calibration:{name}"] = data_sha256(task.calibration, task.prompt)
-    if _needing_heads(recipe.quantize):
+    if QUANTIZATION_METHODS[recipe.quantize.method].compares_predictions(recipe.quantize):
         inputs |= heads_sha256(recipe.tasks)
     return fingerprint("quantize", recipe.quantize.deciding, inputs), inputs
 
@@ -249,12 +253,23 @@ def _quantize_model(
     ctx = _with_answers(ctx, finished, decisions)
     ctx = _with_heads(recipe, ctx)
     options = _planned(recipe.quantize, ctx, finished, decisions)
+    pull = _head_pull(recipe.quantize, decisions)
     model, quantized = ctx.calibrate(options, finished=finished)
     method = QUANTIZATION_METHODS[options.method]
     if epochs := method.distillation_epochs(options):
         products = method.products_dtype(options)
         quantized, decisions["distill"] = distill(model, quantized, ctx, epochs, products)
+    if pull is not None:
+        quantized = replace(quantized, heads=refitted_heads(model, ctx, pull))
+        decisions["refitted_heads"] = tuple(quantized.heads)
     return quantized, decisions
+
+
+def _head_pull(options: QuantizeOptions, decisions: _Decisions) -> float | None:
+    """Return the pull of re-fitted heads that was chosen, else the options'; None to keep heads."""
+    choice = decisions.get("options")
+    usual = QUANTIZATION_METHODS[options.method].head_pull(options)
+    return usual if choice is None or choice.reason else choice.head_pull
 
 
 def _with_answers(
@@ -280,7 +295,8 @@ def _with_heads(recipe: Recipe, ctx: CalibrationContext) -> CalibrationContext:
     Raises:
         RecipeError: a task has none.
     """
-    if not _needing_heads(recipe.quantize) or generates_text(ctx.family):
+    compared = QUANTIZATION_METHODS[recipe.quantize.method].compares_predictions(recipe.quantize)
+    if not compared or generates_text(ctx.family):
         return ctx
     features = ctx.family.embedding_width(ctx.family.load(ctx.folder), ctx.folder)
     heads = build_heads(recipe.tasks, ctx.family, ctx.folder, features, device=ctx.device)
@@ -289,7 +305,8 @@ def _with_heads(recipe: Recipe, ctx: CalibrationContext) -> CalibrationContext:
     expert_heads = (
         heads_of_experts(recipe.tasks, ctx.experts().sources, heads, ctx.device) if heads else {}
     )
-    return replace(ctx, heads=heads, expert_heads=expert_heads)
+    classes = {task: head_classes(recipe.tasks[task], head) for task, head in heads.items()}
+    return replace(ctx, heads=heads, expert_heads=expert_heads, classes=classes)
 
 
 def _planned(
@@ -299,7 +316,14 @@ def _planned(
     decisions: _Decisions,
 ) -> QuantizeOptions:
     """Settle the options that depend on the model: the anchor's strength, bits per layer."""
-    if search := QUANTIZATION_METHODS[options.method].anchor_search(options):
+    method = QUANTIZATION_METHODS[options.method]
+    if candidates := method.candidates(options):
+        refit = method.may_refit_heads(options)
+        choose = partial(choose_options, candidates, ctx, refit=refit)
+        choice = finished.once("options", OptionChoice, choose)
+        chosen = next((each for each in candidates if each.settings == choice.chosen), None)
+        options, decisions["options"] = (chosen or candidates[0]).options, choice
+    if search := method.anchor_search(options):
         anchor = finished.once("anchor", AnchorPlan, partial(plan_anchor, search, ctx))
         log.info("anchor auto: %g", anchor.anchor)
         options, decisions["anchor"] = search.options_with(anchor.anchor), anchor

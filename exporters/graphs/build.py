@@ -27,6 +27,7 @@ from epmq_deploy.exporters.verification.graphs import WrittenGraph
 from epmq_deploy.exporters.verification.inputs import check_inputs, check_options
 from epmq_deploy.exporters.verification.kernels import verify_valid
 from epmq_deploy.models.deployable import Deployable
+from epmq_deploy.models.head import TaskHead
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.runtime.ort.graph_runs import INT8_LEVEL
 
@@ -47,6 +48,7 @@ def write_graphs(
     two_bit_containers: bool | None = None,
     file_limit: int = PROTOBUF_LIMIT,
     context: ExportContext | None = None,
+    heads: Mapping[str, TaskHead] | None = None,
 ) -> tuple[WrittenGraph, ...]:
     """Write the merged model in float32 and its quantized form in every format asked for.
 
@@ -70,6 +72,7 @@ def write_graphs(
             at accuracy level 4 (see `epmq_deploy.exporters.lowering.two_bits`).
         file_limit: bytes of tensors beyond which a graph's tensors go next to it into ``_data``.
         context: what formats may want to know in addition; default: nothing.
+        heads: by task, those that quantization re-fitted; not part of the float32 graph.
 
     Returns:
         The float32 graph, other float formats, then the low-bit ones in the order given.
@@ -108,7 +111,7 @@ def write_graphs(
     quantized = [fmt for fmt in chosen if fmt.low_bit]
     if not quantized:
         return tuple(written)
-    twin = swapped_copy(model, packed, rows, replaced, accuracy_level)
+    twin = swapped_copy(model, packed, rows, replaced, accuracy_level, heads)
     graph = trace(twin, example_inputs, traced)
     del twin, packed
     write_low_bit = partial(write, linear=linear, rows=rows)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from epmq_deploy.exporters.lowering.int8.modules import Int8Conv2d, Int8Embedding
 from epmq_deploy.exporters.lowering.layers import DOMAIN, LAYER_KEY, OP_TYPE
 from epmq_deploy.exporters.packing.packed_linear import PackedLinear
-from epmq_deploy.models.deployable import Deployable
+from epmq_deploy.models.deployable import Deployable, MultiTaskModel
+from epmq_deploy.models.head import TaskHead
 from epmq_deploy.quantization.results import QuantizedLinear
 
 D = TypeVar("D", bound=Deployable)
@@ -102,6 +103,7 @@ def swapped_copy(
     rows: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
     accuracy_level: int,
+    heads: Mapping[str, TaskHead] | None = None,
 ) -> D:
     """Return a copy of ``model`` with replaced parameters and layers that export in low bits.
 
@@ -111,8 +113,11 @@ def swapped_copy(
         rows: convolutions and embeddings likewise, 8 bits with one group per row.
         replaced: by the backbone's parameter name.
         accuracy_level: attribute of every node.
+        heads: by task, in place of the model's.
     """
     twin = export_copy(model)
+    if isinstance(twin, MultiTaskModel):
+        twin.replace_heads(heads or {})
     for name, tensor in replaced.items():
         parent, leaf = _parent(twin.backbone, name)
         setattr(parent, leaf, nn.Parameter(tensor.detach().cpu(), requires_grad=False))

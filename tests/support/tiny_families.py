@@ -80,7 +80,13 @@ def build_tiny_models(folder: Path, architecture: Architecture) -> TinyModels:
     recipe = {
         "base": {"path": "base"},
         "tasks": tasks,
-        "quantize": {"method": "epmq", "group_size": 16, "samples": 16, "batch_size": 8},
+        "quantize": {
+            "method": "epmq",
+            "effort": "fast",
+            "group_size": 16,
+            "samples": 16,
+            "batch_size": 8,
+        },
         "eval": {"latency_runs": 1, "batch_size": 4},
     }
     made.recipe.write_text(yaml.safe_dump(recipe))

@@ -38,7 +38,13 @@ def build_tiny_text(folder: Path) -> TinyText:
     recipe = {
         "base": {"path": "base"},
         "tasks": tasks,
-        "quantize": {"method": "epmq", "group_size": 16, "samples": 24, "batch_size": 8},
+        "quantize": {
+            "method": "epmq",
+            "effort": "fast",
+            "group_size": 16,
+            "samples": 24,
+            "batch_size": 8,
+        },
         "eval": {"latency_runs": 2, "batch_size": 4},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

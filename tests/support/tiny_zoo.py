@@ -36,7 +36,13 @@ def build_tiny_zoo(folder: Path) -> TinyZoo:
     recipe = {
         "base": {"path": "base"},
         "tasks": tasks,
-        "quantize": {"method": "epmq", "group_size": 16, "samples": 24, "batch_size": 8},
+        "quantize": {
+            "method": "epmq",
+            "effort": "fast",
+            "group_size": 16,
+            "samples": 24,
+            "batch_size": 8,
+        },
         "eval": {"latency_runs": 2},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))

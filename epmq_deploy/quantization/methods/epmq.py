@@ -21,6 +21,7 @@ from epmq_deploy.quantization.base import (
     AnchorSearch,
     CalibratedMethod,
     CalibrationSettings,
+    Candidate,
     LayerProblem,
     LayerWeights,
     SampleChoice,
@@ -60,6 +61,17 @@ PRESETS = {
 }
 
 
+# What effort ``balanced`` chooses among; the first is the default. How strong the anchor should be,
+# and whether experts' outputs or their weights are the better aim, depends on the model.
+_CHOICES: tuple[dict[str, float | str], ...] = (
+    {"preset": "outputs", "anchor": 0.02},
+    {"preset": "outputs", "anchor": 0.00125},
+    {"preset": "features", "anchor": 0.05},
+)
+# How strongly heads are held when they are re-fitted and nothing was chosen.
+_HEAD_PULL = 0.1
+
+
 # Options on how calibration data are chosen, run through the model, cached and used.
 _OF_DATA = (
     "samples",
@@ -77,12 +89,19 @@ class EpmqOptions(CalibratedOptions):
     """E-PMQ."""
 
     method: Literal["epmq"] = "epmq"
-    preset: Literal["paper", "features", "outputs", "weights"] = Field(
-        "outputs",
+    effort: Literal["fast", "balanced", "best"] | None = Field(
+        None,
+        description="one pass with the preset's values (fast); choose preset, anchor, alpha, rho "
+        "and how heads are re-fitted on held-back calibration samples first (balanced); and distil "
+        "all weights from the experts afterwards (best); default: balanced, or fast where a preset "
+        "is given",
+    )
+    preset: Literal["paper", "features", "outputs", "weights"] | None = Field(
+        None,
         description="aim at the experts' weights on the student's inputs (paper), mix in the "
         "experts' own outputs (features), aim at those alone (outputs), or take statistics from "
         "task vectors where there is no calibration data (weights); sets anchor, alpha, rho, norms "
-        "and unpooled_weight unless given",
+        "and unpooled_weight unless given; default: outputs, or what the effort chooses",
     )
     anchor: float | Literal["auto"] | None = Field(
         None,
@@ -112,6 +131,12 @@ class EpmqOptions(CalibratedOptions):
         description="epochs of tuning scales, biases and norms end to end, codes fixed, towards "
         "the experts' predictions on the calibration samples; a classifier needs every task's head",
     )
+    heads: Literal["refit", "keep"] | None = Field(
+        None,
+        description="fit each task's classifier anew to the quantized model, towards its expert's "
+        "predictions (refit), or leave heads as they are (keep); default: what the effort chooses, "
+        "keep with effort fast",
+    )
     normalization: Literal["frobenius", "none"] = Field(
         "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"
     )
@@ -131,9 +156,16 @@ class EpmqOptions(CalibratedOptions):
         return number
 
     @property
+    def effort_in_use(self) -> Literal["fast", "balanced", "best"]:
+        """The effort given; otherwise fast where a preset or ``anchor: auto`` is, else balanced."""
+        if self.effort is not None:
+            return self.effort
+        return "balanced" if self.preset is None and self.anchor != "auto" else "fast"
+
+    @property
     def values(self) -> Preset:
         """Options as given, else the preset's."""
-        preset = PRESETS[self.preset]
+        preset = PRESETS[self.preset or "outputs"]
         return Preset(
             anchor=self.anchor if isinstance(self.anchor, float) else preset.anchor,
             alpha=preset.alpha if self.alpha is None else self.alpha,
@@ -145,11 +177,19 @@ class EpmqOptions(CalibratedOptions):
 
     @model_validator(mode="after")
     def _data_free_means_no_activations(self) -> EpmqOptions:
-        if self.preset == "weights" and (self.alpha or self.norms or self.distill or self.guidance):
+        asked = self.alpha or self.norms or self.distill or self.guidance
+        asked = asked or self.heads == "refit" or self.effort_in_use != "fast"
+        if self.preset == "weights" and asked:
             raise ValueError(
-                "preset weights has no calibration data: leave out alpha, norms, distill and "
-                "guidance"
+                "preset weights has no calibration data: leave out alpha, norms, distill, guidance, "
+                "heads: refit and efforts other than fast"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _effort_chooses_the_anchor(self) -> EpmqOptions:
+        if self.anchor == "auto" and self.effort_in_use != "fast":
+            raise ValueError(f"effort {self.effort} chooses the anchor: leave out anchor: auto")
         return self
 
     def idle(self) -> dict[str, str]:
@@ -195,10 +235,39 @@ class Epmq(CalibratedMethod[EpmqOptions]):
         """Return what compares predictions with the experts'."""
         asked = {
             "anchor: auto": options.anchor == "auto",
+            f"effort: {options.effort}": options.effort not in (None, "fast"),
+            "heads: refit": options.heads == "refit",
             "distill": options.distill > 0,
             "guidance": options.guidance > 0,
         }
         return [option for option, given in asked.items() if given]
+
+    def compares_predictions(self, options: EpmqOptions) -> bool:
+        """Return whether the effort chooses anything, or something else needs heads."""
+        return options.effort_in_use != "fast" or super().compares_predictions(options)
+
+    def candidates(self, options: EpmqOptions) -> tuple[Candidate[EpmqOptions], ...]:
+        """Return what the effort chooses among; options that are given stay as they are."""
+        if options.effort_in_use == "fast":
+            return ()
+        candidates: dict[Preset, Candidate[EpmqOptions]] = {}
+        given = {name: getattr(options, name) for name in options.model_fields_set}
+        for choice in _CHOICES:
+            if options.preset is not None and choice["preset"] != options.preset:
+                choice = {"preset": options.preset}
+            update = {name: value for name, value in choice.items() if given.get(name) is None}
+            candidate = options.model_copy(update=update)
+            settings = {name: getattr(candidate, name) for name in choice}
+            candidates.setdefault(candidate.values, Candidate(settings, candidate))
+        return tuple(candidates.values())
+
+    def may_refit_heads(self, options: EpmqOptions) -> bool:
+        """Return whether the options leave it open."""
+        return options.heads != "keep"
+
+    def head_pull(self, options: EpmqOptions) -> float | None:
+        """Return the usual pull for ``heads: refit``."""
+        return _HEAD_PULL if options.heads == "refit" else None
 
     def anchor_search(self, options: EpmqOptions) -> AnchorSearch[EpmqOptions] | None:
         """Return a search from the preset's strength for ``anchor: auto``."""
