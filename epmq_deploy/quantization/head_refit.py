@@ -105,7 +105,8 @@ def fit_classifier(
     )
 
     def moves() -> Tensor:
-        return torch.linalg.solve_triangular(root.T, change.T, upper=True).T
+        moved: Tensor = torch.linalg.solve_triangular(root.T, change.T, upper=True).T
+        return moved
 
     def loss() -> Tensor:
         optimizer.zero_grad()

@@ -181,8 +181,8 @@ class EpmqOptions(CalibratedOptions):
         asked = asked or self.heads == "refit" or self.effort_in_use != "fast"
         if self.preset == "weights" and asked:
             raise ValueError(
-                "preset weights has no calibration data: leave out alpha, norms, distill, guidance, "
-                "heads: refit and efforts other than fast"
+                "preset weights has no calibration data: leave out alpha, norms, distill, "
+                "guidance, heads: refit and efforts other than fast"
             )
         return self
 
