@@ -174,12 +174,12 @@ def _similarity(folder: Path) -> Iterator[Text]:
 
 
 OTHER_SOURCES = (
-    Source("fields", "dict-gcide", _fields, train=1200, cap=500),
-    Source("computing", "dict-foldoc", _computing, train=1200, cap=500),
-    Source("fortunes", "fortunes", _fortunes, train=1200, cap=600),
-    Source("editorials", "vaderSentiment", _editorials, train=1500),
-    Source("movies", "vaderSentiment", _movies, train=1200),
-    Source("hypernyms", "wordnet-base", _hypernyms, train=1500),
-    Source("terms", "dict-gcide", _terms, train=1500),
+    Source("fields", "dict-gcide", _fields, train=1000, cap=500),
+    Source("computing", "dict-foldoc", _computing, train=1000, cap=500),
+    Source("fortunes", "fortunes", _fortunes, train=1000, cap=600),
+    Source("editorials", "vaderSentiment", _editorials, train=1000),
+    Source("movies", "vaderSentiment", _movies, train=1000),
+    Source("hypernyms", "wordnet-base", _hypernyms, train=1000),
+    Source("terms", "dict-gcide", _terms, train=1000),
     Source("similarity", "gensim", _similarity, test=300),
 )

