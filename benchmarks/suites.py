@@ -2,7 +2,7 @@
 
     python benchmarks/suites.py                                   # the bundled zoo
     python benchmarks/suites.py --recipe RECIPE.yaml --name text  # e.g. that of text_suite.py
-    python benchmarks/suites.py --recipe ... --name text_other --only 'task_arithmetic/[^/]*/4$'
+    python benchmarks/suites.py --recipe ... --name text_other --merge task_arithmetic --only '/4$'
 
 Scores test samples, in torch: percent correct, and of values the rank correlation times 100. Writes
 ``benchmarks/results/suite_NAME.json`` after every figure, so that an interrupted run goes on where
@@ -178,12 +178,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", type=Path, default=ZOO)
     parser.add_argument("--name", default="zoo")
+    parser.add_argument("--merge", action="append", choices=list(MERGES), help="default: all")
     parser.add_argument("--only", default="", help="pattern of the figures to measure")
     parser.add_argument("--limit", type=int, help="test samples per task; all when absent")
     parser.add_argument("--set", action="append", default=[], metavar="section.option=value")
     arguments = parser.parse_args()
     store = Store(RESULTS / f"suite_{arguments.name}.json", arguments.only)
-    for index, (name, settings) in enumerate(MERGES.items()):
+    merges = arguments.merge or list(MERGES)
+    for index, name in enumerate(merges):
+        settings = MERGES[name]
         recipe = assign(load_recipe(arguments.recipe), [*arguments.set, *settings])
         with tempfile.TemporaryDirectory() as work:
             merged = Path(work) / "merged"
@@ -193,7 +196,7 @@ def main() -> None:
                 base = suite.family.load(Path(recipe.base.path))
                 store.add("base", suite.average(base))
             measure_merge(store, name, suite, first=index == 0)
-    print(tables(store, list(MERGES)))
+    print(tables(store, merges))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 SIDE = 56
-TRAIN, CALIBRATION, TEST = 1500, 256, 400
+TRAIN, CALIBRATION, TEST = 1000, 256, 400
 _PHOTOS = ["Aqua", "Blinds", "Dune", "FreshFlower", "Garden", "GreenMeadow"]
 _PHOTOS += ["LadyBird", "RainDrops", "Storm", "TwoWings", "Wood", "YellowFlower"]
 _TYPEFACES = ["adventor", "bonum", "chorus", "cursor", "heros", "pagella", "schola", "termes"]
