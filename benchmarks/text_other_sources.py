@@ -28,16 +28,6 @@ _FIELDS = {
     "Arch.": "architecture",
     "Mil.": "warfare",
 }
-_COMPUTING = {
-    "language",
-    "networking",
-    "programming",
-    "jargon",
-    "operating system",
-    "company",
-    "hardware",
-    "communications",
-}
 _FORTUNES = ("art", "computers", "politics", "science", "songs-poems", "work", "zippy")
 _DEFINITION = re.compile(r"\n\n|\n\s*\[1913 Webster\]|\[[^\]]*\]\s*--|--[A-Z]")
 # Raters go from 0 to 10; half of that, as similarities usually are given.
@@ -93,18 +83,6 @@ def _definition(body: str) -> str:
     return " ".join(re.sub(r"[{}_]|\[[^\]]*\]", "", text).split())
 
 
-def _computing(folder: Path) -> Iterator[Text]:
-    """Yield definitions of terms of computing with their first subject."""
-    with gzip.open(only_file(folder, "usr/share/dictd/foldoc.dict.dz")) as lines:
-        content = lines.read().decode("utf-8", errors="replace")
-    for entry in re.finditer(
-        r"\n\n   <([a-z, \n-]+)>\s(.*?)(?=\n\n   \(|\n\n\S)", content, re.DOTALL
-    ):
-        subject = " ".join(entry.group(1).split(",")[0].split())
-        if subject in _COMPUTING:
-            yield re.sub(r"\(http[^)]*\)|https?://\S+|[{}]", "", entry.group(2)), subject
-
-
 def _fortunes(folder: Path) -> Iterator[Text]:
     """Yield fortune cookies, without who said them, with their file's name."""
     for topic in _FORTUNES:
@@ -115,26 +93,7 @@ def _fortunes(folder: Path) -> Iterator[Text]:
 
 def _movies(folder: Path) -> Iterator[Text]:
     """Yield sentences of movie reviews with the mean of 20 raters' sentiment, from -4 to 4."""
-    for _, text, rating in rated(folder, "movieReviewSnippets"):
-        yield text, rating
-
-
-def _editorials(folder: Path) -> Iterator[Text]:
-    """Yield neighbouring sentences, in every second pair the later ones exchanged."""
-    editorials: dict[str, list[str]] = defaultdict(list)
-    for number, sentence, _ in rated(folder, "nytEditorialSnippets"):
-        editorials[number.partition("_")[0]].append(sentence)
-    pairs = [
-        (sentences[place], sentences[place + 1])
-        for sentences in editorials.values()
-        for place in range(0, len(sentences) - 1, 2)
-    ]
-    random.Random(0).shuffle(pairs)
-    for number in range(0, len(pairs) - 3, 4):
-        right, other, first, second = pairs[number : number + 4]
-        yield from ((pair, "follows") for pair in (right, other))
-        yield (first[0], second[1]), "does not follow"
-        yield (second[0], first[1]), "does not follow"
+    yield from rated(folder, "movieReviewSnippets")
 
 
 def _hypernyms(folder: Path) -> Iterator[Text]:
@@ -175,11 +134,9 @@ def _similarity(folder: Path) -> Iterator[Text]:
 
 OTHER_SOURCES = (
     Source("fields", "dict-gcide", _fields, train=1000, cap=500),
-    Source("computing", "dict-foldoc", _computing, train=1000, cap=500),
-    Source("fortunes", "fortunes", _fortunes, train=1000, cap=600),
-    Source("editorials", "vaderSentiment", _editorials, train=1000),
-    Source("movies", "vaderSentiment", _movies, train=1000),
-    Source("hypernyms", "wordnet-base", _hypernyms, train=1000),
-    Source("terms", "dict-gcide", _terms, train=1000),
-    Source("similarity", "gensim", _similarity, test=300),
+    Source("terms", "dict-gcide", _terms, train=700),
+    Source("movies", "vaderSentiment", _movies, train=700),
+    Source("hypernyms", "wordnet-base", _hypernyms, train=700),
+    Source("fortunes", "fortunes", _fortunes, train=700, cap=600),
+    Source("similarity", "gensim", _similarity, train=700, test=300),
 )

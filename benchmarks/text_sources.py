@@ -87,20 +87,20 @@ def _election(folder: Path) -> Iterator[Text]:
             yield re.sub(r"https?://\S+", "", html.unescape(row["Content"])), row["Author"]
 
 
-def rated(folder: Path, name: str) -> Iterator[tuple[str, str, float]]:
-    """Yield texts by number, with the mean of 20 raters' sentiment, from -4 to 4."""
+def rated(folder: Path, name: str) -> Iterator[tuple[str, float]]:
+    """Yield texts with the mean of 20 raters' sentiment, from -4 to 4."""
     archive = only_file(folder, "vaderSentiment-*/additional_resources/hutto_ICWSM_2014.tar.gz")
     with tarfile.open(archive) as tar:
         content = tar.extractfile(f"hutto_ICWSM_2014/{name}_GroundTruth.txt")
         assert content is not None, "the archive's listing has this file"
         for line in content.read().decode("utf-8", errors="replace").splitlines():
-            number, rating, text = line.split("\t", 2)
-            yield number, html.unescape(text), float(rating)
+            _, rating, text = line.split("\t", 2)
+            yield html.unescape(text), float(rating)
 
 
 def _sentiment(name: str) -> Callable[[Path], Iterator[Text]]:
     def read(folder: Path) -> Iterator[Text]:
-        for _, text, rating in rated(folder, name):
+        for text, rating in rated(folder, name):
             if abs(rating) > _CLEAR_SENTIMENT:
                 yield text, "positive" if rating > 0 else "negative"
 

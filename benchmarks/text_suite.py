@@ -1,14 +1,14 @@
-"""Build a text suite: MiniLM-L6 (22.7M parameters) and eight experts on real texts.
+"""Build a text suite: MiniLM-L6 (22.7M parameters) and its experts on real texts.
 
     python benchmarks/text_suite.py build     # fetch, split, fine-tune; half an hour on two threads
     python benchmarks/text_suite.py report    # experts, linear probe and fp32 merges, per task
-    python benchmarks/text_suite.py build --suite text_other    # eight other tasks
+    python benchmarks/text_suite.py build --suite text_other    # six other tasks
     epmq run ~/.cache/epmq-deploy/text_suite/recipe.yaml -o out
     python benchmarks/methods.py --recipe ~/.cache/epmq-deploy/text_suite/recipe.yaml \
         --output benchmarks/results/methods_text.json
 
 ``text`` has eight tasks that choose a class of a text (`text_sources.py`); defaults were chosen
-with it. ``text_other`` has eight others, with pairs of texts and values (`text_other_sources.py`);
+with it. ``text_other`` has six others, with pairs of texts and values (`text_other_sources.py`);
 nothing was chosen with it.
 
 ``build`` needs the pip, npm and apt-get clients with their registries reachable. It writes base,
