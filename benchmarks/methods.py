@@ -5,8 +5,8 @@
     python benchmarks/methods.py --set merge.method=ties --variant epmq,bits=2,anchor=0.5
     python benchmarks/methods.py --held-back --recipe RECIPE.yaml --name text
 
-With ``--held-back`` each task's calibration samples are halved: one half calibrates, the other is
-scored, and values around the default's are measured too. Adds its run to
+With ``--held-back`` half of each task's calibration samples calibrates, drawn at random; the others
+are scored, and values around the default's are measured too. Adds its run to
 ``benchmarks/results/methods.json``, or ``methods_held_back.json``, where those of other suites,
 merges and sample counts stay, and prints the table as Markdown.
 """
@@ -20,6 +20,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,14 @@ import epmq_deploy
 from epmq_deploy.cli.run import assign
 from epmq_deploy.data.heads import build_heads
 from epmq_deploy.data.loading import load_samples
-from epmq_deploy.data.samples import Samples, batches
+from epmq_deploy.data.samples import batches
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, open_sources
-from epmq_deploy.quantization.context import CalibrationContext
-from epmq_deploy.quantization.distillation import distill
+from epmq_deploy.quantization.artifact import load_artifact, load_refitted_heads
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
-from epmq_deploy.quantization.planning import plan_anchor, plan_bits, with_bits
-from epmq_deploy.quantization.sequential import quantize_model
-from epmq_deploy.quantization.stage import calibration_samples
+from epmq_deploy.quantization.sequential import apply_quantized, quantize_model
+from epmq_deploy.quantization.stage import calibration_samples, quantize
 from epmq_deploy.recipe import Recipe, load_recipe, override
 
 ZOO = Path(epmq_deploy.__file__).parent / "zoo" / "recipe.yaml"
@@ -55,6 +54,7 @@ METHODS = (
     "epmq,preset=features",
     "epmq,preset=outputs",
     "epmq,preset=weights",
+    "epmq,effort=balanced",
 )
 VARIANTS = tuple(f"{method},bits={bits}" for bits in (4, 3) for method in METHODS)
 # What the values of preset outputs were chosen among; never measured on test samples.
@@ -75,14 +75,12 @@ AROUND = tuple(
 
 @dataclass(frozen=True)
 class Suite:
-    """One merge with its data, loaded once.
+    """One merge with what scores it, loaded once.
 
     Attributes:
-        recipe: what was merged.
+        recipe: what was merged, and which samples calibrate.
         folder: the merged model.
         family: its family.
-        samples: calibration samples by task.
-        calibration: batches of inputs of them.
         scored: batches of inputs, and labels or values, by task.
         heads: by task.
     """
@@ -90,19 +88,19 @@ class Suite:
     recipe: Recipe
     folder: Path
     family: ModelFamily
-    samples: dict[str, Samples]
-    calibration: dict[str, list[tuple[Tensor, ...]]]
     scored: dict[str, tuple[list[tuple[Tensor, ...]], Tensor]]
     heads: dict[str, TaskHead]
 
-    def score(self, model: nn.Module, task: str) -> float:
+    def score(self, model: nn.Module, task: str, head: TaskHead | None = None) -> float:
         """Percent correct on a task's scored samples; of values, the rank correlation x 100."""
         inputs, truth = self.scored[task]
-        return model_score(model, self.family, self.heads[task], inputs, truth)
+        return model_score(model, self.family, head or self.heads[task], inputs, truth)
 
-    def average(self, model: nn.Module) -> float:
-        """Return the score averaged over tasks."""
-        return sum(self.score(model, task) for task in self.scored) / len(self.scored)
+    def average(self, model: nn.Module, heads: Mapping[str, TaskHead] | None = None) -> float:
+        """Return the score averaged over tasks; ``heads`` stand in for tasks' usual ones."""
+        heads = heads or {}
+        scores = [self.score(model, task, heads.get(task)) for task in self.scored]
+        return sum(scores) / len(scores)
 
     def standard_error(self, model: nn.Module) -> float:
         """Return the standard error of the average that the scored samples leave, in points."""
@@ -112,15 +110,6 @@ class Suite:
         ]
         return float(sum(error**2 for error in errors) ** 0.5 / len(errors))
 
-    def with_calibration(self, recipe: Recipe) -> "Suite":
-        """Return the suite with the calibration samples another recipe asks for."""
-        chosen = calibration_samples(recipe, self.family, self.folder)
-        loaded = {
-            task: list(batches(samples, self.family, self.folder, 32))
-            for task, samples in chosen.items()
-        }
-        return replace(self, recipe=recipe, samples=chosen, calibration=loaded)
-
     def experts_average(self) -> float:
         """Each expert on its own task, averaged."""
         expert = ExpertBackbone(open_sources(self.recipe), torch.device("cpu"))
@@ -129,77 +118,83 @@ class Suite:
 
 
 def load_suite(recipe: Recipe, folder: Path, held_back: bool, limit: int | None = None) -> Suite:
-    """Merge into ``folder`` and load all samples; of test samples at most ``limit`` per task."""
+    """Merge into ``folder`` and load what is scored.
+
+    Args:
+        recipe: tasks and options.
+        folder: for the merged model.
+        held_back: score calibration samples, and leave half of them for calibration.
+        limit: test samples per task at most.
+    """
     merge(recipe, folder)
     family = family_of(folder)
     features = family.embedding_width(family.load(folder), folder)
     heads = build_heads(recipe.tasks, family, folder, features)
-    calibration, scored = {}, {}
-    used = calibration_samples(recipe, family, folder)
-    for task, chosen in used.items():
-        inputs = list(batches(chosen, family, folder, 32))
+    if held_back:
+        drawn = {"samples": recipe.quantize.samples // 2}  # type: ignore[attr-defined]
+        recipe = override(recipe, "quantize", drawn)
+        used = calibration_samples(recipe, family, folder)
+    scored = {}
+    for task, given in recipe.tasks.items():
+        source = given.calibration if held_back else given.evaluation
+        assert source is not None, f"task {task} has no data to score"
+        samples = load_samples(task, source, family, limit=None if held_back else limit)
         if held_back:
-            half = len(inputs) // 2
-            used[task] = replace(chosen, indices=chosen.indices[: half * 32])
-            calibration[task] = inputs[:half]
-            scored[task] = inputs[half:], truth_of(recipe, chosen, heads)[half * 32 :]
-            continue
-        calibration[task] = inputs
-        source = recipe.tasks[task].evaluation
-        assert source is not None, f"task {task} has no evaluation data"
-        test = load_samples(task, source, family, limit=limit)
-        scored[task] = list(batches(test, family, folder, 64)), truth_of(recipe, test, heads)
-    return Suite(recipe, folder, family, used, calibration, scored, heads)
+            calibrating = set(used[task].indices)
+            rest = [row for row in samples.indices if row not in calibrating]
+            samples = replace(samples, indices=rest)
+        truth = truth_of(recipe, samples, heads)
+        scored[task] = list(batches(samples, family, folder, 64)), truth
+    return Suite(recipe, folder, family, scored, heads)
 
 
 def measure(suite: Suite, variant: str) -> dict[str, Any]:
-    """Quantize one variant (``method,option=value,...``) and score it.
+    """Quantize one variant (``method,option=value,...``), as the product does, and score it.
 
-    ``rounding=false`` scores the method's own weights, unrounded.
+    ``rounding=false`` scores the method's own weights, unrounded and without what effort adds.
     """
     name, *assignments = variant.split(",")
     flags = {key: yaml.safe_load(value) for key, value in (a.split("=") for a in assignments)}
     rounding = flags.pop("rounding", True)
     recipe = override(suite.recipe, "quantize", {"method": name, **flags})
-    options = recipe.quantize
-    experts = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
-    ctx = CalibrationContext(
-        suite.family,
-        suite.folder,
-        suite.samples,
-        lambda: experts,
-        torch.device("cpu"),
-        heads=suite.heads,
-    )
-    method = QUANTIZATION_METHODS[options.method]
-    if search := method.anchor_search(options):
-        options = search.options_with(plan_anchor(search, ctx).anchor)
-    if options.target_bits or options.target_size:
-        options = with_bits(options, plan_bits(options, ctx).layers)
-    model = suite.family.load(suite.folder)
+    row = {"variant": variant, "options": recipe.quantize.model_dump(exclude_defaults=True)}
     started = time.perf_counter()
-    quantized = quantize_model(
-        model,
-        suite.family,
-        method,
-        options,
-        batches={
-            task: (lambda inputs=inputs: inputs) for task, inputs in suite.calibration.items()
-        },
-        experts=experts,
-        rounding=rounding,
-    )
-    distilled = None
-    if epochs := method.distillation_epochs(options):
-        products = method.products_dtype(options)
-        _, distilled = distill(model, quantized, ctx, epochs, products)
+    if not rounding:
+        average = suite.average(unrounded(suite, recipe))
+        return {**row, "average": average, "seconds": time.perf_counter() - started}
+    with tempfile.TemporaryDirectory() as work:
+        output = Path(work) / "quantized"
+        details = quantize(recipe, suite.folder, output).details
+        model = suite.family.load(suite.folder)
+        apply_quantized(model, *load_artifact(output))
+        heads = load_refitted_heads(output)
     return {
-        "variant": variant,
-        "distilled": distilled,
-        "options": options.model_dump(exclude_defaults=True),
-        "average": suite.average(model),
+        **row,
+        "chosen": details.options and details.options.model_dump(mode="json"),
+        "distilled": details.distill and details.distill.model_dump(mode="json"),
+        "average": suite.average(model, heads),
         "seconds": time.perf_counter() - started,
     }
+
+
+def unrounded(suite: Suite, recipe: Recipe) -> nn.Module:
+    """Return the merged model with the weights that the method aims at."""
+    experts = ExpertBackbone(open_sources(recipe), torch.device("cpu"))
+    model = suite.family.load(suite.folder)
+    calibration = {
+        task: list(batches(samples, suite.family, suite.folder, 32))
+        for task, samples in calibration_samples(recipe, suite.family, suite.folder).items()
+    }
+    quantize_model(
+        model,
+        suite.family,
+        QUANTIZATION_METHODS[recipe.quantize.method],
+        recipe.quantize,
+        batches={task: (lambda inputs=inputs: inputs) for task, inputs in calibration.items()},
+        experts=experts,
+        rounding=False,
+    )
+    return model
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ import argparse
 import json
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -35,13 +36,15 @@ METHODS = {
     "E-PMQ paper": "epmq,preset=paper",
     "E-PMQ features": "epmq,preset=features",
     "E-PMQ weights": "epmq,preset=weights",
-    "E-PMQ default": "epmq",
+    "E-PMQ outputs": "epmq,preset=outputs",
+    "E-PMQ balanced": "epmq,effort=balanced",
+    "E-PMQ best": "epmq,effort=best",
 }
 # Measured below 4 bits too.
-NARROW = ("RTN", "GPTQ", "E-PMQ paper", "E-PMQ default")
+NARROW = ("RTN", "GPTQ", "E-PMQ paper", "E-PMQ outputs", "E-PMQ balanced", "E-PMQ best")
 # Measured with several seeds and sample counts.
-FOLLOWED = ("GPTQ", "E-PMQ paper", "E-PMQ default")
-DEFAULT = "E-PMQ default"
+FOLLOWED = ("GPTQ", "E-PMQ paper", "E-PMQ outputs", "E-PMQ balanced", "E-PMQ best")
+OUTPUTS = "E-PMQ outputs"
 BITS = (4, 3, 2)
 # Bits per weight on average, chosen per layer.
 MIXED = (3.0, 2.5)
@@ -100,16 +103,16 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
         for bits in BITS:
             if bits == BITS[0] or method in NARROW:
                 figure(f"{method}/{bits}", f"{variant},bits={bits}", suite)
-    figure(f"{DEFAULT}/unrounded", "epmq,rounding=false", suite)
-    figure(f"{DEFAULT}/float32", "epmq,products=float32", suite)
-    figure(f"{DEFAULT}/distill", f"epmq,distill={EPOCHS}", suite)
+    figure(f"{OUTPUTS}/unrounded", "epmq,preset=outputs,rounding=false", suite)
+    figure(f"{OUTPUTS}/float32", "epmq,preset=outputs,products=float32", suite)
+    figure(f"{OUTPUTS}/distill", f"epmq,preset=outputs,distill={EPOCHS}", suite)
     if not first:
         return
     for bits in BITS:
-        figure(f"{DEFAULT}/{bits}/unrefined", f"epmq,refine=0,bits={bits}", suite)
-    figure(f"{DEFAULT}/auto", "epmq,anchor=auto", suite)
+        figure(f"{OUTPUTS}/{bits}/unrefined", f"epmq,preset=outputs,refine=0,bits={bits}", suite)
+    figure(f"{OUTPUTS}/auto", "epmq,preset=outputs,anchor=auto", suite)
     for width in MIXED:
-        figure(f"{DEFAULT}/mixed {width}", f"epmq,target_bits={width}", suite)
+        figure(f"{OUTPUTS}/mixed {width}", f"epmq,preset=outputs,target_bits={width}", suite)
     runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
     for samples, seed in dict.fromkeys(runs):
         missing = [
@@ -123,7 +126,7 @@ def measure_merge(store: Store, name: str, suite: Suite, *, first: bool) -> None
 def recalibrated(suite: Suite, samples: int, seed: int) -> Suite:
     """Return the suite with other calibration samples."""
     recipe = override(suite.recipe, "quantize", {"samples": samples, "seed": seed})
-    return suite.with_calibration(recipe)
+    return replace(suite, recipe=recipe)
 
 
 def tables(store: Store, merges: list[str]) -> str:
@@ -142,15 +145,15 @@ def tables(store: Store, merges: list[str]) -> str:
     first = merges[0]
     lines += ["", f"standard error from test samples: {shown(f'{first}/standard error')}"]
     for merge in merges:
-        unrounded, exact = (shown(f"{merge}/{DEFAULT}/{what}") for what in ("unrounded", "float32"))
-        lines += ["", f"{merge}: the default's targets without rounding {unrounded}"]
+        unrounded, exact = (shown(f"{merge}/{OUTPUTS}/{what}") for what in ("unrounded", "float32"))
+        lines += ["", f"{merge}: preset outputs without rounding {unrounded}"]
         lines += [f"(products of activations in float32: {exact})"]
-        lines += [f"after {EPOCHS} epochs of distillation: {shown(f'{merge}/{DEFAULT}/distill')}"]
-    lines += ["", f"{first}: anchor auto {shown(f'{first}/{DEFAULT}/auto')}"]
+        lines += [f"after {EPOCHS} epochs of distillation: {shown(f'{merge}/{OUTPUTS}/distill')}"]
+    lines += ["", f"{first}: anchor auto {shown(f'{first}/{OUTPUTS}/auto')}"]
     for bits in BITS:
-        lines += [f"{bits} bits, no refinement: {shown(f'{first}/{DEFAULT}/{bits}/unrefined')}"]
+        lines += [f"{bits} bits, no refinement: {shown(f'{first}/{OUTPUTS}/{bits}/unrefined')}"]
     for width in MIXED:
-        lines += [f"{width} bits on average: {shown(f'{first}/{DEFAULT}/mixed {width}')}"]
+        lines += [f"{width} bits on average: {shown(f'{first}/{OUTPUTS}/mixed {width}')}"]
     runs = [(SEED_SAMPLES, seed) for seed in SEEDS] + [(samples, 0) for samples in SAMPLES]
     columns = list(dict.fromkeys(runs))
     named = [f"{samples} samples, seed {seed}" for samples, seed in columns]

@@ -19,9 +19,9 @@ METHODS = {
     "merged, E-PMQ as published (`--preset paper`)": "E-PMQ paper/{bits}",
     "E-PMQ, preset `weights` (no data)": "E-PMQ weights/{bits}",
     "E-PMQ, preset `features`": "E-PMQ features/{bits}",
-    "E-PMQ, default": "E-PMQ default/{bits}",
-    "merged, E-PMQ, the default": "E-PMQ default/{bits}",
-    "E-PMQ, default, `distill` 2": "E-PMQ default/distill",
+    "E-PMQ, default": "E-PMQ outputs/{bits}",
+    "merged, E-PMQ, the default": "E-PMQ outputs/{bits}",
+    "E-PMQ, default, `distill` 2": "E-PMQ outputs/distill",
 }
 MODELS = {
     "experts (fp32)": "experts",
