@@ -136,6 +136,41 @@ class Distillation(_Record):
     kept: bool
 
 
+class TrainedEpoch(_Record):
+    """One epoch of training weights.
+
+    Attributes:
+        rate: highest learning rate of the attempt it belongs to.
+        divergence: mean divergence from the experts on held-back samples after it.
+    """
+
+    rate: float
+    divergence: float
+
+
+class WeightDistillation(_Record):
+    """What distillation of all weights did.
+
+    Attributes:
+        epochs: most that were asked for.
+        curve: the epochs trained, over all attempts.
+        chosen: epoch whose weights were kept, from 1; 0 for none.
+        before: mean divergence from the experts on held-back samples at the start.
+        after: the same of the weights kept.
+        kept: whether its result was kept, because it lowered the divergence.
+        passes: forward and backward passes of the student over all samples that it cost; the
+            experts' forward passes count as a third each.
+    """
+
+    epochs: int
+    curve: tuple[TrainedEpoch, ...]
+    chosen: int
+    before: float
+    after: float
+    kept: bool
+    passes: float
+
+
 class QuantizeDetails(_Record):
     """What a quantization reports.
 
@@ -150,7 +185,8 @@ class QuantizeDetails(_Record):
         options: what was chosen on held-back samples, where the effort says so.
         anchor: the anchor's strength, where it was searched for.
         bits: bits by layer, where a budget chose them.
-        distill: distillation, where there was one.
+        distill_weights: distillation of all weights, where there was one.
+        distill: distillation with fixed codes, where there was one.
         answers_by_experts: number of pseudo-labels by task, where data had no labels.
     """
 
@@ -164,6 +200,7 @@ class QuantizeDetails(_Record):
     options: OptionChoice | None = None
     anchor: AnchorPlan | None = None
     bits: BitPlan | None = None
+    distill_weights: WeightDistillation | None = None
     distill: Distillation | None = None
     answers_by_experts: Mapping[str, int] = Field(default_factory=dict)
     refitted_heads: tuple[str, ...] = ()

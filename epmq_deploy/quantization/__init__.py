@@ -4,6 +4,7 @@
 block by block: ``expert_features``, ``norms``, ``group_statistics`` and ``group`` are the parts of
 quantizing one block, ``embeddings`` quantizes what lies outside the blocks. A method in ``methods``
 states the problem of a layer, and ``solver`` finds its codes. ``guidance`` weighs tokens by
-gradients, ``planning`` settles options that depend on the model, ``distillation`` tunes scales,
-biases and norms, ``results`` and ``artifact`` hold the outcome in memory and on disk.
+gradients, ``planning`` settles options that depend on the model. ``phases`` says what comes after
+what: ``distillation`` trains all weights before codes are chosen, and tunes scales, biases and
+norms afterwards. ``results`` and ``artifact`` hold the outcome in memory and on disk.
 """

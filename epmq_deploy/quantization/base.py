@@ -218,6 +218,10 @@ class QuantizationMethod(ABC, Generic[OptionsT]):
         """Return the search for the anchor's strength that the options ask for, if they do."""
         return None
 
+    def weight_distillation_epochs(self, options: OptionsT) -> int:
+        """Return for how many epochs weights are trained before they are quantized; 0 for none."""
+        return 0
+
     def distillation_epochs(self, options: OptionsT) -> int:
         """Return for how many epochs the quantized model is distilled; 0 for not at all."""
         return 0

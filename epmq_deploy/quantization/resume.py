@@ -2,14 +2,18 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import TypeAdapter
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from epmq_deploy.artifacts.folders import atomic_folder, atomic_text, unfinished_folder
+from epmq_deploy.artifacts.space import explaining_full_disk
 from epmq_deploy.errors import DiskSpaceError, EpmqError
 from epmq_deploy.quantization.artifact import (
     load_artifact,
@@ -22,6 +26,7 @@ from epmq_deploy.quantization.results import QuantizedModel
 log = logging.getLogger(__name__)
 
 _FINGERPRINT = "fingerprint"
+_TEXT = "text"
 
 T = TypeVar("T")
 
@@ -108,6 +113,30 @@ class FinishedWork:
         if not file.is_file():
             atomic_text(file, adapter.dump_json(make()).decode())
         return adapter.validate_json(file.read_text(encoding="utf-8"))
+
+    def load_tensors(self, name: str) -> tuple[dict[str, Tensor], str] | None:
+        """Return the tensors and the text that were saved under a name, or None."""
+        file = self._folder / f"{name}.safetensors"
+        if not file.is_file():
+            return None
+        with safe_open(file, framework="pt") as handle:
+            text = handle.metadata()[_TEXT]
+        return load_file(file), text
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], text: str) -> None:
+        """Save tensors and a text in the place of what was there: all of it or nothing.
+
+        Raises:
+            DiskSpaceError: the disk has too little room.
+        """
+        file = self._folder / f"{name}.safetensors"
+        temporary = file.with_name(f".{file.name}.tmp")
+        try:
+            with explaining_full_disk(file):
+                save_file(dict(tensors), temporary, metadata={_TEXT: text})
+                temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Forget everything."""

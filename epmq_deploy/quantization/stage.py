@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 
@@ -16,7 +15,6 @@ from epmq_deploy.artifacts.folders import atomic_folder, reserved
 from epmq_deploy.artifacts.manifest import (
     AnchorPlan,
     BitPlan,
-    Distillation,
     MergeManifest,
     OptionChoice,
     QuantizeDetails,
@@ -45,9 +43,9 @@ from epmq_deploy.options.quantization import QuantizeOptions
 from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.artifact import save_artifact
 from epmq_deploy.quantization.context import CalibrationContext
-from epmq_deploy.quantization.distillation import distill
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
 from epmq_deploy.quantization.option_choice import choose_options, refitted_heads
+from epmq_deploy.quantization.phases import Distillations, quantize_in_phases
 from epmq_deploy.quantization.planning import plan_anchor, plan_bits, with_bits
 from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.resume import FinishedWork
@@ -59,13 +57,12 @@ log = logging.getLogger(__name__)
 MERGED_FOLDER = "merged"
 
 
-class _Decisions(TypedDict, total=False):
+class _Decisions(Distillations, total=False):
     """What was decided by looking at models and data; fields of ``QuantizeDetails``."""
 
     options: OptionChoice
     anchor: AnchorPlan
     bits: BitPlan
-    distill: Distillation
     answers_by_experts: Mapping[str, int]
     refitted_heads: tuple[str, ...]
 
@@ -254,11 +251,8 @@ def _quantize_model(
     ctx = _with_heads(recipe, ctx)
     options = _planned(recipe.quantize, ctx, finished, decisions)
     pull = _head_pull(recipe.quantize, decisions)
-    model, quantized = ctx.calibrate(options, finished=finished)
-    method = QUANTIZATION_METHODS[options.method]
-    if epochs := method.distillation_epochs(options):
-        products = method.products_dtype(options)
-        quantized, decisions["distill"] = distill(model, quantized, ctx, epochs, products)
+    model, quantized, distilled = quantize_in_phases(options, ctx, finished)
+    decisions = {**decisions, **distilled}
     if pull is not None:
         quantized = replace(quantized, heads=refitted_heads(model, ctx, pull))
         decisions["refitted_heads"] = tuple(quantized.heads)

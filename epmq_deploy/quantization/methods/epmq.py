@@ -72,6 +72,8 @@ _CHOICES: tuple[dict[str, float | str], ...] = (
 _HEAD_PULL = 0.1
 
 
+# Epochs of training all weights with effort ``best``.
+_BEST_EPOCHS = 12
 # Options on how calibration data are chosen, run through the model, cached and used.
 _OF_DATA = (
     "samples",
@@ -137,6 +139,14 @@ class EpmqOptions(CalibratedOptions):
         "predictions (refit), or leave heads as they are (keep); default: what the effort chooses, "
         "keep with effort fast",
     )
+    distill_weights: int | None = Field(
+        None,
+        ge=0,
+        description="epochs of training all weights end to end, before they are quantized, towards "
+        "the experts' predictions on augmented calibration samples, one in eight of which is held "
+        "back to judge the result; a classifier needs every task's head; default: 12 with effort "
+        "best, else 0",
+    )
     normalization: Literal["frobenius", "none"] = Field(
         "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"
     )
@@ -163,6 +173,13 @@ class EpmqOptions(CalibratedOptions):
         return "balanced" if self.preset is None and self.anchor != "auto" else "fast"
 
     @property
+    def weight_epochs(self) -> int:
+        """``distill_weights`` where it is given, else what the effort says."""
+        if self.distill_weights is None:
+            return _BEST_EPOCHS if self.effort_in_use == "best" else 0
+        return self.distill_weights
+
+    @property
     def values(self) -> Preset:
         """Options as given, else the preset's."""
         preset = PRESETS[self.preset or "outputs"]
@@ -177,12 +194,12 @@ class EpmqOptions(CalibratedOptions):
 
     @model_validator(mode="after")
     def _data_free_means_no_activations(self) -> EpmqOptions:
-        asked = self.alpha or self.norms or self.distill or self.guidance
+        asked = self.alpha or self.norms or self.distill or self.guidance or self.distill_weights
         asked = asked or self.heads == "refit" or self.effort_in_use != "fast"
         if self.preset == "weights" and asked:
             raise ValueError(
                 "preset weights has no calibration data: leave out alpha, norms, distill, "
-                "guidance, heads: refit and efforts other than fast"
+                "distill_weights, guidance, heads: refit and efforts other than fast"
             )
         return self
 
@@ -205,8 +222,13 @@ class EpmqOptions(CalibratedOptions):
 
     @model_validator(mode="after")
     def _distillation_is_not_held(self) -> EpmqOptions:
-        if self.distill and (self.bias == "keep" or self.norms is False):
-            raise ValueError("distill tunes biases and norms: leave out bias: keep, norms: false")
+        trained = "effort: best" if self.distill_weights is None else "distill_weights"
+        asked = {"distill": self.distill, trained: self.weight_epochs}
+        for option, epochs in asked.items():
+            if epochs and (self.bias == "keep" or self.norms is False):
+                raise ValueError(
+                    f"{option} tunes biases and norms: leave out bias: keep, norms: false"
+                )
         return self
 
 
@@ -237,6 +259,7 @@ class Epmq(CalibratedMethod[EpmqOptions]):
             "anchor: auto": options.anchor == "auto",
             f"effort: {options.effort}": options.effort not in (None, "fast"),
             "heads: refit": options.heads == "refit",
+            "distill_weights": bool(options.distill_weights),
             "distill": options.distill > 0,
             "guidance": options.guidance > 0,
         }
@@ -276,6 +299,10 @@ class Epmq(CalibratedMethod[EpmqOptions]):
         return AnchorSearch(
             options.values.anchor, lambda strength: options.model_copy(update={"anchor": strength})
         )
+
+    def weight_distillation_epochs(self, options: EpmqOptions) -> int:
+        """Return what ``distill_weights`` says, or what effort ``best`` does."""
+        return options.weight_epochs
 
     def distillation_epochs(self, options: EpmqOptions) -> int:
         """Return what ``distill`` says."""

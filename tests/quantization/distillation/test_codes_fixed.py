@@ -12,8 +12,8 @@ from tiny_zoo import TASKS, TinyZoo
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.merging.stage import merge
 from epmq_deploy.models import family_of
-from epmq_deploy.quantization import distillation as distill_module
 from epmq_deploy.quantization.artifact import load_artifact
+from epmq_deploy.quantization.distillation import codes_fixed as distill_module
 from epmq_deploy.quantization.sequential import apply_quantized
 from epmq_deploy.quantization.stage import quantize, quantize_fingerprint
 from epmq_deploy.recipe import Head, Recipe, load_recipe, override
@@ -103,7 +103,7 @@ def test_every_task_needs_a_head(tiny: TinyZoo, merged: Path, tmp_path: Path) ->
 
 
 def test_it_needs_calibration_data(tiny: TinyZoo) -> None:
-    with pytest.raises(RecipeError, match="leave out alpha, norms, distill, guidance"):
+    with pytest.raises(RecipeError, match="leave out alpha, norms, distill"):
         override(load_recipe(tiny.recipe), "quantize", {"preset": "weights", "distill": 1})
 
 
