@@ -171,6 +171,8 @@ def measure(suite: Suite, variant: str) -> dict[str, Any]:
     return {
         **row,
         "chosen": details.options and details.options.model_dump(mode="json"),
+        "distilled_weights": details.distill_weights
+        and details.distill_weights.model_dump(mode="json"),
         "distilled": details.distill and details.distill.model_dump(mode="json"),
         "average": suite.average(model, heads),
         "seconds": time.perf_counter() - started,
