@@ -22,6 +22,7 @@ from epmq_deploy.artifacts.space import require_space
 from epmq_deploy.device import DeviceName, pick_device
 from epmq_deploy.errors import EpmqError, MismatchError, RecipeError, all_problems, noted
 from epmq_deploy.models.experts import Sources, open_available
+from epmq_deploy.models.input_sources import inputs_of_experts
 from epmq_deploy.models.sizes import weight_counts
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.recipe import EvalOptions, Recipe, Task
@@ -208,7 +209,7 @@ def preflight(recipe: Recipe) -> Sources:
     from epmq_deploy.exporters.targets.choice import check_export
     from epmq_deploy.exporters.targets.layer_grid import planned_grids
     from epmq_deploy.merging import stage as merge_stage
-    from epmq_deploy.merging.preflight import check_experts
+    from epmq_deploy.merging.preflight import check_experts, other_inputs
     from epmq_deploy.quantization import stage as quantize_stage
     from epmq_deploy.quantization.sequential import check_patterns
     from epmq_deploy.runtime.evaluation.data import evaluation_samples
@@ -218,6 +219,11 @@ def preflight(recipe: Recipe) -> Sources:
         # Without models data cannot be checked further, but paths can.
         raise MismatchError("the recipe's inputs", [*unopened, *missing_data(recipe.tasks)])
     family, folder = sources.family, sources.base.folder
+    inputs: dict[str, Path] = {}
+
+    def check_inputs() -> None:
+        other_inputs(sources, recipe.tasks)
+        inputs.update(inputs_of_experts(recipe.tasks, sources))
 
     def check_model() -> None:
         model = family.load(folder)
@@ -239,10 +245,11 @@ def preflight(recipe: Recipe) -> Sources:
             mixed_dtypes=recipe.merge.mixed_dtypes,
             missing_experts=bool(unopened),
         ),
-        lambda: quantize_stage.calibration_samples(recipe, family, folder),
+        check_inputs,
+        lambda: quantize_stage.calibration_samples(recipe, family, folder, inputs),
         lambda: check_export(recipe.export),
         lambda: check_demo(recipe, family),
-        lambda: evaluation_samples(recipe, family, folder),
+        lambda: evaluation_samples(recipe, family, folder, inputs=inputs),
         check_model,
     )
     errors: list[EpmqError] = []

@@ -53,6 +53,7 @@ from epmq_deploy.exporters.verification.parity import (
 from epmq_deploy.models import TaskHead, family_of
 from epmq_deploy.models.deployable import MultiTaskModel
 from epmq_deploy.models.experts import check_unchanged, open_sources
+from epmq_deploy.models.input_sources import copy_inputs, written_inputs
 from epmq_deploy.models.problem_types import SINGLE_LABEL
 from epmq_deploy.models.sizes import WeightCounts, weight_counts
 from epmq_deploy.progress import NoProgress, Progress
@@ -128,6 +129,7 @@ def export(
         identity, inputs = export_fingerprint(recipe, source.fingerprint)
         family = family_of(quantized / MERGED_FOLDER)
         check_demo(recipe, family)
+        written_inputs(recipe.tasks, quantized / MERGED_FOLDER)
         if any(leaves_head_to_expert(task, family) for task in recipe.tasks.values()):
             check_unchanged(open_sources(recipe), source)
         with atomic_folder(output) as folder:
@@ -192,7 +194,9 @@ def _needed_space(recipe: Recipe, quantized: Path) -> int:
 
 def _add_files(folder: Path, quantized: Path, heads: Mapping[str, TaskHead]) -> None:
     """Add what stands next to the graphs: the model's settings, heads, the layers' report."""
-    ModelFolder.at(quantized / MERGED_FOLDER).copy_settings(folder)
+    merged = quantized / MERGED_FOLDER
+    ModelFolder.at(merged).copy_settings(folder)
+    copy_inputs(merged, folder)
     if heads:
         save_heads(folder, heads)
     # The evaluation's page shows how each layer fared.

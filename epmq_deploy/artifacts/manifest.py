@@ -45,6 +45,8 @@ class MergeDetails(_Record):
         search_standard_error: of the loss at the scaling found.
         answers_by_experts: number of pseudo-labels by task, where data had no labels.
         refitted_heads: tasks whose heads were re-fitted to the quantized model.
+        input_differences: by task, how its expert's own tokenizer or image processor makes other
+            inputs than the base's; only tasks where it does.
     """
 
     method: str = ""
@@ -55,6 +57,7 @@ class MergeDetails(_Record):
     search: tuple[ScalingLoss, ...] = ()
     search_standard_error: float | None = None
     answers_by_experts: Mapping[str, int] = Field(default_factory=dict)
+    input_differences: Mapping[str, tuple[str, ...]] = Field(default_factory=dict)
 
 
 class AnchorPlan(_Record):

@@ -3,7 +3,9 @@
 import logging
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from epmq_deploy.artifacts.manifest import fingerprint
 from epmq_deploy.checkpoints.hub import hub_id
@@ -121,6 +123,7 @@ def load_calibration(
     option: str,
     without: str,
     preflight: Preflight,
+    inputs: Mapping[str, Path] = MappingProxyType({}),
 ) -> tuple[dict[str, Samples], list[str]]:
     """Load calibration samples by task; say for every other task why its data cannot be used.
 
@@ -137,6 +140,7 @@ def load_calibration(
         option: that asks for so many, for messages (``merge.samples``).
         without: ends the sentence on a task without data; ``{task}`` is its name.
         preflight: which images are decoded.
+        inputs: by task, the folder whose settings make its inputs where it is not ``folder``.
     """
     samples, problems = {}, []
     for name, task in tasks.items():
@@ -156,6 +160,7 @@ def load_calibration(
                 labelled=False,
                 reading=Reading.of_task(task, family),
             )
+            chosen = replace(chosen, inputs_folder=inputs.get(name))
             check_images(chosen, preflight)
             if isinstance(chosen, TextSamples) and chosen.lacks_labels:
                 family.collate(folder, [TextPair(text, "") for text in chosen.texts(0, 1)])

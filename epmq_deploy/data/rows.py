@@ -1,5 +1,6 @@
 """Rows of a data source, opened with ``datasets``."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,10 +10,13 @@ from epmq_deploy.data import csv_table
 from epmq_deploy.data.column_names import label_columns
 from epmq_deploy.data.conversion_cache import cache_folder
 from epmq_deploy.data.image_folder import ImageFolder
+from epmq_deploy.data.json_rows import key_of_rows
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.recipe import DataSource
 
 Split = TypeVar("Split")
+
+log = logging.getLogger(__name__)
 
 # Characters of another library's message that are shown.
 _LONGEST = 300
@@ -47,7 +51,10 @@ def load_rows(task: str, source: DataSource) -> Any:
                 known = ", ".join((*_BUILDERS, *csv_table.SUFFIXES))
                 raise RecipeError(f"{where}: unknown kind of file; known: {known}")
             _check_file(path, where)
-            opened = datasets.load_dataset(builder, data_files=str(path), cache_dir=cache_folder())
+            options = _json_options(path, source, where) if builder == "json" else {}
+            opened = datasets.load_dataset(
+                builder, data_files=str(path), cache_dir=cache_folder(), **options
+            )
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             opened = datasets.load_from_disk(str(path))
         elif on_hub is not None:
@@ -92,6 +99,17 @@ def _split(splits: Mapping[str, Split], name: str | None, where: str) -> Split:
             f"{where}: split {name!r} not found, name one of {', '.join(splits)} as split"
         )
     return splits[name]
+
+
+def _json_options(file: Path, source: DataSource, where: str) -> dict[str, str]:
+    """Return where a JSON file has its rows, where they are below a key."""
+    named = (source.input_column, *(source.input_columns or ()), source.label_column)
+    columns = frozenset(name.partition(".")[0] for name in named if name is not None)
+    key = key_of_rows(file, columns) if file.suffix.lower() == ".json" else None
+    if key is None:
+        return {}
+    log.info("%s is one object: its rows are those below key %r", where, key)
+    return {"field": key}
 
 
 def _check_file(file: Path, where: str) -> None:

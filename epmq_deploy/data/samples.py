@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Samples:
         indices: rows chosen, in order.
         source: where they came from.
         columns: of the raw inputs; two where the model reads pairs of texts.
+        inputs_folder: with the settings that make model inputs of them; None for the model's own.
     """
 
     task: str
@@ -36,6 +37,7 @@ class Samples:
     indices: Sequence[int]
     source: DataSource
     columns: tuple[str, ...]
+    inputs_folder: Path | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -206,12 +208,18 @@ def batches(
 ) -> Iterator[tuple[Tensor, ...]]:
     """Yield model inputs, batch by batch.
 
+    Args:
+        samples: of one task.
+        family: of the model.
+        folder: of the model; its settings make the inputs, unless the samples name others.
+        batch_size: of all batches but the last.
+
     Raises:
         NumericsError: a sample gives NaN or infinite inputs; names task and row.
     """
     for start in range(0, len(samples), batch_size):
         stop = min(start + batch_size, len(samples))
-        inputs = family.collate(folder, samples.inputs(start, stop))
+        inputs = family.collate(samples.inputs_folder or folder, samples.inputs(start, stop))
         check_finite(samples, start, inputs)
         yield inputs
 

@@ -21,6 +21,7 @@ from epmq_deploy.data.targets import label_tensor
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone, Sources
+from epmq_deploy.models.input_sources import inputs_of_experts
 from epmq_deploy.models.predictions import PredictedLogits, features_of, predict_logits
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.models.token_batch import on_device
@@ -139,6 +140,7 @@ def load_data(
         option=need.option,
         without=f", which {need.purpose} needs",
         preflight=recipe.preflight,
+        inputs=inputs_of_experts(recipe.tasks, sources),
     )
     experts = ExpertBackbone(sources, device)
     task_heads: dict[str, TaskHead] = {}

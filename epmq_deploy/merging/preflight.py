@@ -1,7 +1,7 @@
 """Checking every expert against the base; one error names all problems."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
@@ -15,6 +15,7 @@ from epmq_deploy.errors import EpmqError, MismatchError, joined
 from epmq_deploy.merging.origins import warn_about_origins
 from epmq_deploy.models.experts import BASE, Sources
 from epmq_deploy.models.input_settings import input_differences
+from epmq_deploy.recipe import Task
 
 log = logging.getLogger(__name__)
 
@@ -270,20 +271,38 @@ def _dtype_problems(base: Checkpoint, expert: Checkpoint, names: Sequence[str]) 
     ]
 
 
-def warn_about_other_inputs(sources: Sources) -> None:
-    """Warn about experts whose own tokenizer or processor makes other inputs than the base's."""
+def other_inputs(sources: Sources, tasks: Mapping[str, Task]) -> dict[str, tuple[str, ...]]:
+    """Return how experts' own tokenizers or processors make other inputs than the base's, and log.
+
+    Args:
+        sources: base and experts.
+        tasks: the recipe's, which say whose are used.
+
+    Returns:
+        By task, one phrase for each difference; only tasks with any.
+    """
     base, family = sources.base.folder, sources.family
     kind = "tokenizer" if family.modality == "text" else "image processor"
+    differences = {}
     for task, expert in sources.experts.items():
-        if differences := input_differences(family, base, expert.folder):
-            log.warning(
-                "expert %r was fine-tuned with another %s: %s; the base's is used for all tasks, "
-                "so its accuracy can be lower than it was; if all experts share the other one, "
-                "put its files into the base's folder",
-                task,
-                kind,
-                ", ".join(differences),
-            )
+        phrases = input_differences(family, base, expert.folder)
+        if not phrases:
+            continue
+        differences[task] = tuple(phrases)
+        listed = ", ".join(phrases)
+        if tasks[task].inputs_from == "expert":
+            log.info("task %r: inputs are made with its expert's %s: %s", task, kind, listed)
+            continue
+        log.warning(
+            "expert %r was fine-tuned with another %s: %s; the base's is used for this task, so "
+            "its accuracy can be lower than it was; set tasks.%s.inputs_from: expert, or, if all "
+            "experts share the other one, put its files into the base's folder",
+            task,
+            kind,
+            listed,
+            task,
+        )
+    return differences
 
 
 def warn_about_unmerged_changes(sources: Sources) -> None:

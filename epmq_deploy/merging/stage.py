@@ -24,12 +24,13 @@ from epmq_deploy.merging.origins import warn_about_origins
 from epmq_deploy.merging.output import merged_size, write_merged
 from epmq_deploy.merging.preflight import (
     ExpertCheck,
-    warn_about_other_inputs,
+    other_inputs,
     warn_about_unmerged_changes,
 )
 from epmq_deploy.merging.scaling_search import check_objective, search_scaling
 from epmq_deploy.merging.task_vectors import CheckpointTaskVectors
 from epmq_deploy.models.experts import Sources, open_available
+from epmq_deploy.models.input_sources import inputs_of_experts, write_inputs
 from epmq_deploy.options import without_effect
 from epmq_deploy.options.merging import MergeOptions, ScaledOptions
 from epmq_deploy.progress import NoProgress, Progress
@@ -70,17 +71,22 @@ def merge(
             if check.names and not errors:
                 with noted(errors):
                     _check_patterns(recipe.merge, check.names)
+            inputs: dict[str, Path] = {}
+            with noted(errors):
+                inputs = inputs_of_experts(recipe.tasks, sources)
             data = _load_data(recipe, sources, errors, device, progress)
             check.check_layout(errors)
             warn_about_origins(sources, check.names)
-            warn_about_other_inputs(sources)
+            differences = other_inputs(sources, recipe.tasks)
             vectors = CheckpointTaskVectors(
                 sources.base, sources.experts, check.names, device, check
             )
             merger, details = _prepare(recipe.merge, sources, vectors, data, check)
+            details |= {"input_differences": differences} if differences else {}
             with atomic_folder(output) as folder:
                 tensors = _merged_and_copied(merger, vectors)
                 write_merged(folder, sources, tensors, recipe.merge, progress)
+                write_inputs(folder, inputs)
                 check.check_remaining()
                 warn_about_unmerged_changes(sources)
                 return finish_output(folder, _manifest(recipe, sources, vectors, details))
@@ -102,6 +108,11 @@ def merge_fingerprint(recipe: Recipe, inputs: Mapping[str, str]) -> str:
     decisive = dict(inputs)
     if recipe.base.part is not None:
         decisive["part"] = recipe.base.part
+    decisive |= {
+        f"inputs_from:{n}": t.inputs_from
+        for n, t in recipe.tasks.items()
+        if t.inputs_from != "base"
+    }
     # Adapters in one file have one hash.
     decisive |= {
         f"adapter:{n}": t.adapter for n, t in recipe.tasks.items() if t.adapter is not None

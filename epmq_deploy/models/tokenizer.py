@@ -8,6 +8,13 @@ from epmq_deploy.errors import RecipeError
 
 # What names of tokenizers' files begin with.
 _NAMES = ("tokenizer", "vocab", "spm.", "spiece.", "sentencepiece.", "merges.")
+# Those of every tokenizer.
+_COMMON_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 def open_tokenizer(
@@ -74,6 +81,12 @@ def stored_tokenizer(folder: Path) -> Any | None:
     # Tokenizers raise anything.
     except Exception:
         return None
+
+
+def tokenizer_files(tokenizer: Any, folder: Path) -> list[Path]:
+    """Return the files of a folder that ``tokenizer`` was opened from."""
+    names = {*tokenizer.vocab_files_names.values(), *_COMMON_FILES}
+    return [folder / name for name in sorted(names) if (folder / name).is_file()]
 
 
 def _is_stored(tokenizer: Any, folder: Path) -> bool:

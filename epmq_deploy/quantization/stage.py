@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -36,6 +37,7 @@ from epmq_deploy.data.samples import Samples
 from epmq_deploy.errors import MismatchError, RecipeError
 from epmq_deploy.models import ModelFamily, family_of
 from epmq_deploy.models.experts import ExpertBackbone, check_unchanged, open_sources
+from epmq_deploy.models.input_sources import written_inputs
 from epmq_deploy.models.sizes import WeightCounts, weight_counts
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.options import without_effect
@@ -116,7 +118,12 @@ def quantize_fingerprint(recipe: Recipe, merged: str) -> tuple[str, dict[str, st
     return fingerprint("quantize", recipe.quantize.deciding, inputs), inputs
 
 
-def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> dict[str, Samples]:
+def calibration_samples(
+    recipe: Recipe,
+    family: ModelFamily,
+    folder: Path,
+    inputs: Mapping[str, Path] = MappingProxyType({}),
+) -> dict[str, Samples]:
     """Load the calibration samples of every task; none where the method uses none.
 
     Those of text-generation tasks may lack answers, which experts have to write; see
@@ -126,6 +133,7 @@ def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> di
         recipe: tasks and options.
         family: the model's family.
         folder: a model folder with preprocessor settings.
+        inputs: by task, the folder whose settings make its inputs where it is not ``folder``.
 
     Raises:
         MismatchError: names every task whose data is missing or cannot be used.
@@ -143,6 +151,7 @@ def calibration_samples(recipe: Recipe, family: ModelFamily, folder: Path) -> di
         without=": add tasks.{task}.calibration to the recipe, or use "
         "quantize.preset: weights, which needs none",
         preflight=recipe.preflight,
+        inputs=inputs,
     )
     if problems:
         raise MismatchError("calibration data", problems)
@@ -229,7 +238,8 @@ def _open_context(
         return ExpertBackbone(sources, device)
 
     family = family_of(merged)
-    samples = calibration_samples(recipe, family, merged)
+    inputs = written_inputs(recipe.tasks, merged)
+    samples = calibration_samples(recipe, family, merged, inputs)
     if QUANTIZATION_METHODS[recipe.quantize.method].uses_experts or unlabelled_tasks(samples):
         # Opened now, so that problems are reported before any long work.
         experts()

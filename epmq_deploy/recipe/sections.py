@@ -195,6 +195,11 @@ class Task(Options):
     evaluation: DataSource | None = Field(None, description="labelled samples for evaluation")
     head: Head | None = Field(None, description="the task's classifier")
     prompt: Prompt | None = Field(None, description="the task in words, for text generation")
+    inputs_from: Literal["base", "expert"] = Field(
+        "base",
+        description="whose image processor or tokenizer settings make the task's inputs: the "
+        "base's, or those the expert was fine-tuned with",
+    )
     metric: tuple[MetricName, ...] | None = Field(
         None,
         description="how answers are scored: the first metric counts, others are shown beside it; "

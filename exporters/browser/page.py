@@ -41,7 +41,8 @@ def check_demo(recipe: Recipe, family: ModelFamily) -> None:
     """Make sure that a page can be written, before any work.
 
     Raises:
-        RecipeError: the model generates text or reads pairs of texts, the target is no browser, or
+        RecipeError: the model generates text or reads pairs of texts, a task's inputs are
+            made as its expert makes them, the target is no browser, or
             libraries are missing or of another version; names the command that installs them.
     """
     options = recipe.export
@@ -50,6 +51,13 @@ def check_demo(recipe: Recipe, family: ModelFamily) -> None:
     if generates_text(family):
         raise RecipeError(
             "export.demo: the page only classifies, but this model generates text; leave it out",
+            options=_WITHOUT_DEMO,
+        )
+    changed = [name for name, task in recipe.tasks.items() if task.inputs_from != "base"]
+    if changed:
+        raise RecipeError(
+            f"export.demo: the page makes all inputs as the base does, and {changed[0]} has "
+            "inputs_from: expert; leave one of them out",
             options=_WITHOUT_DEMO,
         )
     if pairs := [name for name, task in recipe.tasks.items() if task.text_pair is not None]:

@@ -20,6 +20,7 @@ from epmq_deploy.exporters.formats.base import INT8_TOLERANCE
 from epmq_deploy.exporters.memory import frozen_gc, release_weights_after_use
 from epmq_deploy.exporters.verification.graphs import ExportedGraph
 from epmq_deploy.models import Deployable, ModelFamily
+from epmq_deploy.models.input_sources import written_inputs
 from epmq_deploy.recipe import Task
 from epmq_deploy.runtime.ort.graph_runs import INT8_LEVEL, run_graph
 
@@ -57,10 +58,11 @@ def parity_inputs(
     Args:
         tasks: the recipe's.
         family: the model's.
-        folder: a model folder with preprocessor or tokenizer.
+        folder: of the merged model.
         example: what to take where no task has data; a warning says so.
     """
     calibration_batches, missing = [], {}
+    inputs = written_inputs(tasks, folder)
     for name, task in tasks.items():
         if task.calibration is None:
             missing[name] = "no calibration data in the recipe"
@@ -75,6 +77,7 @@ def parity_inputs(
                 labelled=False,
                 reading=Reading.of_task(task, family),
             )
+            samples = replace(samples, inputs_folder=inputs.get(name))
             if isinstance(samples, TextSamples) and samples.lacks_labels:
                 # Texts are compared; what is written behind them may be anything.
                 samples = replace(samples, pseudo_labels=dict.fromkeys(samples.indices, ""))

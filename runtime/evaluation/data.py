@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from epmq_deploy.data.heads import PLAIN, Reading, head_classes, head_of_expert
 from epmq_deploy.data.loading import load_samples
@@ -19,7 +21,11 @@ log = logging.getLogger(__name__)
 
 
 def evaluation_samples(
-    recipe: Recipe, family: ModelFamily, folder: Path, heads: Mapping[str, TaskHead] | None = None
+    recipe: Recipe,
+    family: ModelFamily,
+    folder: Path,
+    heads: Mapping[str, TaskHead] | None = None,
+    inputs: Mapping[str, Path] = MappingProxyType({}),
 ) -> dict[str, Samples]:
     """Return the evaluation samples of every task, loaded and checked.
 
@@ -30,6 +36,7 @@ def evaluation_samples(
         family: the model's family.
         folder: a model folder with preprocessor settings.
         heads: of the exported graphs; before there are any, what the recipe says of them counts.
+        inputs: by task, the folder whose settings make its inputs where it is not ``folder``.
 
     Raises:
         MismatchError: names every task without data or head, or with labels its head lacks; also
@@ -57,6 +64,7 @@ def evaluation_samples(
                 limit=recipe.eval.max_samples,
                 reading=reading,
             )
+            samples[name] = replace(samples[name], inputs_folder=inputs.get(name))
             if classes is not None:
                 check_images(samples[name], recipe.preflight)
                 next(batches(samples[name], family, folder, 1))

@@ -16,6 +16,7 @@ from epmq_deploy.data.targets import imbalance, targets_of
 from epmq_deploy.errors import MismatchError
 from epmq_deploy.models import ModelFamily, TaskHead, family_of
 from epmq_deploy.models.experts import ExpertBackbone, check_unchanged, open_sources
+from epmq_deploy.models.input_sources import written_inputs
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.progress import NoProgress, Progress
 from epmq_deploy.quantization.artifact import REPORT_FILE, load_reports
@@ -72,7 +73,8 @@ def measure(
     manifest = open_output(exported, "export")
     family = family_of(exported)
     heads = {} if generates_text(family) else load_heads(exported)
-    samples = evaluation_samples(recipe, family, exported, heads)
+    inputs = written_inputs(recipe.tasks, exported)
+    samples = evaluation_samples(recipe, family, exported, heads, inputs)
     classes = {
         task: head_classes(recipe.tasks[task], heads[task]) for task in samples if task in heads
     }

@@ -144,4 +144,5 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """Return a batch of samples."""
-        return self.family.collate(self.folder, raw_samples(samples, start, size))
+        folder = samples.inputs_folder or self.folder
+        return self.family.collate(folder, raw_samples(samples, start, size))

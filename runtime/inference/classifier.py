@@ -84,6 +84,7 @@ class ExportedClassifier(ExportedModel[HeadOutput]):
         graph: the graph.
         family: of the model.
         folder: of the export.
+        inputs: by task, the folder whose settings make its inputs where it is not ``folder``.
         classes: names of each task's classes, where they are known.
         problem_types: of tasks that do not choose one of several classes.
         pairs: the two columns of each task that reads pairs of texts.
@@ -96,6 +97,7 @@ class ExportedClassifier(ExportedModel[HeadOutput]):
         graph: Graph,
         family: ModelFamily,
         folder: Path,
+        inputs: Mapping[str, Path],
         classes: Mapping[str, Sequence[str] | None],
         problem_types: Mapping[str, ProblemType],
         pairs: Mapping[str, tuple[str, str]],
@@ -107,7 +109,8 @@ class ExportedClassifier(ExportedModel[HeadOutput]):
         }
         tasks = list(self._outputs)
         super().__init__(tasks, graph.provider, batch_size)
-        self._graph, self._family, self._folder = graph, family, folder
+        self._graph, self._family = graph, family
+        self._folders = {name: inputs.get(name, folder) for name in tasks}
         self._names = {name: classes.get(name) for name in tasks}
         self._pairs, self._problem_types = pairs, problem_types
         self._embeddings = embeddings
@@ -134,16 +137,23 @@ class ExportedClassifier(ExportedModel[HeadOutput]):
         embedding = [name for name in tasks if name in self._embeddings]
         others = [name for name in tasks if name not in (*labelling, *embedding)]
         answers: dict[str, Sequence[HeadOutput]] = {}
-        if others:
-            logits = self._run(self._family.collate(self._folder, samples), others)
-            answers = {name: [self._predict(name, row) for row in logits[name]] for name in others}
+        for folder, names in self._by_folder(others).items():
+            logits = self._run(self._family.collate(folder, samples), names)
+            answers |= {name: [self._predict(name, row) for row in logits[name]] for name in names}
         for name in embedding:
             texts = [TextToEmbed(text, self._embeddings[name]) for text in samples]
-            vectors = self._run(self._family.collate(self._folder, texts), [name])[name]
+            vectors = self._run(self._family.collate(self._folders[name], texts), [name])[name]
             answers[name] = [Embedding(vector) for vector in vectors]
-        if labelling:
-            answers |= self._label_words(samples, labelling)
+        for folder, names in self._by_folder(labelling).items():
+            answers |= self._label_words(folder, samples, names)
         return [{name: answers[name][row] for name in tasks} for row in range(len(samples))]
+
+    def _by_folder(self, tasks: Sequence[str]) -> dict[Path, list[str]]:
+        """Return tasks by the folder whose settings make their inputs."""
+        return {
+            folder: [name for name in tasks if self._folders[name] == folder]
+            for folder in dict.fromkeys(self._folders[name] for name in tasks)
+        }
 
     def _run(
         self, batch: tuple[Tensor, ...], tasks: Sequence[str]
@@ -153,11 +163,11 @@ class ExportedClassifier(ExportedModel[HeadOutput]):
         return {name: outputs[self._outputs[name]] for name in tasks}
 
     def _label_words(
-        self, texts: Sequence[str], tasks: Sequence[str]
+        self, folder: Path, texts: Sequence[str], tasks: Sequence[str]
     ) -> dict[str, Sequence[HeadOutput]]:
         """Return the texts' words with their tags, by task."""
         assert isinstance(self._family, TextInputs), "only texts have words"
-        batch, words = self._family.find_words(self._folder, texts)
+        batch, words = self._family.find_words(folder, texts)
         logits = self._run(batch, tasks)
         return {
             name: [

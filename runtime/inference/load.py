@@ -16,6 +16,7 @@ from epmq_deploy.data.heads import load_heads
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import family_of
 from epmq_deploy.models.embedding_head import EmbeddingHead
+from epmq_deploy.models.input_sources import written_inputs
 from epmq_deploy.models.problem_types import EMBEDDING
 from epmq_deploy.models.text_generation.base import generates_text
 from epmq_deploy.runtime.evaluation.text_scoring import open_text_generator
@@ -94,7 +95,15 @@ def load(
         if name not in embeddings and (pair := task.text_pair) is not None
     }
     return ExportedClassifier(
-        graph, family, path, details.classes, details.problem_types, pairs, embeddings, batch_size
+        graph,
+        family,
+        path,
+        written_inputs(tasks, path),
+        details.classes,
+        details.problem_types,
+        pairs,
+        embeddings,
+        batch_size,
     )
 
 

@@ -115,6 +115,6 @@ def test_merging_says_what_is_used(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (message,) = [text for text in caplog.messages if "fine-tuned with another" in text]
     assert message.startswith(
         "expert 'green' was fine-tuned with another image processor: image_mean [0.4, 0.4, 0.4] "
-        "(the base's: [0.5, 0.5, 0.5]); the base's is used for all tasks"
+        "(the base's: [0.5, 0.5, 0.5]); the base's is used for this task, so"
     )
     assert json.loads((tmp_path / "merged" / IMAGES).read_text()) == settings
