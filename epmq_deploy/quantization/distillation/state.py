@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from epmq_deploy.artifacts.manifest import TrainedEpoch
+from epmq_deploy.quantization.distillation.optimizers import Optimizers
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = "moments/"
 
 
 class TensorStore(Protocol):
@@ -49,15 +49,14 @@ class Standing:
 def named_tensors(
     parameters: Mapping[str, nn.Parameter],
     best: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
 ) -> dict[str, Tensor]:
-    """Return copies on the CPU of weights, best weights and the optimizer's moments, by name."""
+    """Return copies on the CPU of weights, best weights and the optimizers' moments, by name."""
     tensors = {f"weights/{name}": value.detach() for name, value in parameters.items()}
     tensors |= {f"best/{name}": value for name, value in best.items()}
     for name, parameter in parameters.items():
-        for moment in _MOMENTS:
-            if moment in optimizer.state[parameter]:
-                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+        for moment, value in optimizers.moments(parameter).items():
+            tensors[f"{_MOMENTS}{moment}/{name}"] = value
     return copied(tensors)
 
 
@@ -65,18 +64,18 @@ def restore(
     tensors: Mapping[str, Tensor],
     steps: int,
     parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
 ) -> dict[str, Tensor]:
-    """Give parameters and optimizer what ``named_tensors`` returned; return the best weights."""
+    """Give parameters and optimizers what ``named_tensors`` returned; return the best weights."""
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(_MOMENTS):
+            moment, _, name = key.removeprefix(_MOMENTS).partition("/")
+            moments.setdefault(name, {})[moment] = value
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"weights/{name}"])
-        moments = {
-            moment: tensors[f"{moment}/{name}"].to(parameter.device)
-            for moment in _MOMENTS
-            if f"{moment}/{name}" in tensors
-        }
-        if moments:
-            optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+        if name in moments:
+            optimizers.restore(parameter, moments[name], steps)
     return {
         name.removeprefix("best/"): value
         for name, value in tensors.items()

@@ -21,6 +21,7 @@ from epmq_deploy.quantization.distillation.expert_outputs import (
     distillation_loss,
     expert_outputs,
 )
+from epmq_deploy.quantization.distillation.optimizers import Optimizers
 from epmq_deploy.quantization.distillation.schedule import rate_at
 from epmq_deploy.quantization.distillation.state import (
     STANDING,
@@ -34,7 +35,6 @@ from epmq_deploy.quantization.distillation.state import (
 log = logging.getLogger(__name__)
 
 _STATE = "distilled"
-_BETAS = (0.9, 0.98)
 _LARGEST_GRADIENT = 1.0
 # A rate that destroys the start is divided by this.
 _LOWERED = 3.0
@@ -96,24 +96,26 @@ class WeightTraining:
         """
         before = mean_divergence(self._judge.scores(self._model))
         standing = Standing(self._settings.rate, before)
-        optimizer = self._optimizer()
+        optimizers = self._optimizers()
         saved = self._store.load_tensors(_STATE) if self._store else None
         if saved:
             standing = STANDING.validate_json(saved[1])
-            self._best = restore(saved[0], standing.steps, self._parameters, optimizer)
+            self._best = restore(saved[0], standing.steps, self._parameters, optimizers)
             log.info("distillation resumes after epoch %d", len(standing.curve))
         while len(standing.curve) < self._settings.epochs:
-            standing = self._epoch(standing, optimizer)
+            standing = self._epoch(standing, optimizers)
             if not standing.curve[-1].divergence < before and standing.steps == self._steps:
-                optimizer, standing = self._optimizer(), self._restarted(standing)
+                optimizers, standing = self._optimizers(), self._restarted(standing)
             if self._store:
-                tensors = named_tensors(self._parameters, self._best, optimizer)
+                tensors = named_tensors(self._parameters, self._best, optimizers)
                 self._store.save_tensors(_STATE, tensors, STANDING.dump_json(standing).decode())
         self._assign(self._best or self._start)
         return standing, before
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self._parameters.values(), betas=_BETAS, weight_decay=0.0)
+    def _optimizers(self) -> Optimizers:
+        blocks = self._ctx.family.blocks(self._model)
+        matrices = [f"{layer}.weight" for block in blocks for layer in block.layers]
+        return Optimizers(self._parameters, matrices)
 
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
@@ -132,7 +134,7 @@ class WeightTraining:
             )
         return replace(standing, rate=rate, began=len(standing.curve), steps=0)
 
-    def _epoch(self, standing: Standing, optimizer: torch.optim.Optimizer) -> Standing:
+    def _epoch(self, standing: Standing, optimizers: Optimizers) -> Standing:
         """Train for one epoch, and score."""
         number = len(standing.curve)
         outputs = {task: self._outputs(task, number) for task in self._batches}
@@ -143,7 +145,7 @@ class WeightTraining:
         on_gpu = self._ctx.device.type != "cpu"
         blocks = self._ctx.family.blocks(self._model)
         with checkpointed(self._model, blocks) if on_gpu else nullcontext():
-            self._train(standing, optimizer, outputs, number, description)
+            self._train(standing, optimizers, outputs, number, description)
         divergence = mean_divergence(self._judge.scores(self._model))
         entry = TrainedEpoch(rate=standing.rate, divergence=divergence)
         log.info(
@@ -174,7 +176,7 @@ class WeightTraining:
     def _train(
         self,
         standing: Standing,
-        optimizer: torch.optim.Optimizer,
+        optimizers: Optimizers,
         outputs: Mapping[str, list[ExpertOutputs]],
         epoch: int,
         description: str,
@@ -195,10 +197,7 @@ class WeightTraining:
                     loss = self._loss(task, *batch) / len(shown)
                     loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, _LARGEST_GRADIENT)
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(standing.steps + step, planned, standing.rate)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizers.step(rate_at(standing.steps + step, planned, standing.rate))
         for parameter in parameters:
             parameter.requires_grad_(False)
 
