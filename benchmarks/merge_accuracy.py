@@ -109,8 +109,9 @@ def main() -> None:
         print(
             f"| {variant} | {rows[variant]['average']} | {rows[variant]['seconds']} |", flush=True
         )
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(known, indent=2) + "\n")
+        # After every row, so that an interrupted run keeps those before.
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(known, indent=2) + "\n")
 
 
 if __name__ == "__main__":

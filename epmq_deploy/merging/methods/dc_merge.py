@@ -2,8 +2,9 @@
 
 Share of entries, smoothing and rank are the authors', for CLIP
 (``vision_fft_merge/src/utils/DC_utils.py`` and ``vision_lora_merge/merging_functions.py``); they
-smooth LoRA experts only, and choose the scaling on validation data. In matrices so small that their
-share is less than one entry per direction, one per direction is kept.
+smooth LoRA experts only, and choose the scaling on validation data. The default is ours: on the
+bundled zoo's held-back samples 1.0 scores 66.3 %, 1.5 and 2 score 68.4. In matrices so small that
+their share is less than one entry per direction, one per direction is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class DcMergeOptions(ScaledOptions):
     """DC-Merge; tensors other than matrices are averaged."""
 
     method: Literal["dc_merge"] = "dc_merge"
-    scaling: float = Field(1.0, description="factor on the merged task vector")
+    scaling: float = Field(1.5, description="factor on the merged task vector")
     density: float = Field(
         1e-3,
         gt=0,
