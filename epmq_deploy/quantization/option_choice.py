@@ -40,14 +40,14 @@ log = logging.getLogger(__name__)
 
 # Samples of each task that candidates are calibrated on, and others that they are judged on: so
 # few that trying all candidates takes about as long as one pass over all samples.
-_FITTED = 64
+_FITTED = 32
 _JUDGED = 64
 # Fewer than this of either tell nothing.
 _FEWEST = 4
 # Strengths of the pull towards heads as they are; None leaves them so.
-PULLS = (None, 1.0, 0.3, 0.1, 0.03)
+PULLS = (None, 1.0, 0.3, 0.1)
 # Of the solver that re-fits heads: enough to tell pulls apart.
-_STEPS = 20
+_STEPS = 15
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,7 @@ PRESETS = {
 # and whether experts' outputs or their weights are the better aim, depends on the model.
 _CHOICES: tuple[dict[str, float | str], ...] = (
     {"preset": "outputs", "anchor": 0.02},
+    {"preset": "outputs", "anchor": 0.08},
     {"preset": "outputs", "anchor": 0.00125},
     {"preset": "features", "anchor": 0.05},
 )
