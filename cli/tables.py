@@ -38,9 +38,10 @@ def export_table(manifest: ExportManifest, folder: str) -> Table:
 
 def _text(value: object) -> str:
     """Return one value of a manifest as text; of several mappings only their number."""
-    several = value.values() if isinstance(value, dict) else value
-    if isinstance(value, dict | list) and value and all(isinstance(item, dict) for item in several):
-        return f"{len(value)}, see {MANIFEST}"
+    if isinstance(value, dict | list) and value:
+        several = value.values() if isinstance(value, dict) else value
+        if all(isinstance(item, dict) for item in several):
+            return f"{len(value)}, see {MANIFEST}"
     if isinstance(value, dict):
         given = {key: item for key, item in value.items() if item not in ("", [], {})}
         return ", ".join(f"{key} {_text(item)}" for key, item in given.items())

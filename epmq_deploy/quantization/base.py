@@ -119,10 +119,13 @@ class Candidate(Generic[OptionsT]):
     Attributes:
         settings: values of the options that differ between candidates, for reports.
         options: the method's options with these values.
+        if_second_helps: try it only if the second candidate does better than the first (True), or
+            only if it does not (False); None to try it in any case.
     """
 
     settings: Mapping[str, float | str]
     options: OptionsT
+    if_second_helps: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,8 @@ def choose_options(
     fitting = replace(ctx, samples=split.for_fitting())
     tried: dict[int, Mapping[float | None, Scores]] = {}
     for number, candidate in enumerate(candidates):
+        if number > 1 and candidate.if_second_helps not in (None, _helps(tried[1], tried[0])):
+            continue
         model, _ = fitting.calibrate(candidate.options, rounding=False)
         tried[number] = judge.scores(model)
         log.info(
@@ -213,7 +215,9 @@ def choose_options(
             mean_divergence(tried[number][None]),
             min(map(mean_divergence, tried[number].values())),
         )
-    number, pull, error = pick(list(tried.values()))
+    order = list(tried)
+    picked, pull, error = pick(list(tried.values()))
+    number = order[picked]
     fitted = max(split.fitted.values())
     total = max(len(samples) for samples in ctx.samples.values())
     return OptionChoice(
@@ -260,6 +264,11 @@ def pick(tried: Sequence[Mapping[float | None, Scores]]) -> tuple[int, float | N
         <= standard_error(scores, best[number])
     )
     return number, next(strong), error
+
+
+def _helps(second: Mapping[float | None, Scores], first: Mapping[float | None, Scores]) -> bool:
+    """Whether the second candidate's best loss is lower than the first one's."""
+    return min(map(mean_divergence, second.values())) < min(map(mean_divergence, first.values()))
 
 
 def _described(candidate: Candidate[Any]) -> str:

@@ -90,7 +90,13 @@ def test_the_default_chooses_and_records_it(tiny: TinyZoo, merged: Path, tmp_pat
     assert choice.judged_by == dict.fromkeys(TASKS, "labels")
     assert (choice.judged, choice.fitted) == (12, 12)
     assert choice.chosen in [each.settings for each in choice.tried]
-    assert len(choice.tried) == len(QUANTIZATION_METHODS["epmq"].candidates(asking(tiny).quantize))
+    candidates = QUANTIZATION_METHODS["epmq"].candidates(asking(tiny).quantize)
+    settings = [each.settings for each in candidates]
+    tried = [each.settings for each in choice.tried]
+    # A stronger anchor, then what lies on the side that helped.
+    assert tried[:2] == settings[:2]
+    best = [min(loss for _, loss in each.losses) for each in choice.tried]
+    assert tried[2:] == settings[2:3] if best[1] < best[0] else settings[3:]
     refitted = load_refitted_heads(tmp_path / "out")
     assert tuple(refitted) == manifest.details.refitted_heads
     assert bool(refitted) == (choice.head_pull is not None)
@@ -173,8 +179,9 @@ def test_an_interrupted_run_chooses_once(
     tiny: TinyZoo, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = asking(tiny)
-    count = len(QUANTIZATION_METHODS["epmq"].candidates(recipe.quantize))
-    quantize(recipe, merged, tmp_path / "whole")
+    choice = quantize(recipe, merged, tmp_path / "whole").details.options
+    assert choice is not None
+    count = len(choice.tried)
     # Candidates run through both blocks.
     killed_in(2 * count + 1, recipe, merged, tmp_path / "out", monkeypatch)
     monkeypatch.setattr(

@@ -62,17 +62,16 @@ PRESETS = {
 
 
 # What effort ``balanced`` chooses among; the first is the default. How strong the anchor should be,
-# and whether experts' outputs or their weights are the better aim, depends on the model.
-_CHOICES: tuple[dict[str, float | str], ...] = (
-    {"preset": "outputs", "anchor": 0.02},
-    {"preset": "outputs", "anchor": 0.08},
-    {"preset": "outputs", "anchor": 0.00125},
-    {"preset": "features", "anchor": 0.05},
+# and whether experts' outputs or their weights are the better aim, depends on the model. If a
+# stronger anchor helps, so may staying close to the merged weights; if not, a weaker one may.
+_CHOICES: tuple[tuple[dict[str, float | str], bool | None], ...] = (
+    ({"preset": "outputs", "anchor": 0.02}, None),
+    ({"preset": "outputs", "anchor": 0.08}, None),
+    ({"preset": "features", "anchor": 0.05}, True),
+    ({"preset": "outputs", "anchor": 0.00125}, False),
 )
 # How strongly heads are held when they are re-fitted and nothing was chosen.
 _HEAD_PULL = 0.1
-
-
 # Epochs of training all weights with effort ``best``.
 _BEST_EPOCHS = 12
 # Options on how calibration data are chosen, run through the model, cached and used.
@@ -276,13 +275,13 @@ class Epmq(CalibratedMethod[EpmqOptions]):
             return ()
         candidates: dict[Preset, Candidate[EpmqOptions]] = {}
         given = {name: getattr(options, name) for name in options.model_fields_set}
-        for choice in _CHOICES:
+        for choice, if_second_helps in _CHOICES:
             if options.preset is not None and choice["preset"] != options.preset:
                 choice = {"preset": options.preset}
             update = {name: value for name, value in choice.items() if given.get(name) is None}
             candidate = options.model_copy(update=update)
             settings = {name: getattr(candidate, name) for name in choice}
-            candidates.setdefault(candidate.values, Candidate(settings, candidate))
+            candidates.setdefault(candidate.values, Candidate(settings, candidate, if_second_helps))
         return tuple(candidates.values())
 
     def may_refit_heads(self, options: EpmqOptions) -> bool:
