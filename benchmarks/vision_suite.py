@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from datasets import ClassLabel, Dataset, Features
+from datasets import ClassLabel, Dataset, Features, disable_progress_bars
 from datasets import Image as ImageFeature
 from packages import fetch, only_file
 from PIL import Image
@@ -190,6 +190,7 @@ def main() -> None:
     # Every expert starts with a classifier the base does not have, as it should.
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    disable_progress_bars()
     cache = arguments.cache.expanduser().resolve()
     if arguments.command == "build":
         build(cache, Schedule(), arguments.seed)

@@ -19,6 +19,8 @@ METHODS = {
     "merged, E-PMQ as published (`--preset paper`)": "E-PMQ paper/{bits}",
     "E-PMQ, preset `weights` (no data)": "E-PMQ weights/{bits}",
     "E-PMQ, preset `features`": "E-PMQ features/{bits}",
+    "E-PMQ, preset `outputs`": "E-PMQ outputs/{bits}",
+    "E-PMQ, preset `outputs`, anchor `auto`": "E-PMQ outputs/auto",
     "E-PMQ, default": "E-PMQ outputs/{bits}",
     "merged, E-PMQ, the default": "E-PMQ outputs/{bits}",
     "E-PMQ, default, `distill` 2": "E-PMQ outputs/distill",
@@ -63,6 +65,15 @@ def test_accuracy_by_method_and_bits(suite: str) -> None:
     ]
     assert len(cells) >= 16
     for key, value in cells:
+        assert float(value) == pytest.approx(expected[key], abs=0.00501), key
+
+
+def test_accuracy_where_nothing_was_chosen() -> None:
+    expected = averages("text_other")
+    table = rows("docs/benchmarks.md", "text_other")
+    assert len(table) == 8
+    for label, value in table:
+        key = key_of(label, "task_arithmetic", 4)
         assert float(value) == pytest.approx(expected[key], abs=0.00501), key
 
 
