@@ -31,11 +31,9 @@ class Augmentation:
 
     Attributes:
         modality: ``image`` changes model inputs, ``text`` raw texts; None changes nothing.
-        flips: mirror half of the images.
     """
 
     modality: Literal["image", "text"] | None = None
-    flips: bool = False
 
     def of_samples(self, samples: list[Any], generator: torch.Generator) -> list[Any]:
         """Return raw samples of one batch, changed where they are texts."""
@@ -54,23 +52,21 @@ class Augmentation:
         if self.modality != "image":
             return inputs
         (pixels,) = inputs
-        return (mixed(moved(pixels, generator, flips=self.flips), generator),)
+        return (mixed(moved(pixels, generator), generator),)
 
 
-def moved(pixels: Tensor, generator: torch.Generator, *, flips: bool = False) -> Tensor:
+def moved(pixels: Tensor, generator: torch.Generator) -> Tensor:
     """Shift each image by up to an eighth of its size and stretch it by a tenth; repeat its edge.
 
     Args:
         pixels: ``[B, C, H, W]``.
         generator: of random numbers.
-        flips: mirror half of the images.
     """
     count = len(pixels)
     shift = (torch.rand(count, 2, generator=generator) * 2 - 1) * 2 * _SHIFT
-    mirror = torch.rand(count, generator=generator) < 0.5
     size, aspect = (1 + (torch.rand(2, count, generator=generator) * 2 - 1) * _STRETCH).unbind()
     affine = torch.zeros(count, 2, 3)
-    affine[:, 0, 0] = size * torch.where(mirror, -1.0, 1.0) if flips else size
+    affine[:, 0, 0] = size
     affine[:, 1, 1] = size * aspect
     affine[:, :, 2] = shift
     grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)

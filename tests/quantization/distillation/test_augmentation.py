@@ -18,10 +18,8 @@ def test_images_move_by_an_eighth_of_their_size_at_most() -> None:
     assert float(centre.std()) > 1
 
 
-def test_flips_mirror_half_of_the_images() -> None:
+def test_images_are_never_mirrored() -> None:
     columns = torch.arange(64.0).expand(64, 1, 64, 64)
-    rising = moved(columns, seeded(), flips=True)[:, 0, 32, 40:48].diff(dim=1).mean(dim=1) > 0
-    assert 16 < int(rising.sum()) < 48
     assert bool((moved(columns, seeded())[:, 0, 32, 40:48].diff(dim=1) > 0).all())
 
 
