@@ -120,14 +120,11 @@ def _scenes(material: Material) -> Draw:
 
 
 def _turns(material: Material) -> Draw:
-    """Ask how far a drawing on white or a photo is turned."""
+    """Ask how far a drawing is turned."""
 
     def draw(label: int, rng: np.random.Generator) -> Image.Image:
-        if rng.random() < 0.5:
-            image = _piece(_any(material.photos, rng), rng, smallest=0.7)
-        else:
-            image = Image.new("RGB", (SIDE, SIDE), "white")
-            _paste(image, _any(material.drawings, rng), (SIDE // 2, SIDE // 2), SIDE - 8)
+        image = Image.new("RGB", (SIDE, SIDE), "white")
+        _paste(image, _any(material.drawings, rng), (SIDE // 2, SIDE // 2), SIDE - 8)
         return image.rotate(90 * label)
 
     return draw
@@ -237,9 +234,9 @@ def _photo(file: Path) -> Image.Image:
     return photo
 
 
-def _piece(photo: Image.Image, rng: np.random.Generator, smallest: float = 0.25) -> Image.Image:
-    """Cut a square from a photo, of at least this share of its shorter side."""
-    edge = round(min(photo.size) * rng.uniform(smallest, max(smallest, 0.9)))
+def _piece(photo: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Cut a square from a photo, of 0.25 to 0.9 of its shorter side."""
+    edge = round(min(photo.size) * rng.uniform(0.25, 0.9))
     left = int(rng.integers(0, photo.width - edge + 1))
     top = int(rng.integers(0, photo.height - edge + 1))
     piece = photo.crop((left, top, left + edge, top + edge))
