@@ -233,7 +233,7 @@ def test_dc_merge_of_experts_in_other_directions_is_their_sum() -> None:
     for task, block in enumerate(blocks):
         rows, columns = slice(4 * task, 4 * task + 4), slice(6 * task, 6 * task + 6)
         block[rows, columns] = torch.randn(4, 6, generator=generator)
-    found = merged("dc_merge", InMemory({"w": blocks}, ["a", "b", "c"]))["w"]
+    found = merged("dc_merge", InMemory({"w": blocks}, ["a", "b", "c"]), scaling=1.0)["w"]
     assert torch.allclose(found, blocks.sum(dim=0), atol=1e-5)
 
 
