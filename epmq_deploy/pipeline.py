@@ -226,6 +226,7 @@ def preflight(recipe: Recipe) -> Sources:
         inputs.update(inputs_of_experts(recipe.tasks, sources))
 
     def check_model() -> None:
+        quantize_stage.check_residuals(recipe.quantize, family)
         model = family.load(folder)
         check_patterns(model, family.blocks(model), recipe.quantize)
         grids = planned_grids(model, family.blocks(model), recipe.quantize)

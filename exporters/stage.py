@@ -27,6 +27,7 @@ from epmq_deploy.exporters.browser.page import check_demo, check_demo_model, wri
 from epmq_deploy.exporters.formats import FORMATS
 from epmq_deploy.exporters.formats.base import ExportContext
 from epmq_deploy.exporters.graphs.build import FP32_FORMAT, by_kind, write_graphs
+from epmq_deploy.exporters.graphs.corrections import mixed_tasks, torch_outputs_of_tasks
 from epmq_deploy.exporters.graphs.quantized_backbone import quantized_layers
 from epmq_deploy.exporters.graphs.specs import Part, parts_of
 from epmq_deploy.exporters.memory import (
@@ -63,6 +64,8 @@ from epmq_deploy.quantization.artifact import (
     load_inputs,
     load_refitted_heads,
 )
+from epmq_deploy.quantization.residuals.artifact import load_residuals
+from epmq_deploy.quantization.residuals.factors import ModelResiduals
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.quantization.stage import MERGED_FOLDER
 from epmq_deploy.recipe import ExportOptions, Recipe
@@ -84,6 +87,7 @@ class _Written:
         samples: what it computes that from.
         heads: by task.
         codes: sha256 by layer.
+        tasks: that low-bit graphs' input ``task`` numbers; empty where they have none.
     """
 
     graphs: Sequence[Sequence[WrittenGraph]]
@@ -91,6 +95,7 @@ class _Written:
     samples: Sequence[ParityInputs]
     heads: Mapping[str, TaskHead]
     codes: Mapping[str, str]
+    tasks: tuple[str, ...]
 
 
 def export_fingerprint(recipe: Recipe, quantized: str) -> tuple[str, dict[str, str]]:
@@ -147,7 +152,7 @@ def export(
                 shown = next(
                     graph for graph in graphs[0] if graph.format == chosen_formats(options)[0]
                 )
-                write_demo(folder, family, classes, shown.path, options)
+                write_demo(folder, family, classes, shown.path, options, written.tasks)
             details = ExportDetails(
                 merge=source.details.merge,
                 target=TARGETS.named(options.target).recorded() if options.target else None,
@@ -158,7 +163,7 @@ def export(
                     if head.problem_type != SINGLE_LABEL
                 },
                 graphs=tuple(
-                    _entry(graph, parities[graph.path], folder, options)
+                    _entry(graph, parities[graph.path], folder, options, written.tasks)
                     for of_part in graphs
                     for graph in of_part
                 ),
@@ -229,6 +234,7 @@ def _write(
     family = family_of(merged)
     layers, replaced = load_artifact(quantized)
     refitted = load_refitted_heads(quantized)
+    residuals = load_residuals(quantized)
     with eager_free():
         backbone = family.load(merged)
         checkpoint = Checkpoint.open(ModelFolder.at(merged), family.canonical_key, family.tied)
@@ -260,29 +266,37 @@ def _write(
             two_bit_containers=chosen_two_bit_containers(options),
             context=ExportContext(options, load_inputs(quantized), groups),
             heads=refitted,
+            residuals=residuals,
         )
         for part in parts
     ]
     codes = {name: layers[name].codes_sha256() for name in sorted(layers)}
-    outputs = _torch_outputs(parts, layers, replaced, refitted)
-    return _Written(graphs, outputs, [part.samples for part in parts], heads, codes)
+    outputs = _torch_outputs(parts, layers, replaced, refitted, residuals)
+    samples = [part.samples for part in parts]
+    return _Written(graphs, outputs, samples, heads, codes, residuals.tasks)
 
 
 def _entry(
-    graph: ExportedGraph, parity: Parity, folder: Path, options: ExportOptions
+    graph: ExportedGraph,
+    parity: Parity,
+    folder: Path,
+    options: ExportOptions,
+    tasks: tuple[str, ...],
 ) -> GraphEntry:
     """Return what the manifest says of a graph."""
+    low_bit = FORMATS[graph.format].low_bit
     return GraphEntry(
         format=graph.format,
         part=graph.part,
         file=graph.path.relative_to(folder).as_posix(),
         bytes=graph.bytes,
         opset=graph.opset,
-        low_bit=FORMATS[graph.format].low_bit,
+        low_bit=low_bit,
         low_bit_nodes=graph.low_bit_nodes,
         session_options=session_config(options.accuracy_level),
         parity=parity,
         layers=graph.layers,
+        **({"task_input": tasks} if low_bit and tasks else {}),
     )
 
 
@@ -291,19 +305,19 @@ def _torch_outputs(
     layers: Mapping[str, QuantizedLinear],
     replaced: Mapping[str, Tensor],
     heads: Mapping[str, TaskHead],
+    residuals: ModelResiduals,
 ) -> list[tuple[Outputs, Outputs]]:
     """Return what torch computes for each part: merged and quantized, which has its own heads."""
-
-    def outputs() -> list[Outputs]:
-        return [torch_outputs(part.model, part.samples.batches) for part in parts]
-
-    merged = outputs()
+    merged = [torch_outputs(part.model, part.samples.batches) for part in parts]
     for part in parts:
         if isinstance(part.model, MultiTaskModel):
             part.model.replace_heads(heads)
     # All parts share it.
     with quantized_layers(parts[0].model.backbone, layers, replaced):
-        return list(zip(merged, outputs(), strict=True))
+        quantized = [
+            torch_outputs_of_tasks(part.model, part.samples.batches, residuals) for part in parts
+        ]
+        return list(zip(merged, quantized, strict=True))
 
 
 def _parities(
@@ -315,7 +329,9 @@ def _parities(
         graph.path: measure_parity(
             graph,
             quantized if FORMATS[graph.format].low_bit else merged,
-            inputs.batches,
+            mixed_tasks(inputs.batches, len(written.tasks))
+            if FORMATS[graph.format].low_bit and written.tasks
+            else inputs.batches,
             options.accuracy_level,
             inputs.real,
         )

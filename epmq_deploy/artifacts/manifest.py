@@ -174,6 +174,24 @@ class WeightDistillation(_Record):
     passes: float
 
 
+class Residuals(_Record):
+    """Corrections of layers for every task.
+
+    Attributes:
+        rank: of a layer's correction.
+        layers: number of layers that have one.
+        bytes: of all tasks' corrections.
+        share: of these bytes in codes, scales, zero points and corrections together.
+        without: layers in the blocks that have none, with the reason.
+    """
+
+    rank: int
+    layers: int
+    bytes: int
+    share: float
+    without: Mapping[str, str]
+
+
 class QuantizeDetails(_Record):
     """What a quantization reports.
 
@@ -191,6 +209,7 @@ class QuantizeDetails(_Record):
         distill_weights: distillation of all weights, where there was one.
         distill: distillation with fixed codes, where there was one.
         answers_by_experts: number of pseudo-labels by task, where data had no labels.
+        residuals: corrections for every task, where there are any.
     """
 
     merge: MergeDetails = MergeDetails()
@@ -207,6 +226,7 @@ class QuantizeDetails(_Record):
     distill: Distillation | None = None
     answers_by_experts: Mapping[str, int] = Field(default_factory=dict)
     refitted_heads: tuple[str, ...] = ()
+    residuals: Residuals | None = None
 
 
 class Parity(_Record):
@@ -242,6 +262,8 @@ class GraphEntry(_Record):
         session_options: config entries that a session needs to compute as evaluated.
         parity: how far it is from torch.
         layers: what the format says of single layers.
+        task_input: names of the tasks in the order that the graph's input ``task`` numbers them;
+            empty where it has no such input.
     """
 
     format: str
@@ -254,6 +276,7 @@ class GraphEntry(_Record):
     session_options: Mapping[str, str] = Field(alias="session_config")
     parity: Parity
     layers: Mapping[str, Any]
+    task_input: tuple[str, ...] = ()
 
     @model_validator(mode="before")
     @classmethod

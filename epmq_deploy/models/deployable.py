@@ -13,6 +13,10 @@ from epmq_deploy.models.pooling import pooled
 from epmq_deploy.models.problem_types import EMBEDDING, READING_TOKENS, TOKEN
 from epmq_deploy.recipe import ProblemType
 
+# Name of the input that numbers the task of each sample, int64 ``[batch]``, where layers have
+# corrections for tasks.
+TASK_INPUT = "task"
+
 
 def output_of(task: str, kind: ProblemType) -> str:
     """Return the name of a task's output: of logits, or of an embedding."""

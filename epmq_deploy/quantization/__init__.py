@@ -6,5 +6,6 @@ quantizing one block, ``embeddings`` quantizes what lies outside the blocks. A m
 states the problem of a layer, and ``solver`` finds its codes. ``guidance`` weighs tokens by
 gradients, ``planning`` settles options that depend on the model. ``phases`` says what comes after
 what: ``distillation`` trains all weights before codes are chosen, and tunes scales, biases and
-norms afterwards. ``results`` and ``artifact`` hold the outcome in memory and on disk.
+norms afterwards; ``residuals`` corrects layers for every task. ``results`` and ``artifact`` hold
+the outcome in memory and on disk.
 """

@@ -14,6 +14,7 @@ from epmq_deploy.checkpoints.memory_map import MappedFile
 from epmq_deploy.checkpoints.tensors import tensors_of_file
 from epmq_deploy.data.heads import HEADS_FILE, load_heads, save_heads
 from epmq_deploy.models.head import TaskHead
+from epmq_deploy.quantization.residuals.artifact import save_residuals
 from epmq_deploy.quantization.results import (
     LayerInputs,
     LayerReport,
@@ -30,8 +31,9 @@ REPORT_FILE = "report.json"
 def save_artifact(folder: Path, quantized: QuantizedModel) -> None:
     """Write ``quantized.safetensors`` (per layer ``.codes`` uint8 ``[N, K]``, ``.scales`` float32
     and ``.zero_points`` uint8 ``[N, G]``), ``replaced.safetensors``, ``inputs.safetensors`` (per
-    layer the fields of `LayerInputs`; empty without activations) and ``report.json``; and
-    ``heads.safetensors`` where heads were re-fitted.
+    layer the fields of `LayerInputs`; empty without activations) and ``report.json``;
+    ``heads.safetensors`` where heads were re-fitted, and ``residuals.safetensors`` where layers
+    have corrections for tasks.
     """
     tensors, layers = {}, {}
     for name, linear in quantized.layers.items():
@@ -44,6 +46,7 @@ def save_artifact(folder: Path, quantized: QuantizedModel) -> None:
     if quantized.heads:
         save_heads(folder, quantized.heads)
     _save_inputs(folder, quantized.inputs)
+    save_residuals(folder, quantized.residuals)
     reports = [asdict(report) for report in quantized.reports]
     (folder / REPORT_FILE).write_text(json.dumps(reports, indent=2) + "\n")
 

@@ -229,6 +229,10 @@ class QuantizationMethod(ABC, Generic[OptionsT]):
         """Return for how many epochs the quantized model is distilled; 0 for not at all."""
         return 0
 
+    def residual_rank(self, options: OptionsT) -> int:
+        """Return the rank of layers' corrections for every task; 0 for none."""
+        return 0
+
     # How it computes.
 
     def products_dtype(self, options: OptionsT) -> torch.dtype:

@@ -11,6 +11,7 @@ from torch import nn
 from epmq_deploy.data.agreement import Judge
 from epmq_deploy.data.class_labels import HeadClasses
 from epmq_deploy.data.samples import Samples, batches
+from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import ModelFamily, TaskHead
 from epmq_deploy.models.experts import ExpertBackbone
 from epmq_deploy.options.quantization import QuantizeOptions
@@ -18,8 +19,13 @@ from epmq_deploy.progress import Progress
 from epmq_deploy.quantization.bit_budget import BitBudget, bit_budget
 from epmq_deploy.quantization.guidance import Gradients, token_gradients
 from epmq_deploy.quantization.methods import QUANTIZATION_METHODS
+from epmq_deploy.quantization.residuals.fitting import ResidualSettings
+from epmq_deploy.quantization.residuals.layers import uncorrectable
 from epmq_deploy.quantization.results import QuantizedModel
 from epmq_deploy.quantization.sequential import FinishedBlocks, quantize_model
+
+# Of a batch that tells which layers receive one row or sequence a sample.
+_SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ class CalibrationContext:
         rounding: bool = True,
         probe: Mapping[str, Collection[int]] | None = None,
         finished: FinishedBlocks | None = None,
+        residual_rank: int = 0,
     ) -> tuple[nn.Module, QuantizedModel]:
         """Return the merged model after ``quantize_model`` with these options, and its result.
 
@@ -86,9 +93,11 @@ class CalibrationContext:
             rounding: quantize; otherwise layers get the method's own weights, unrounded.
             probe: by layer, widths in bits at which its error is measured in addition.
             finished: results of blocks done before.
+            residual_rank: of layers' corrections for every task; 0 for none.
 
         Raises:
             NumericsError: a layer could not be solved as asked; names it.
+            RecipeError: corrections are asked for, and no layer can have any.
         """
         model = self.family.load(self.folder).to(self.device)
         method = QUANTIZATION_METHODS[options.method]
@@ -110,6 +119,7 @@ class CalibrationContext:
             progress=self.progress,
             scratch=self.scratch,
             gradients=gradients,
+            residuals=self._residual_settings(model, residual_rank),
         )
         return model, result
 
@@ -133,3 +143,26 @@ class CalibrationContext:
     @cached_property
     def _gradients_by_batch_size(self) -> dict[int, Gradients]:
         return {}
+
+    def uncorrectable(self, model: nn.Module) -> dict[str, str]:
+        """Return the layers that a sample's task cannot correct, with the reason."""
+        inputs = [
+            value.to(self.device) for value in self.family.example_inputs(self.folder, _SAMPLES)
+        ]
+        layers = [name for block in self.family.blocks(model) for name in block.layers]
+        return uncorrectable(
+            model, layers, lambda: self.family.embed(model, *inputs), len(inputs[0])
+        )
+
+    def _residual_settings(self, model: nn.Module, rank: int) -> ResidualSettings | None:
+        if not rank:
+            return None
+        without = self.uncorrectable(model)
+        layers = {name for block in self.family.blocks(model) for name in block.layers}
+        if not layers - without.keys():
+            raise RecipeError(
+                "quantize.residual_rank: no layer of this model can be corrected sample by sample; "
+                "leave it out",
+                options={"quantize.residual_rank": None},
+            )
+        return ResidualSettings(rank, layers - without.keys())

@@ -204,8 +204,14 @@ class GroupStatistics:
         self._method = method
         self._options = options
 
-    def sums(self, group: GroupInputs) -> GroupSums:
+    def sums(
+        self, group: GroupInputs, keep: Callable[[str, TaskStatistics], None] | None = None
+    ) -> GroupSums:
         """Return sums over all tasks, holding one task's Gram matrix at a time.
+
+        Args:
+            group: the layers.
+            keep: is given every task's statistics.
 
         Raises:
             NumericsError: a task has no statistics, or they are not finite; names layer and task.
@@ -217,6 +223,8 @@ class GroupStatistics:
                 statistics = self._source.of_task(task, group)
             except NumericsError as error:
                 raise NumericsError(f"layer {group.layers[0]}: task {task!r}: {error}") from error
+            if keep is not None:
+                keep(task, statistics)
             weight = self._method.task_weight(statistics, self._options)
             sums.add(statistics, weight, self._biases(task, group.layers))
         advisable = 2 * first.in_features

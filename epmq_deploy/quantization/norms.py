@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from epmq_deploy.calibration.activations import input_of
-from epmq_deploy.calibration.block_runner import BlockRunner
+from epmq_deploy.calibration.block_runner import BlockRunner, ModuleSource
 from epmq_deploy.calibration.cache import ActivationCache, CachedTensor
 from epmq_deploy.models import Block
 from epmq_deploy.models.modules import bias_of
@@ -149,6 +149,7 @@ class NormRefit:
 
     Args:
         model: whose norms are changed in place.
+        student: the model as it runs for each task.
         runner: holds the batches.
         experts: whose gains and biases the outputs aimed at are computed with.
         cache: keeps what norms receive.
@@ -159,12 +160,14 @@ class NormRefit:
     def __init__(
         self,
         model: nn.Module,
+        student: ModuleSource,
         runner: BlockRunner,
         experts: ExpertWeights,
         cache: ActivationCache,
         settings: CalibrationSettings,
     ) -> None:
         self._model = model
+        self._student = student
         self._runner = runner
         self._experts = experts
         self._cache = cache
@@ -217,7 +220,7 @@ class NormRefit:
         done: Mapping[str, nn.Module],
     ) -> tuple[NormSums, list[CachedTensor]]:
         """Return sums over one task's tokens, and what the norm received, batch by batch."""
-        student = self._model.get_submodule(block.name)
+        student = self._student.module(task, block.name)
         norm = self._model.get_submodule(name)
         gain = self._experts.tensor(task, f"{name}.weight")
         bias = None if bias_of(norm) is None else self._experts.tensor(task, f"{name}.bias")

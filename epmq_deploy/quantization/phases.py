@@ -46,7 +46,8 @@ def quantize_in_phases(
     if epochs := method.weight_distillation_epochs(options):
         trained, distilled["distill_weights"] = distill_weights(options, ctx, epochs, finished)
     if trained is None:
-        model, quantized = ctx.calibrate(options, finished=finished)
+        rank = method.residual_rank(options)
+        model, quantized = ctx.calibrate(options, finished=finished, residual_rank=rank)
     else:
         model, quantized = trained, quantize_trained(trained, options, ctx, finished)
     if epochs := method.distillation_epochs(options):

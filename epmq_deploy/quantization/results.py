@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from epmq_deploy.models.head import TaskHead
+from epmq_deploy.quantization.residuals.factors import ModelResiduals
 from epmq_deploy.quantization.solver.gptq import Status
 from epmq_deploy.quantization.solver.grid import expand_groups
 
@@ -42,6 +43,12 @@ class QuantizedLinear:
     def in_features(self) -> int:
         """``K``."""
         return self.codes.shape[1]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of codes and zero points packed to ``bits``, and of scales."""
+        bits = (self.codes.numel() + self.zero_points.numel()) * self.bits
+        return bits // 8 + self.scales.nbytes
 
     def codes_sha256(self) -> str:
         """Return the sha256 of the codes, one byte each, row by row, however files pack them."""
@@ -130,6 +137,7 @@ class QuantizedModel:
         errors: per layer its error by width, where widths were probed.
         inputs: what calibration saw of layers' inputs, by layer name; empty without activations.
         heads: re-fitted heads, by task; empty where heads stay as they were.
+        residuals: corrections of layers for every task.
     """
 
     layers: dict[str, QuantizedLinear] = field(default_factory=dict)
@@ -138,6 +146,7 @@ class QuantizedModel:
     errors: dict[str, dict[int, float]] = field(default_factory=dict)
     inputs: dict[str, LayerInputs] = field(default_factory=dict)
     heads: dict[str, TaskHead] = field(default_factory=dict)
+    residuals: ModelResiduals = field(default_factory=ModelResiduals)
 
     def extend(self, other: "QuantizedModel") -> None:
         """Add the results of further blocks."""
@@ -147,3 +156,4 @@ class QuantizedModel:
         self.errors |= other.errors
         self.inputs |= other.inputs
         self.heads |= other.heads
+        self.residuals = self.residuals.joined(other.residuals)

@@ -21,6 +21,7 @@ from epmq_deploy.quantization.artifact import (
     load_reports,
     save_artifact,
 )
+from epmq_deploy.quantization.residuals.artifact import load_residuals
 from epmq_deploy.quantization.results import QuantizedModel
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,11 @@ class FinishedWork:
             return None
         layers, replaced = load_artifact(folder)
         return QuantizedModel(
-            layers, dict(replaced), load_reports(folder), inputs=load_inputs(folder)
+            layers,
+            dict(replaced),
+            load_reports(folder),
+            inputs=load_inputs(folder),
+            residuals=load_residuals(folder),
         )
 
     def save(self, index: int, result: QuantizedModel) -> None:

@@ -8,7 +8,12 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from epmq_deploy.calibration.activations import input_of
-from epmq_deploy.calibration.block_runner import BlockRunner, SameForAllTasks, TaskBatches
+from epmq_deploy.calibration.block_runner import (
+    BlockRunner,
+    ModuleSource,
+    SameForAllTasks,
+    TaskBatches,
+)
 from epmq_deploy.calibration.cache import ActivationCache
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models import Block, Group, ModelFamily
@@ -29,6 +34,8 @@ from epmq_deploy.quantization.group_statistics import (
 )
 from epmq_deploy.quantization.guidance import Gradients
 from epmq_deploy.quantization.norms import NormRefit, RefittedNorm
+from epmq_deploy.quantization.residuals.fitting import ResidualFitter, ResidualSettings
+from epmq_deploy.quantization.residuals.student import TaskStudents
 from epmq_deploy.quantization.results import LayerReport, QuantizedLinear, QuantizedModel
 
 
@@ -59,6 +66,7 @@ class BlockQuantizer:
         probe: by layer, widths in bits at which its error is measured in addition.
         scratch: folder for activations on disk; default: the system's temporary folder.
         gradients: of the samples, for methods whose token weights they guide.
+        residuals: how layers are corrected for every task; None for not at all.
     """
 
     def __init__(
@@ -75,17 +83,23 @@ class BlockQuantizer:
         probe: Mapping[str, Collection[int]] | None = None,
         scratch: Path | None = None,
         gradients: Gradients | None = None,
+        residuals: ResidualSettings | None = None,
     ) -> None:
         self._model, self._options = model, options
         settings = method.calibration(options)
         self._cache = ActivationCache(settings.cache_bytes, scratch)
         source = method.expert_source(model, experts)
         running = source if settings.mix else None
+        self.students = TaskStudents(model)
+        self._student: ModuleSource = self.students if residuals else SameForAllTasks(model)
+        self._fitter: ResidualFitter | None = None
+        if residuals and source is not None:
+            self._fitter = ResidualFitter(model, self.students, source, self._cache, residuals)
         self._runner = BlockRunner(
             family,
             blocks,
             {} if method.is_data_free(options) else batches,
-            SameForAllTasks(model),
+            self._student,
             experts=running,
             cache=self._cache,
             device=next(model.parameters()).device,
@@ -95,7 +109,9 @@ class BlockQuantizer:
         self._recorder = ExpertRecorder(self._runner, running, self._cache, settings)
         self._norms: NormRefit | None = None
         if settings.norm_mix is not None and source is not None:
-            self._norms = NormRefit(model, self._runner, source, self._cache, settings)
+            self._norms = NormRefit(
+                model, self._student, self._runner, source, self._cache, settings
+            )
         statistics: StatisticsSource = ActivationStatistics(
             self._runner, source, settings, gradients
         )
@@ -157,7 +173,10 @@ class BlockQuantizer:
             features,
             group.runs,
         )
-        result.extend(self._groups.quantize(names, self._statistics.sums(inputs)))
+        keep = None if self._fitter is None else self._fitter.keep
+        result.extend(self._groups.quantize(names, self._statistics.sums(inputs, keep)))
+        if self._fitter is not None:
+            result.residuals = result.residuals.joined(self._fitter.correct(names))
 
     def _refit(
         self,
@@ -184,10 +203,10 @@ class BlockQuantizer:
         self, block: Block, name: str, done: Mapping[str, nn.Module], runs: int
     ) -> Callable[[str, int], Tensor]:
         """Return a function for what a layer receives with all earlier layers quantized."""
-        student = self._model.get_submodule(block.name)
         layer = linear_layer(self._model, name)
 
         def received(task: str, index: int) -> Tensor:
+            student = self._student.module(task, block.name)
             batch = self._runner.batches[task][index].student
             return input_of(student, layer, batch, done, self._cache, runs)
 
@@ -219,6 +238,7 @@ def quantize_model(
     progress: Progress | None = None,
     scratch: Path | None = None,
     gradients: Gradients | None = None,
+    residuals: ResidualSettings | None = None,
 ) -> QuantizedModel:
     """Quantize ``model`` in place (its weights become the dequantized ones).
 
@@ -240,6 +260,7 @@ def quantize_model(
         progress: shows one step per block.
         scratch: folder for activations on disk; default: the system's temporary folder.
         gradients: of the samples, for methods whose token weights they guide.
+        residuals: how layers are corrected for every task; None for not at all.
 
     Raises:
         NumericsError: a layer could not be solved as asked; names it.
@@ -265,17 +286,20 @@ def quantize_model(
         probe=probe,
         scratch=scratch,
         gradients=gradients,
+        residuals=residuals,
     )
     for index, block in enumerate(progress.track(blocks, "quantizing")):
         result = finished.load(index) if finished else None
         if result is not None:
             apply_quantized(model, result.layers, result.replaced)
+            quantizer.students.add(result.residuals)
             quantizer.skip(block)
         else:
             result = quantizer.quantize(block)
             if finished:
                 finished.save(index, result)
         whole.extend(result)
+    quantizer.students.share()
     whole.reports += [
         LayerReport(name, "kept", "skipped by option")
         for name in sorted(inside)

@@ -20,6 +20,7 @@ from epmq_deploy.artifacts.manifest import (
     OptionChoice,
     QuantizeDetails,
     QuantizeManifest,
+    Residuals,
     fingerprint,
 )
 from epmq_deploy.artifacts.outputs import finish_output, open_output
@@ -67,6 +68,7 @@ class _Decisions(Distillations, total=False):
     bits: BitPlan
     answers_by_experts: Mapping[str, int]
     refitted_heads: tuple[str, ...]
+    residuals: Residuals
 
 
 def check_options(recipe: Recipe) -> None:
@@ -77,6 +79,20 @@ def check_options(recipe: Recipe) -> None:
     """
     if problems := without_effect("quantize", recipe.quantize.idle()):
         raise RecipeError("; ".join(problems))
+
+
+def check_residuals(options: QuantizeOptions, family: ModelFamily) -> None:
+    """Make sure that models of a family can have corrections for every task, where asked for.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    if generates_text(family) and QUANTIZATION_METHODS[options.method].residual_rank(options):
+        raise RecipeError(
+            "quantize.residual_rank is for classifiers and embeddings, and this model generates "
+            "text; leave it out",
+            options={"quantize.residual_rank": None},
+        )
 
 
 def missing_heads(
@@ -238,6 +254,7 @@ def _open_context(
         return ExpertBackbone(sources, device)
 
     family = family_of(merged)
+    check_residuals(recipe.quantize, family)
     inputs = written_inputs(recipe.tasks, merged)
     samples = calibration_samples(recipe, family, merged, inputs)
     if QUANTIZATION_METHODS[recipe.quantize.method].uses_experts or unlabelled_tasks(samples):
@@ -263,6 +280,9 @@ def _quantize_model(
     pull = _head_pull(recipe.quantize, decisions)
     model, quantized, distilled = quantize_in_phases(options, ctx, finished)
     decisions = {**decisions, **distilled}
+    if rank := QUANTIZATION_METHODS[options.method].residual_rank(options):
+        without = ctx.uncorrectable(model)
+        decisions["residuals"] = _residual_details(rank, quantized, without)
     if pull is not None:
         quantized = replace(quantized, heads=refitted_heads(model, ctx, pull))
         decisions["refitted_heads"] = tuple(quantized.heads)
@@ -272,8 +292,38 @@ def _quantize_model(
 def _head_pull(options: QuantizeOptions, decisions: _Decisions) -> float | None:
     """Return the pull of re-fitted heads that was chosen, else the options'; None to keep heads."""
     choice = decisions.get("options")
-    usual = QUANTIZATION_METHODS[options.method].head_pull(options)
+    method = QUANTIZATION_METHODS[options.method]
+    if method.residual_rank(options):
+        # They would be fitted to what all tasks share.
+        return None
+    usual = method.head_pull(options)
     return usual if choice is None or choice.reason else choice.head_pull
+
+
+def _residual_details(
+    rank: int, quantized: QuantizedModel, without: Mapping[str, str]
+) -> Residuals:
+    """Return what the manifest says of corrections; log which layers have none."""
+    size = quantized.residuals.packed_bytes
+    packed = sum(layer.packed_bytes for layer in quantized.layers.values())
+    for name, reason in without.items():
+        log.warning("%s has no corrections for tasks: it %s", name, reason)
+    share = size / (packed + size)
+    log.info(
+        "corrections of rank %d for %d tasks: %d layers, %.1f KB, %.0f%% of what is stored",
+        rank,
+        len(quantized.residuals.tasks),
+        len(quantized.residuals.layers),
+        size / 1000,
+        100 * share,
+    )
+    return Residuals(
+        rank=rank,
+        layers=len(quantized.residuals.layers),
+        bytes=size,
+        share=share,
+        without=without,
+    )
 
 
 def _with_answers(

@@ -126,6 +126,7 @@ def write_demo(
     classes: Mapping[str, Sequence[str] | None],
     graph: Path,
     options: ExportOptions,
+    numbered: Sequence[str] = (),
 ) -> None:
     """Write the page into ``<folder>/demo``.
 
@@ -135,6 +136,8 @@ def write_demo(
         classes: names of each task's classes, where they are known; tasks the graph has logits of.
         graph: the graph to run, in ``folder``.
         options: with target and libraries.
+        numbered: tasks in the order that the graph's input ``task`` numbers them; none where it has
+            no such input.
 
     Raises:
         RecipeError: the model's preprocessing has no counterpart in the page.
@@ -157,6 +160,7 @@ def write_demo(
         "inputs": list(family.input_names),
         "tasks": [
             {"name": name, "output": f"logits_{name}", "classes": names and list(names)}
+            | ({"number": numbered.index(name)} if name in numbered else {})
             for name, names in classes.items()
         ],
     }

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from epmq_deploy.exporters.files import PROTOBUF_LIMIT, write_model
 from epmq_deploy.exporters.formats import GraphFormat, formats_of
 from epmq_deploy.exporters.formats.base import TRACED_OPSET, ExportContext, FormatPlan
+from epmq_deploy.exporters.graphs.corrections import (
+    ModelOfTasks,
+    add_corrections,
+    mixed_tasks,
+)
 from epmq_deploy.exporters.graphs.swap import export_copy, swapped_copy
 from epmq_deploy.exporters.graphs.trace import trace
 from epmq_deploy.exporters.lowering.int8.matmul import integer_layers
@@ -28,6 +33,7 @@ from epmq_deploy.exporters.verification.inputs import check_inputs, check_option
 from epmq_deploy.exporters.verification.kernels import verify_valid
 from epmq_deploy.models.deployable import Deployable
 from epmq_deploy.models.head import TaskHead
+from epmq_deploy.quantization.residuals.factors import ModelResiduals
 from epmq_deploy.quantization.results import QuantizedLinear
 from epmq_deploy.runtime.ort.graph_runs import INT8_LEVEL
 
@@ -49,6 +55,7 @@ def write_graphs(
     file_limit: int = PROTOBUF_LIMIT,
     context: ExportContext | None = None,
     heads: Mapping[str, TaskHead] | None = None,
+    residuals: ModelResiduals | None = None,
 ) -> tuple[WrittenGraph, ...]:
     """Write the merged model in float32 and its quantized form in every format asked for.
 
@@ -73,6 +80,8 @@ def write_graphs(
         file_limit: bytes of tensors beyond which a graph's tensors go next to it into ``_data``.
         context: what formats may want to know in addition; default: nothing.
         heads: by task, those that quantization re-fitted; not part of the float32 graph.
+        residuals: corrections of layers for every task; with any, low-bit graphs have an input
+            ``task``, int64 ``[batch]``, which numbers the tasks.
 
     Returns:
         The float32 graph, other float formats, then the low-bit ones in the order given.
@@ -111,10 +120,19 @@ def write_graphs(
     quantized = [fmt for fmt in chosen if fmt.low_bit]
     if not quantized:
         return tuple(written)
-    twin = swapped_copy(model, packed, rows, replaced, accuracy_level, heads)
-    graph = trace(twin, example_inputs, traced)
-    del twin, packed
-    write_low_bit = partial(write, linear=linear, rows=rows)
+    corrections = residuals or ModelResiduals()
+    if corrections.layers:
+        of_tasks = swapped_copy(ModelOfTasks(model), packed, rows, replaced, accuracy_level)
+        add_corrections(of_tasks, corrections)
+        (mixed,) = mixed_tasks([example_inputs], len(corrections.tasks))
+        graph = trace(of_tasks, mixed, traced, corrections.layers)
+        del of_tasks
+    else:
+        twin = swapped_copy(model, packed, rows, replaced, accuracy_level, heads)
+        graph = trace(twin, example_inputs, traced)
+        del twin
+    del packed
+    write_low_bit = partial(write, linear=linear, rows=rows, corrections=corrections)
     written += _write_quantized(graph, quantized, plans, write_low_bit, two_bits=two_bits)
     del graph
     release_memory()
@@ -167,6 +185,7 @@ def _write(
     opset: int | None,
     accuracy_level: int,
     file_limit: int,
+    corrections: ModelResiduals | None = None,
 ) -> WrittenGraph:
     """Lower a graph, check it and write it."""
     version = opset or fmt.usual_opset(graph)
@@ -189,4 +208,5 @@ def _write(
         integer_layers(graph.graph),
         accuracy_level,
         linear_runs(graph.graph, linear),
+        corrections or ModelResiduals(),
     )

@@ -124,17 +124,17 @@ def swapped_copy(
     for name, layer in packed.items():
         bias = twin.backbone.get_submodule(name).bias
         stand_in = MatMulNBitsLinear(name, layer, bias, accuracy_level)  # type: ignore[arg-type]
-        _replace(twin.backbone, name, stand_in)
+        replace_module(twin.backbone, name, stand_in)
     for name, quantized in rows.items():
         module = twin.backbone.get_submodule(name)
         if isinstance(module, nn.Conv2d):
-            _replace(twin.backbone, name, Int8Conv2d(name, quantized, module))
+            replace_module(twin.backbone, name, Int8Conv2d(name, quantized, module))
         elif isinstance(module, nn.Embedding):
-            _replace(twin.backbone, name, Int8Embedding(name, quantized, module))
+            replace_module(twin.backbone, name, Int8Embedding(name, quantized, module))
     return twin
 
 
-def _replace(backbone: nn.Module, name: str, stand_in: nn.Module) -> None:
+def replace_module(backbone: nn.Module, name: str, stand_in: nn.Module) -> None:
     """Put a module in the place of another, at every path of that one."""
     old = backbone.get_submodule(name)
     paths = [path for path, one in backbone.named_modules(remove_duplicate=False) if one is old]

@@ -4,7 +4,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 import torch
@@ -16,9 +16,11 @@ from onnx_ir.passes.common import (
 )
 from torch import Tensor
 
+from epmq_deploy.exporters.lowering.corrections import LowerCorrections
 from epmq_deploy.exporters.lowering.int8.rows import LowerRows
 from epmq_deploy.exporters.lowering.naming import NameFloatLayers, NameLayers
 from epmq_deploy.models.deployable import Deployable
+from epmq_deploy.quantization.residuals.factors import LayerResiduals
 from epmq_deploy.version import __version__
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,12 @@ _CLEANING: tuple[ir.passes.InPlacePass, ...] = (
 )
 
 
-def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
+def trace(
+    model: Deployable,
+    example_inputs: tuple[Tensor, ...],
+    opset: int,
+    corrections: Mapping[str, LayerResiduals] | None = None,
+) -> ir.Model:
     """Export with the axes that the model leaves open.
 
     Args:
@@ -47,6 +54,7 @@ def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> 
         example_inputs: as ``model.input_names``, a batch of at least 2 (torch would bake a batch
             of 1 into the graph).
         opset: version of the default operator set.
+        corrections: of layers for every task, by dotted name.
 
     Returns:
         A model whose inputs are ``model.input_names`` and whose outputs are ``model.output_names``.
@@ -68,7 +76,7 @@ def trace(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> 
     assert program is not None  # only torch's legacy exporter returns nothing
     graph = program.model
     traced = list(graph.graph.initializers.values())
-    for clean in _CLEANING:
+    for clean in (LowerCorrections(corrections or {}), *_CLEANING):
         clean(graph)
     # torch keeps the values of its last trace.
     for value in traced:

@@ -14,7 +14,8 @@ from epmq_deploy.exporters.lowering.layers import (
     run_name,
 )
 
-_BACKBONE = "backbone."
+# The second where a model of tasks holds the model.
+_BACKBONES = ("backbone.", "model.backbone.")
 _FLOAT_LAYERS = ("MatMul", "Gemm", "Conv", "Gather")
 _SUFFIXES = ((1, "codes"), (2, "scales"), (3, "zero_points"))
 
@@ -80,7 +81,8 @@ class NameFloatLayers(ir.passes.InPlacePass):
             if weight is None or weight.const_value is None:
                 continue
             module = module_of(node)
-            if module is not None and module.startswith(_BACKBONE):
-                node.name = module.removeprefix(_BACKBONE)
+            prefix = next((each for each in _BACKBONES if (module or "").startswith(each)), None)
+            if module is not None and prefix is not None:
+                node.name = module.removeprefix(prefix)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)

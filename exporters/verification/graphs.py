@@ -1,7 +1,7 @@
 """Exported graphs as files, and the checks that each of them passes."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ from epmq_deploy.exporters.memory import (
     frozen_gc,
     release_memory,
 )
+from epmq_deploy.exporters.verification.corrections import verify_corrections
 from epmq_deploy.exporters.verification.kernels import (
     verify_codes,
     verify_int8_rows,
     verify_runs_low_bit,
 )
+from epmq_deploy.quantization.residuals.factors import ModelResiduals
 from epmq_deploy.quantization.results import QuantizedLinear
 
 
@@ -50,6 +52,7 @@ class WrittenGraph(GraphFile):
         accuracy_level: of the MatMulNBits nodes.
         runs: names of the nodes that multiply the model's inputs by linear layers; None for one
             node a layer, called like it.
+        corrections: of layers for every task.
     """
 
     linear: Mapping[str, QuantizedLinear]
@@ -57,6 +60,7 @@ class WrittenGraph(GraphFile):
     integer: Collection[str]
     accuracy_level: int
     runs: Collection[str] | None = None
+    corrections: ModelResiduals = field(default_factory=ModelResiduals)
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ def verify_graph(graph: WrittenGraph) -> ExportedGraph:
             verify_codes(graph.path, {**graph.linear, **graph.rows})
             release_memory()
             verify_int8_rows(graph.path, graph.rows)
+            release_memory()
+            verify_corrections(graph.path, graph.corrections)
             release_memory()
         nodes = verify_runs_low_bit(
             graph.path, graph.linear, graph.accuracy_level, graph.integer, graph.runs

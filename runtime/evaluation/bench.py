@@ -18,6 +18,7 @@ from epmq_deploy.runtime.evaluation.report import REFERENCE
 from epmq_deploy.runtime.evaluation.scoring import Scorer
 from epmq_deploy.runtime.ort.footprint import Footprint, measure_footprint, median_footprint
 from epmq_deploy.runtime.ort.providers import provider_named
+from epmq_deploy.runtime.ort.sessions import task_numbers
 
 _FOOTPRINTS = 3
 
@@ -85,7 +86,7 @@ class Bench:
             entries = self.formats[name]
             footprint = measure_footprint(
                 [self.exported / entry.file for entry in entries],
-                one,
+                [*one, task_numbers(0, 1).numpy()] if entries[0].task_input else one,
                 provider=provider_named(self.provider),
                 threads=self.threads[0],
                 session_config=entries[0].session_options,
@@ -96,12 +97,15 @@ class Bench:
 
     def diagnoses(self) -> dict[str, Diagnosis]:
         """Layers of the low-bit graphs against those of fp32 merged, one graph a format."""
+        few = list(self._few())
         low = {name: graphs[0] for name, graphs in self.formats.items() if graphs[0].low_bit}
         return diagnose(
             self.exported / self.formats[REFERENCE][0].file,
             {name: self.exported / entry.file for name, entry in low.items()},
             {name: entry.session_options for name, entry in low.items()},
-            list(self._few()),
+            [batch for _, batch in few],
+            [task for task, _ in few],
+            {name: entry.task_input for name, entry in low.items()},
             provider=self.provider,
             threads=self.threads[0],
         )
@@ -109,8 +113,8 @@ class Bench:
     def _batch(self, size: int) -> tuple[Tensor, ...]:
         return self.scorer.batch(next(iter(self.samples.values())), 0, size)
 
-    def _few(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield some samples of every task, each a batch of its own."""
-        for chosen in self.samples.values():
+    def _few(self) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+        """Yield some samples of every task with its name, each a batch of its own."""
+        for task, chosen in self.samples.items():
             for index in range(min(self.options.diagnose_samples, len(chosen))):
-                yield self.scorer.batch(chosen, index, 1)
+                yield task, self.scorer.batch(chosen, index, 1)

@@ -96,6 +96,8 @@ def diagnose(
     files: Mapping[str, Path],
     session_configs: Mapping[str, Mapping[str, str]],
     samples: Sequence[tuple[Tensor, ...]],
+    tasks: Sequence[str | None] = (),
+    task_inputs: Mapping[str, Sequence[str]] | None = None,
     **session: Any,
 ) -> dict[str, Diagnosis]:
     """Compare each layer of some graphs with the same layer of fp32 merged, on the same samples.
@@ -109,6 +111,8 @@ def diagnose(
         files: other graphs by format.
         session_configs: of those graphs, by format.
         samples: model inputs, batches of one (so that nothing is padded).
+        tasks: of the samples, where graphs have corrections for tasks.
+        task_inputs: tasks that the graphs' inputs ``task`` number, by format.
         session: other options of `epmq_deploy.runtime.ort.sessions.Graph`.
 
     Raises:
@@ -128,8 +132,10 @@ def diagnose(
             raise MismatchError(
                 "diagnosis", [f"{file}: no layer is named as in {fp32}; export it again"]
             )
-        graph = _graph(values, file, {**session, "session_config": session_configs[name]})
-        actual = (graph.run(inputs) for inputs in samples)
+        own = {"session_config": session_configs[name], "tasks": (task_inputs or {}).get(name, ())}
+        graph = _graph(values, file, {**session, **own})
+        pairs = zip(samples, tasks or [None] * len(samples), strict=True)
+        actual = (graph.run(inputs, task=task) for inputs, task in pairs)
         noises = _noises(values, reference_values, zip(actual, expected, strict=True))
         missing = tuple(layer for layer in names[name] if layer not in values.layers)
         diagnoses[name] = Diagnosis(noises, _blamed(noises), missing, len(samples))

@@ -119,7 +119,7 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
         for batch in batches(samples, self.family, self.folder, self.batch_size):
             words += words_read(batch)
             for name, graph in models.items():
-                logits = graph.run(batch, [output])[output]
+                logits = graph.run(batch, [output], task=task)[output]
                 if isinstance(batch, WordBatch):
                     logits = logits[(batch.words >= 0).numpy()]
                 parts[name].append(kept(logits))

@@ -159,6 +159,12 @@ class ExportedClassifier(ExportedModel[HeadOutput]):
         self, batch: tuple[Tensor, ...], tasks: Sequence[str]
     ) -> dict[str, npt.NDArray[np.float32]]:
         """Return the logits or embeddings of some tasks."""
+        if self._graph.tasks:
+            # The backbone itself differs from task to task.
+            return {
+                name: self._graph.run(batch, [self._outputs[name]], task=name)[self._outputs[name]]
+                for name in tasks
+            }
         outputs = self._graph.run(batch, [self._outputs[name] for name in tasks])
         return {name: outputs[self._outputs[name]] for name in tasks}
 

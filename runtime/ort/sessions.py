@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import torch
 from torch import Tensor
 
 from epmq_deploy.artifacts.manifest import GraphEntry
@@ -25,6 +26,7 @@ class Graph:
         threads: intra-op threads; default: see `usable_cores`.
         session_config: session options the graph was exported for.
         name: what messages call it; default: the file.
+        tasks: in the order that its input ``task`` numbers them; none where it has no such input.
 
     Raises:
         RecipeError: the provider that was asked for is not there or not really used.
@@ -39,6 +41,7 @@ class Graph:
         threads: int | None = None,
         session_config: Mapping[str, str] | None = None,
         name: str = "",
+        tasks: Sequence[str] = (),
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -58,6 +61,7 @@ class Graph:
                 self._session = ort.InferenceSession(file, options, providers=[requested])
         except Exception as error:  # onnxruntime raises many types
             raise NumericsError(f"{named}: onnxruntime cannot load it ({error})") from error
+        self.tasks = tuple(tasks)
         self.provider = check_used(self._session, named, requested, strict=provider != AUTO)
         self.input_names = tuple(item.name for item in self._session.get_inputs())
         self.output_names = tuple(item.name for item in self._session.get_outputs())
@@ -81,13 +85,31 @@ class Graph:
             provider=provider,
             threads=threads,
             session_config=entry.session_options,
+            tasks=entry.task_input,
         )
 
     def run(
-        self, inputs: Sequence[Tensor], outputs: Sequence[str] | None = None
+        self,
+        inputs: Sequence[Tensor],
+        outputs: Sequence[str] | None = None,
+        *,
+        task: str | None = None,
     ) -> Mapping[str, np.ndarray[Any, Any]]:
-        """Run a batch; arrays by output name, all outputs when none are named."""
+        """Run a batch.
+
+        Args:
+            inputs: without ``task``.
+            outputs: names of the outputs to compute; default: all.
+            task: that the samples belong to, where the graph asks; default: its first, which takes
+                as long as any.
+
+        Returns:
+            Arrays by output name.
+        """
         names = list(outputs or self.output_names)
+        if self.tasks:
+            number = 0 if task is None else self.tasks.index(task)
+            inputs = (*inputs, task_numbers(number, len(inputs[0])))
         return dict(zip(names, self._session.run(names, self.feed(inputs)), strict=True))
 
     def compute(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
@@ -97,6 +119,11 @@ class Graph:
     def feed(self, inputs: Sequence[Tensor]) -> dict[str, np.ndarray[Any, Any]]:
         """Arrays by input name, as onnxruntime takes them."""
         return {name: value.numpy() for name, value in zip(self.input_names, inputs, strict=True)}
+
+
+def task_numbers(number: int, samples: int) -> Tensor:
+    """Return the input ``task`` of a batch whose samples belong to one task, int64 ``[batch]``."""
+    return torch.full((samples,), number, dtype=torch.int64)
 
 
 def by_format(entries: Iterable[GraphEntry]) -> dict[str, tuple[GraphEntry, ...]]:

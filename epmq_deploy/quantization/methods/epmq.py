@@ -147,6 +147,12 @@ class EpmqOptions(CalibratedOptions):
         "back to judge the result; a classifier needs every task's head; default: 12 with effort "
         "best, else 0",
     )
+    residual_rank: int = Field(
+        0,
+        ge=0,
+        description="rank of a correction of each layer for every task, stored in 4 bits next to the "
+        "codes; graphs get an input that says which task a sample belongs to; 0 for none",
+    )
     normalization: Literal["frobenius", "none"] = Field(
         "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"
     )
@@ -219,6 +225,25 @@ class EpmqOptions(CalibratedOptions):
             if self.anchor == "auto":
                 reasons["anchor"] = f"as auto {reason}"
         return reasons
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The options that decide the codes; without corrections, as before there were any."""
+        return {
+            name: value
+            for name, value in super().deciding.items()
+            if name != "residual_rank" or value
+        }
+
+    @model_validator(mode="after")
+    def _residuals_are_fitted_last(self) -> EpmqOptions:
+        later = self.distill or self.heads == "refit" or self.weight_epochs
+        if self.residual_rank and later:
+            raise ValueError(
+                "residual_rank corrects layers of the merged model as calibration leaves it: leave "
+                "out distill, distill_weights, effort: best and heads: refit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _distillation_is_not_held(self) -> EpmqOptions:
@@ -307,6 +332,10 @@ class Epmq(CalibratedMethod[EpmqOptions]):
     def distillation_epochs(self, options: EpmqOptions) -> int:
         """Return what ``distill`` says."""
         return options.distill
+
+    def residual_rank(self, options: EpmqOptions) -> int:
+        """Return what ``residual_rank`` says."""
+        return options.residual_rank
 
     def calibration(self, options: EpmqOptions) -> CalibrationSettings:
         """Return what options and preset say; norms aim at the same mix as linear layers."""

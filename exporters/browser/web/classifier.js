@@ -41,6 +41,15 @@ export async function loadClassifier(url) {
         return [name, new ort.Tensor(type, data, dims)];
       }),
     );
+    if (settings.tasks.some(({ number }) => number !== undefined)) {
+      // The model has corrections for every task, so each task is a run of its own.
+      const found = {};
+      for (const { name, output, number } of settings.tasks) {
+        feeds.task = new ort.Tensor("int64", BigInt64Array.of(BigInt(number)), [1]);
+        found[name] = (await session.run(feeds, [output]))[output].data;
+      }
+      return found;
+    }
     const outputs = await session.run(feeds, settings.tasks.map((task) => task.output));
     return Object.fromEntries(
       settings.tasks.map(({ name, output }) => [name, outputs[output].data]),

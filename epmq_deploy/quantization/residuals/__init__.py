@@ -1,0 +1,1 @@
+"""Per-task residuals: low-rank corrections that bring one shared model close to every expert."""
