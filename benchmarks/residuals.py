@@ -68,7 +68,7 @@ def exported_with(suite: Suite, rank: int, work: Path) -> dict[str, Any]:
 
 
 def separate_experts(suite: Suite, bytes_of_one: int) -> dict[str, Any]:
-    """Quantize every expert by itself, on its own samples; each takes a file like the shared one."""
+    """Quantize every expert by itself, on its own samples, in a file of the shared one's size."""
     experts = ExpertBackbone(open_sources(suite.recipe), torch.device("cpu"))
     method = QUANTIZATION_METHODS["gptq"]
     options = override(suite.recipe, "quantize", {"method": "gptq"}).quantize
