@@ -1,17 +1,17 @@
 """Traces of models, each computed once in a run of the tests.
 
 Tracing takes nine tenths of an export of a tiny model, and many tests export the same one. A trace
-depends on the model, the shapes of its inputs and the operator set alone, so where all of these are
-equal, down to each weight, the first trace is read back from the run's temporary folder, which
-parallel workers share. `tests/exporters/graphs/test_remembered_traces.py` compares the files that
-come of both.
+depends on the model, the shapes of its inputs, the operator set and corrections of tasks alone, so
+where all of these are equal, down to each weight, the first trace is read back from the run's
+temporary folder, which parallel workers share. `tests/exporters/graphs/test_remembered_traces.py`
+compares the files that come of both.
 """
 
 import hashlib
 import io
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from epmq_deploy.exporters.graphs.trace import trace
 from epmq_deploy.models.deployable import Deployable
+from epmq_deploy.quantization.residuals.factors import LayerResiduals
 
-Trace = Callable[[Deployable, tuple[Tensor, ...], int], ir.Model]
+Trace = Callable[..., ir.Model]
 
 # Code of these packages stays what it is during a run; that of models with own code does not.
 _PACKAGES = {"epmq_deploy", "torch", "transformers"}
@@ -40,14 +41,20 @@ def remembering(folder: Path, compute: Trace = trace) -> Trace:
         compute: what traces.
     """
 
-    def remembered(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> ir.Model:
-        key = _key(model, example_inputs, opset)
+    def remembered(
+        model: Deployable,
+        example_inputs: tuple[Tensor, ...],
+        opset: int,
+        corrections: Mapping[str, LayerResiduals] | None = None,
+    ) -> ir.Model:
+        added = () if corrections is None else (corrections,)
+        key = _key(model, example_inputs, opset, *added)
         if key is None:
-            return compute(model, example_inputs, opset)
+            return compute(model, example_inputs, opset, *added)
         file = folder / f"{key}.onnx"
         if file.is_file():
             return ir.from_proto(onnx.ModelProto.FromString(file.read_bytes()))
-        graph = compute(model, example_inputs, opset)
+        graph = compute(model, example_inputs, opset, *added)
         # Another worker must not read half a file.
         partial = file.with_suffix(f".{os.getpid()}")
         partial.write_bytes(ir.to_proto(graph).SerializeToString())
@@ -57,7 +64,9 @@ def remembering(folder: Path, compute: Trace = trace) -> Trace:
     return remembered
 
 
-def _key(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> str | None:
+def _key(
+    model: Deployable, example_inputs: tuple[Tensor, ...], opset: int, *corrections: object
+) -> str | None:
     """Return a hash of all that a trace depends on; None for code that may be another next time."""
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
     if not packages <= _PACKAGES:
@@ -65,7 +74,7 @@ def _key(model: Deployable, example_inputs: tuple[Tensor, ...], opset: int) -> s
     layouts = [(value.dtype, value.shape, value.stride()) for value in example_inputs]
     content = io.BytesIO()
     try:
-        _Pickler(content).dump((model, layouts, opset))
+        _Pickler(content).dump((model, layouts, opset, corrections))
     except (AttributeError, pickle.PicklingError, TypeError):
         return None
     return hashlib.sha256(content.getvalue()).hexdigest()

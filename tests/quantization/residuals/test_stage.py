@@ -100,7 +100,7 @@ def test_every_task_comes_closer_to_its_expert(
             students.share()
             shared = family.embed(model, *inputs)
             own = family.embed(students.become(task), *inputs)
-        assert (own - wanted).norm() < 0.7 * (shared - wanted).norm()
+        assert (own - wanted).norm() < 0.9 * (shared - wanted).norm()
 
 
 def test_shared_weights_are_back_after_tasks_ran(merged: Path, quantized: Path) -> None:
