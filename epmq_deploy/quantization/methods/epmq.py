@@ -150,8 +150,8 @@ class EpmqOptions(CalibratedOptions):
     residual_rank: int = Field(
         0,
         ge=0,
-        description="rank of a correction of each layer for every task, stored in 4 bits next to the "
-        "codes; graphs get an input that says which task a sample belongs to; 0 for none",
+        description="rank of a correction of each layer for every task, stored in 4 bits next to "
+        "the codes; graphs get an input that says which task a sample belongs to; 0 for none",
     )
     normalization: Literal["frobenius", "none"] = Field(
         "frobenius", description="weigh each task by 1 / ||C_t||_F, or all tasks alike"
