@@ -45,7 +45,8 @@ class EpochBatches:
         shuffled = replace(self.samples, indices=[self.samples.indices[row] for row in order])
         for start, stop in self.bounds():
             raw = self.augmentation.of_samples(shuffled.inputs(start, stop), generator)
-            inputs = self.family.collate(self.folder, raw)
+            folder = self.samples.inputs_folder or self.folder
+            inputs = self.family.collate(folder, raw)
             check_finite(shuffled, start, inputs)
             yield self.augmentation.of_inputs(inputs, generator)
 
