@@ -20,6 +20,7 @@ from epmq_deploy.data.columns import check_texts, check_words, with_images
 from epmq_deploy.data.files import files_below
 from epmq_deploy.data.heads import PLAIN, Reading
 from epmq_deploy.data.image_samples import ImageSamples
+from epmq_deploy.data.listed_images import listed_images
 from epmq_deploy.data.preflight import check_images
 from epmq_deploy.data.prompts import PromptFormat
 from epmq_deploy.data.rows import load_rows
@@ -194,11 +195,15 @@ def missing_data(tasks: Mapping[str, Task]) -> list[str]:
 def data_sha256(source: DataSource, prompt: Prompt | None = None) -> str:
     """Hash a data source: its options, and its files' contents where it is local.
 
+    Images that a table lists by their paths are among them.
+
     With ``prompt``, also what texts are made of it.
     """
     path = Path(source.path)
+    images: list[Path] = []
     if path.is_file():
         content = file_sha256(path)
+        images = listed_images(source)
     elif path.is_dir():
         files = (file for file, left in files_below(path) if not left and file.is_file())
         content = files_sha256(path, files)
@@ -207,4 +212,8 @@ def data_sha256(source: DataSource, prompt: Prompt | None = None) -> str:
     options = source.model_dump(exclude={"path"})
     if prompt is not None:
         options["prompt"] = prompt.model_dump(mode="json")
-    return fingerprint("data", options, {"content": content})
+    contents = {"content": content}
+    # Their names are in the file that lists them.
+    if images:
+        contents["images"] = " ".join(map(file_sha256, images))
+    return fingerprint("data", options, contents)
