@@ -22,7 +22,21 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_EMBEDDING = "sentence_embedding"
 _KNOWN = ("Transformer", "Pooling", "Dense", "Normalize")
+
+
+@dataclass(frozen=True)
+class DenseModule:
+    """A linear layer after pooling.
+
+    Attributes:
+        folder: with its weights.
+        activation: name of the class of its activation.
+    """
+
+    folder: Path
+    activation: str = "Identity"
 
 
 @dataclass(frozen=True)
@@ -31,16 +45,14 @@ class SentenceTransformer:
 
     Attributes:
         pooling: ways to pool hidden states.
-        dense: folder of a dense layer after that; None without one.
-        activation: name of the class of that layer's activation.
+        dense: linear layers after that, in order.
         normalize: whether embeddings get the length 1.
         longest: tokens of a text that are read, special ones included; None where nothing says so.
         default_prompt: what stands before every text; empty for nothing.
     """
 
     pooling: tuple[str, ...]
-    dense: Path | None = None
-    activation: str = "Identity"
+    dense: tuple[DenseModule, ...] = ()
     normalize: bool = False
     longest: int | None = None
     default_prompt: str = ""
@@ -62,14 +74,12 @@ class SentenceTransformer:
                 f"{file}: modules {', '.join(names)}; supported are Transformer, Pooling, then "
                 "Dense and Normalize where there are such"
             )
-        if names.count("Dense") > 1 or (names.count("Dense") and names[2] != "Dense"):
-            raise RecipeError(f"{file}: only one Dense module is supported, right after Pooling")
-        dense = folder / paths[2] if "Dense" in names else None
-        settings = {} if dense is None else _settings(dense / "config.json")
+        last = 2 + names.count("Dense")
+        if set(names[2:last]) - {"Dense"} or names[1] != "Pooling":
+            raise RecipeError(f"{file}: Dense modules are supported right after Pooling only")
         return cls(
             _pooling(folder / paths[1] / "config.json"),
-            dense,
-            str(settings.get("activation_function", "Identity")).rpartition(".")[2],
+            tuple(_dense(folder / path) for path in paths[2:last]),
             "Normalize" in names,
             _longest(folder),
             _default_prompt(folder),
@@ -107,6 +117,25 @@ def _settings(file: Path) -> dict[str, Any]:
     if settings is None:
         raise RecipeError(f"{file}: listed in {MODULES}, but not in the folder")
     return settings
+
+
+def _dense(folder: Path) -> DenseModule:
+    """Read the settings of a dense module.
+
+    Raises:
+        RecipeError: it takes or gives something else than the embedding, or adds its input to it.
+    """
+    file = folder / "config.json"
+    settings = _settings(file)
+    if settings.get("use_residual"):
+        raise RecipeError(f"{file}: Dense modules with use_residual are not supported")
+    for key in ("module_input_name", "module_output_name"):
+        if settings.get(key) not in (None, _EMBEDDING):
+            raise RecipeError(
+                f"{file}: {key} is {settings[key]!r}; Dense modules are supported on {_EMBEDDING}"
+            )
+    activation = str(settings.get("activation_function", "Identity"))
+    return DenseModule(folder, activation.rpartition(".")[2])
 
 
 def _pooling(file: Path) -> tuple[str, ...]:

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from epmq_deploy.checkpoints.files import SINGLE_FILE
-from epmq_deploy.checkpoints.sentence_transformer import MODULES, SentenceTransformer
+from epmq_deploy.checkpoints.sentence_transformer import MODULES, DenseModule, SentenceTransformer
 from epmq_deploy.errors import RecipeError
-from epmq_deploy.models.embedding_head import EmbeddingHead
+from epmq_deploy.models.embedding_head import DenseLayer, EmbeddingHead
 from epmq_deploy.models.head import ACTIVATIONS, Activation
 from epmq_deploy.models.pooling import EmbeddingSettings, Pooling
 
@@ -40,7 +40,7 @@ def embedding_head(folder: Path) -> EmbeddingHead:
     """Read the head of an expert that embeds texts.
 
     Raises:
-        RecipeError: as ``embedding_settings``, or its dense layer cannot be read.
+        RecipeError: as ``embedding_settings``, or a dense layer cannot be read.
     """
     expert, settings = SentenceTransformer.open(folder), embedding_settings(folder)
     assert expert is not None and settings is not None, f"{folder} has no {MODULES}"
@@ -51,17 +51,19 @@ def embedding_head(folder: Path) -> EmbeddingHead:
             folder,
             expert.default_prompt,
         )
-    if expert.dense is None:
-        return EmbeddingHead(settings)
-    name = expert.activation.lower()
+    return EmbeddingHead(settings, [_dense_layer(module) for module in expert.dense])
+
+
+def _dense_layer(module: DenseModule) -> DenseLayer:
+    name = module.activation.lower()
     if name not in (*ACTIVATIONS, "identity"):
-        raise RecipeError(f"{expert.dense}: activation {expert.activation} is not supported")
-    tensors = _dense(expert.dense / SINGLE_FILE)
+        raise RecipeError(f"{module.folder}: activation {module.activation} is not supported")
+    tensors = _tensors(module.folder / SINGLE_FILE)
     activation = None if name == "identity" else cast(Activation, name)
-    return EmbeddingHead(settings, tensors["linear.weight"], tensors.get("linear.bias"), activation)
+    return DenseLayer(tensors["linear.weight"], tensors.get("linear.bias"), activation)
 
 
-def _dense(file: Path) -> dict[str, Tensor]:
+def _tensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(file)
     except Exception as error:  # safetensors raises several types

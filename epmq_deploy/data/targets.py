@@ -25,6 +25,8 @@ from epmq_deploy.models.token_batch import words_read
 
 # As many times the share of equally frequent classes are uneven.
 _UNEVEN = 1.5
+# How transformers marks words, or tokens, that have no label.
+IGNORED = -100
 # Samples tokenized at a time.
 _BATCH = 64
 
@@ -35,7 +37,8 @@ class Targets:
 
     Attributes:
         values: class numbers int64 ``[n]``, labels int64 ``[n, C]`` of 0 and 1, or values float64
-            ``[n]``, by the head's problem type; of words, an int64 array for each sample, ``[n]``.
+            ``[n]``, by the head's problem type; of words, an int64 array for each sample, ``[n]``,
+            with ``IGNORED`` for words without a label.
         assumption: what was assumed because names are missing; empty where nothing was.
     """
 
@@ -150,7 +153,7 @@ def _label_sets(samples: Samples, head: HeadClasses) -> Targets:
 
 
 def _word_labels(samples: Samples, head: HeadClasses) -> Targets:
-    """Return the class of every word, ``[n]`` arrays."""
+    """Return the class of every word, ``[n]`` arrays; words labelled ``IGNORED`` have none."""
     where = f"task {samples.task!r}: {samples.source.path}"
     column = samples.source.label_column
     lists = samples.label_values()
@@ -164,16 +167,25 @@ def _word_labels(samples: Samples, head: HeadClasses) -> Targets:
             )
     flat = [label for labels in lists for label in labels]
     rows = np.repeat(samples.indices, sizes).tolist()
-    known = samples.as_classes(flat, rows, head)
+    labelled = [index for index, label in enumerate(flat) if label != IGNORED]
+    if not labelled:
+        raise RecipeError(f"{where}: column {column!r} labels no word, all are {IGNORED}")
+    known = samples.as_classes(
+        [flat[index] for index in labelled], [rows[index] for index in labelled], head
+    )
+    numbers = np.full(len(flat), IGNORED, dtype=np.int64)
+    numbers[labelled] = known.numbers
     values = np.empty(len(sizes), dtype=object)
     ends = np.cumsum(sizes)
     for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
-        values[number] = np.array(known.numbers[end - size : end], dtype=np.int64)
+        values[number] = numbers[end - size : end]
     return Targets(values, known.assumption)
 
 
 def of_words_read(targets: Targets, numbers: Iterable[Tensor]) -> npt.NDArray[np.int64]:
     """Return the classes of the words that models read, ``[m]``, in the order they predict them.
+
+    Words without a label are among them, as ``IGNORED``.
 
     Args:
         targets: of a task that labels words.

@@ -6,8 +6,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens"]
+Pooling = Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,25 @@ def _mean(states: Tensor, mask: Tensor, power: float) -> Tensor:
     return (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1e-9) ** power
 
 
+def _weighted_mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean with weights 1, 2, ... from the first token on."""
+    positions = torch.arange(1, mask.shape[1] + 1, device=mask.device, dtype=mask.dtype)
+    return _mean(states, mask * positions[:, None], 1.0)
+
+
+def _last_token(states: Tensor, mask: Tensor) -> Tensor:
+    following = F.pad(mask[:, 1:], (0, 0, 0, 1))
+    return (states * (mask - following)).sum(dim=1)
+
+
 # Of hidden states [B, T, D] and a mask [B, T, 1] of their type.
 POOLINGS: Mapping[Pooling, Callable[[Tensor, Tensor], Tensor]] = {
     "cls": lambda states, mask: states[:, 0],
     "mean": lambda states, mask: _mean(states, mask, 1.0),
     "max": lambda states, mask: states.masked_fill(mask == 0, float("-inf")).amax(dim=1),
     "mean_sqrt_len_tokens": lambda states, mask: _mean(states, mask, 0.5),
+    "weightedmean": _weighted_mean,
+    "lasttoken": _last_token,
 }
 assert set(POOLINGS) == set(get_args(Pooling))
 

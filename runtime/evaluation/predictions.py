@@ -1,7 +1,7 @@
 """What models predict for the samples of one task, and how well, by the task's metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from epmq_deploy.data.class_labels import HeadClasses, listed
 from epmq_deploy.data.samples import EmbeddingSamples, Samples
+from epmq_deploy.data.targets import IGNORED
 from epmq_deploy.errors import RecipeError
 from epmq_deploy.models.problem_types import (
     EMBEDDING,
@@ -238,6 +239,16 @@ class WordPredictions(TaskPredictions):
 
     sizes: Sequence[int] = ()
     tags: Sequence[str] = ()
+
+    def labelled(self) -> "WordPredictions":
+        """Return predictions for the words alone that have a label; the others do not count."""
+        held = self.truth != IGNORED
+        ends = np.cumsum(self.sizes)
+        sizes = [
+            int(held[end - size : end].sum()) for size, end in zip(self.sizes, ends, strict=True)
+        ]
+        predicted = {name: values[held] for name, values in self.predicted.items()}
+        return replace(self, truth=self.truth[held], predicted=predicted, sizes=sizes)
 
     def _by(self, metric: MetricName, model: str) -> Score:
         if metric == "seqeval_f1":

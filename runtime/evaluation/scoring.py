@@ -140,7 +140,8 @@ class ClassScorer(Scorer[Graph, ModelFamily]):
                 "task %r: %d words are beyond what the model reads and do not count", task, cut
             )
         truth = of_words_read(targets, words)
-        return WordPredictions(truth, predicted, metrics, count, sizes, head.names or ())
+        tags = head.names or ()
+        return WordPredictions(truth, predicted, metrics, count, sizes, tags).labelled()
 
     def batch(self, samples: Samples, start: int, size: int) -> tuple[Tensor, ...]:
         """Return a batch of samples."""

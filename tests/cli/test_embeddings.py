@@ -1,6 +1,7 @@
 """Experts that embed texts, next to a classifier, against ``sentence-transformers``."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp(request.param)
     tiny = build_tiny_models(folder, ARCHITECTURES[request.param])
     add_embedder(folder, "similar", "mean")
-    add_embedder(folder, "search", ("cls", "max"), dense=12, normalize=False, longest=9)
+    pooling = ("cls", "max", "weightedmean", "lasttoken")
+    add_embedder(folder, "search", pooling, dense=(12, 9), normalize=False, longest=9)
     write_pairs(folder / "scored.jsonl", ROWS)
     write_pairs(folder / "found.jsonl", ROWS, first="query", second="passage", score="relevance")
     content = yaml.safe_load(tiny.recipe.read_text())
@@ -143,8 +145,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     recipe = build_tiny_models(folder, ARCHITECTURES["distilbert"]).recipe
     add_embedder(folder, "similar", "cls")
-    for name, mode in (("last", "lasttoken"), ("plain", "mean"), ("strange", "mean")):
-        add_embedder(folder, name, mode)
+    for name in ("plain", "strange"):
+        add_embedder(folder, name)
+    add_embedder(folder, "residual", dense=8)
+    add_embedder(folder, "tokens", dense=8)
+    for name, changes in (
+        ("residual", {"use_residual": True}),
+        ("tokens", {"module_input_name": "token_embeddings"}),
+    ):
+        file = folder / "experts" / name / "2_Dense" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    (folder / "experts" / "last").mkdir()
+    shutil.copytree(folder / "experts" / "similar", folder / "experts" / "last", dirs_exist_ok=True)
+    file = folder / "experts" / "last" / "1_Pooling" / "config.json"
+    file.write_text(json.dumps({"pooling_mode": "softmax"}))
     (folder / "experts" / "plain" / "modules.json").unlink()
     file = folder / "experts" / "strange" / "modules.json"
     file.write_text(file.read_text().replace("Normalize", "LSTM"))
@@ -190,7 +204,9 @@ def changed(folder: Path, name: str, **changes: Any) -> Path:
             "needs a label_column with similarities",
         ),
         ({"metric": "accuracy"}, "choose from spearmanr, pearsonr, ndcg_at_10"),
-        ({"expert": "experts/last"}, "pools tokens by lasttoken; supported are cls, mean"),
+        ({"expert": "experts/last"}, "pools tokens by softmax; supported are cls, mean"),
+        ({"expert": "experts/residual"}, "Dense modules with use_residual are not supported"),
+        ({"expert": "experts/tokens"}, "module_input_name is 'token_embeddings'"),
         ({"expert": "experts/strange"}, "module LSTM is not supported"),
         ({"expert": "experts/plain"}, "has no head"),
         (

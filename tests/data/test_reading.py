@@ -86,7 +86,7 @@ def test_without_the_expert_the_recipe_alone_counts(tiny_text: TinyText, tmp_pat
         ({"1_Pooling__config": {"pooling_mode": 3}}, "pooling_mode is 3"),
         ({"modules": [MODULES[0], {"type": "x.Pooling", "path": "p"}]}, "not in the folder"),
         ({"1_Pooling__config": {}}, "pools tokens by nothing"),
-        ({"1_Pooling__config": {"pooling_mode": "lasttoken"}}, "pools tokens by lasttoken"),
+        ({"1_Pooling__config": {"pooling_mode": "softmax"}}, "pools tokens by softmax"),
         (
             {"1_Pooling__config": {"pooling_mode": "mean", "include_prompt": False}},
             "prompts that are not pooled",

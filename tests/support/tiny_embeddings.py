@@ -18,7 +18,7 @@ def add_embedder(
     name: str,
     pooling: str | Sequence[str] = "mean",
     *,
-    dense: int = 0,
+    dense: int | Sequence[int] = (),
     normalize: bool = True,
     longest: int | None = None,
 ) -> None:
@@ -31,8 +31,10 @@ def add_embedder(
             parameter.add_(0.3 * noise * parameter.std().nan_to_num(0.02))
     modules: list[Any] = [encoder, Pooling(encoder.get_embedding_dimension(), pooling)]
     width = modules[1].get_embedding_dimension()
-    if dense:
-        modules.append(Dense(width, dense, activation_function=torch.nn.Tanh()))
+    for size in (dense,) if isinstance(dense, int) else dense:
+        # As in GTR and sentence-T5, some layers have no bias.
+        modules.append(Dense(width, size, size % 2 == 0, activation_function=torch.nn.Tanh()))
+        width = size
     if normalize:
         modules.append(Normalize())
     expert = folder / "experts" / name
