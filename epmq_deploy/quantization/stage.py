@@ -307,7 +307,7 @@ def _residual_details(
     size = quantized.residuals.packed_bytes
     packed = sum(layer.packed_bytes for layer in quantized.layers.values())
     for name, reason in without.items():
-        log.warning("%s has no corrections for tasks: it %s", name, reason)
+        log.warning("%s has no corrections for tasks: %s", name, reason)
     share = size / (packed + size)
     log.info(
         "corrections of rank %d for %d tasks: %d layers, %.1f KB, %.0f%% of what is stored",

@@ -45,9 +45,9 @@ def uncorrectable(
 def _reason(shapes: list[tuple[int, ...]], batch: int) -> str:
     """Return why a layer that receives inputs of these shapes cannot be corrected, else nothing."""
     if not shapes:
-        return "does not run"
+        return "it does not run"
     if len(shapes) > 1:
-        return f"runs {len(shapes)} times"
+        return f"it runs {len(shapes)} times"
     if shapes[0][0] != batch or len(shapes[0]) < 2:
         return "its input does not hold one sample after the other"
     return ""

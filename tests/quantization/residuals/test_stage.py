@@ -177,7 +177,7 @@ def test_layers_that_mix_samples_or_run_several_times_are_named() -> None:
 
     reasons = uncorrectable(model, list(model), run, 3)
     assert reasons.keys() == {"twice", "windows", "never"}
-    assert reasons["twice"] == "runs 2 times"
+    assert reasons["twice"] == "it runs 2 times"
 
 
 def test_distillation_and_other_methods_are_refused(tiny: TinyZoo) -> None:
