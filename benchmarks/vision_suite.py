@@ -184,6 +184,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help="folder for everything written")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=Schedule.epochs, help="of each expert")
+    parser.add_argument("--rate", type=float, default=Schedule.rate, help="of each expert's body")
     parser.add_argument("--output", type=Path, default=RESULTS / "vision_other.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -193,7 +195,8 @@ def main() -> None:
     disable_progress_bars()
     cache = arguments.cache.expanduser().resolve()
     if arguments.command == "build":
-        build(cache, Schedule(), arguments.seed)
+        schedule = Schedule(epochs=arguments.epochs, rate=arguments.rate)
+        build(cache, schedule, arguments.seed)
     else:
         report(load_recipe(cache / "recipe.yaml"), arguments.output, {})
 
