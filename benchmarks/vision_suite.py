@@ -49,12 +49,16 @@ _PHOTOS, _DRAWINGS, _FONTS = "mate-backgrounds", "tuxpaint-stamps-default", "fon
 
 @dataclass(frozen=True)
 class Schedule:
-    """How experts are trained: AdamW, linear warm-up and decay, products in bfloat16."""
+    """How experts are trained: AdamW, linear warm-up and decay, products in bfloat16.
+
+    The pretrained body learns slowly: at 1e-4 it forgets what it knows, and experts end below a
+    linear classifier on the base.
+    """
 
     epochs: int = 3
     batch: int = 32
-    rate: float = 1e-4
-    head_rate: float = 1e-3
+    rate: float = 1e-5
+    head_rate: float = 2e-3
     warmup: float = 0.1
     decay: float = 0.01
 
