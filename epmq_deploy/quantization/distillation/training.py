@@ -58,8 +58,8 @@ class TrainingSettings:
 class WeightTraining:
     """Trains some parameters of a model, in place.
 
-    After each epoch the model is scored on held-back samples. An attempt whose first epoch leaves
-    it worse than the start has too high a rate: it starts again with a third of it.
+    After each epoch the model is scored on held-back samples. An epoch that leaves it worse than
+    the start had too high a rate: training goes on from the best weights with a third of it.
 
     Args:
         model: the student.
@@ -104,8 +104,8 @@ class WeightTraining:
             log.info("distillation resumes after epoch %d", len(standing.curve))
         while len(standing.curve) < self._settings.epochs:
             standing = self._epoch(standing, optimizers)
-            if not standing.curve[-1].divergence < before and standing.steps == self._steps:
-                optimizers, standing = self._optimizers(), self._restarted(standing)
+            if not standing.curve[-1].divergence < before:
+                optimizers, standing = self._optimizers(), self._lowered(standing)
             if self._store:
                 tensors = named_tensors(self._parameters, self._best, optimizers)
                 self._store.save_tensors(_STATE, tensors, STANDING.dump_json(standing).decode())
@@ -121,15 +121,17 @@ class WeightTraining:
         for name, parameter in self._parameters.items():
             parameter.data.copy_(values[name])
 
-    def _restarted(self, standing: Standing) -> Standing:
-        """Go back to the start with a lower rate."""
-        self._assign(self._start)
+    def _lowered(self, standing: Standing) -> Standing:
+        """Go back to the best weights so far with a lower rate."""
+        self._assign(self._best or self._start)
         rate = standing.rate / _LOWERED
         if len(standing.curve) < self._settings.epochs:
             log.warning(
-                "distillation: with learning rate %g the first epoch moved the model away from "
-                "the experts on held-back samples, so it starts again with %g",
+                "distillation: with learning rate %g epoch %d moved the model away from the "
+                "experts on held-back samples, so it goes on from epoch %d with %g",
                 standing.rate,
+                len(standing.curve),
+                standing.chosen,
                 rate,
             )
         return replace(standing, rate=rate, began=len(standing.curve), steps=0)

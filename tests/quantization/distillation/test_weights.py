@@ -121,7 +121,34 @@ def test_a_rate_that_destroys_the_start_is_lowered_and_said(
     assert rates == sorted(rates, reverse=True)
     assert len(rates) == 8
     assert outcome["kept"]
-    assert "starts again with 0.1" in caplog.text
+    assert "epoch 1 moved the model away from the experts" in caplog.text
+    assert "so it goes on from epoch 0 with 0.1" in caplog.text
+
+
+def test_a_later_epoch_that_destroys_the_model_is_taken_back(
+    tiny: TinyZoo, merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    divergences = iter([1.0, 0.8, 1.2, 0.9])
+    begun: list[torch.Tensor] = []
+    original = WeightTraining._epoch
+
+    def remember(self: WeightTraining, *rest: object) -> object:
+        begun.append(torch.cat([each.detach().flatten() for each in self._parameters.values()]))
+        return original(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(WeightTraining, "_epoch", remember)
+    monkeypatch.setattr(
+        "epmq_deploy.quantization.distillation.training.mean_divergence",
+        lambda _: next(divergences),
+    )
+    manifest = quantize(training(tiny, 3), merged, tmp_path / "out")
+    outcome = manifest.reported["distill_weights"]
+    first, second, third = (epoch["rate"] for epoch in outcome["curve"])
+    assert first == second == pytest.approx(3 * third)
+    assert (outcome["chosen"], outcome["after"]) == (1, 0.8)
+    # The third epoch goes on from where the first one ended.
+    assert torch.equal(begun[2], begun[1])
+    assert not torch.equal(begun[1], begun[0])
 
 
 @pytest.mark.parametrize("killed_at", [1, 2])
