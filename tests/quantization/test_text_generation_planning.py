@@ -94,3 +94,17 @@ def test_distillation_lowers_the_divergence_and_leaves_codes(
     inside = {name for name in before if ".layer" in name or ".block" in name}
     tied = merged_text_generator.models.architecture.settings["tie_word_embeddings"]
     assert moved == inside | (set() if tied else {"lm_head"})
+
+
+@tied_and_untied
+def test_weights_of_text_generators_are_distilled_too(
+    merged_text_generator: MergedTextGenerator, tmp_path: Path
+) -> None:
+    options = {"distill_weights": 2, "effort": "fast", "samples": 32}
+    recipe = override(merged_text_generator.recipe, "quantize", options)
+    quantize(recipe, merged_text_generator.folder, tmp_path / "out")
+    layers, replaced = load_artifact(tmp_path / "out")
+    tied = merged_text_generator.models.architecture.settings["tie_word_embeddings"]
+    assert not tied or "lm_head" in layers
+    assert replaced
+    assert not {f"{name}.weight" for name in layers} & set(replaced)
