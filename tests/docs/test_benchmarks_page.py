@@ -21,9 +21,9 @@ METHODS = {
     "E-PMQ, preset `features`": "E-PMQ features/{bits}",
     "E-PMQ, preset `outputs`": "E-PMQ outputs/{bits}",
     "E-PMQ, preset `outputs`, anchor `auto`": "E-PMQ outputs/auto",
-    "E-PMQ, default": "E-PMQ outputs/{bits}",
-    "merged, E-PMQ, the default": "E-PMQ outputs/{bits}",
-    "E-PMQ, default, `distill` 2": "E-PMQ outputs/distill",
+    "E-PMQ, one pass": "E-PMQ outputs/{bits}",
+    "merged, E-PMQ in one pass (`--effort fast`)": "E-PMQ outputs/{bits}",
+    "E-PMQ, one pass, `distill` 2": "E-PMQ outputs/distill",
 }
 MODELS = {
     "experts (fp32)": "experts",
@@ -89,3 +89,17 @@ def test_accuracy_by_suite(page: str, corner: str, merge: str) -> None:
         key = key_of(label, merge, 4)
         assert float(zoo) == pytest.approx(expected["zoo"][key], abs=0.00501), key
         assert float(text) == pytest.approx(expected["text"][key], abs=0.00501), key
+
+
+def test_accuracy_by_effort() -> None:
+    results = json.loads((ROOT / "benchmarks/results/methods.json").read_text())
+    measured = {
+        row["variant"]: row["average"] for row in results["zoo, efforts, 256 samples"]["rows"]
+    }
+    table = rows("docs/benchmarks.md", "effort")
+    assert len(table) == 5
+    for label, value in table:
+        words = re.findall(r"`(\w+)`", label)
+        variants = {"experts (fp32)": "experts", "merged (fp32)": "fp32 merged"}
+        variant = f"epmq,effort={words[0]}" if words else variants[label]
+        assert float(value) == pytest.approx(measured[variant], abs=0.00501), variant
