@@ -17,7 +17,8 @@ def test_quantization_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("quantize", "--list", "--json") == 0
     methods = {item["name"]: item for item in json.loads(capsys.readouterr().out)["methods"]}
     assert list(methods) == list(QUANTIZATION_METHODS)
-    assert methods["epmq"]["options"]["preset"]["default"] == "outputs"
+    assert methods["epmq"]["options"]["samples"]["default"] == 256
+    assert methods["epmq"]["options"]["preset"]["default"] is None
     assert methods["epmq"]["summary"] == QUANTIZATION_METHODS["epmq"].summary
     assert "group_size" not in methods["epmq"]["options"]
 

@@ -177,7 +177,7 @@ def changed(folder: Path, name: str, **changes: Any) -> Path:
         ({"evaluation": {"path": "short.jsonl"}}, "row 0 holds 1 labels for 2 words"),
         ({"evaluation": {"path": "texts.jsonl"}}, "expected lists of words"),
         ({"evaluation": {"path": "other.jsonl"}}, "the data: B-ORG; the head: O, B-PER"),
-        ({"evaluation": {"path": "hidden.jsonl"}}, "row 0 holds -100"),
+        ({"evaluation": {"path": "hidden.jsonl"}}, "labels no word, all are -100"),
         ({"evaluation": {"path": "null.jsonl"}}, "row 0 holds a word that is null"),
         ({"evaluation": {"path": "elsewhere.jsonl"}}, "it has forms, gold"),
         ({"evaluation": {"path": "first-test.jsonl"}}, "no column 'tokens'"),

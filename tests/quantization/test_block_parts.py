@@ -154,7 +154,14 @@ def test_a_norm_takes_on_the_gain_and_bias_that_all_experts_share() -> None:
     for expert in experts.models.values():
         expert.blocks[0].norm.load_state_dict(experts.base.blocks[0].norm.state_dict())  # type: ignore[union-attr,arg-type]
     runner = entered(model, cache, None)
-    refit = NormRefit(model, runner, experts, cache, settings(norm_mix=0.0, norm_damping=1e-9))
+    refit = NormRefit(
+        model,
+        SameForAllTasks(model),
+        runner,
+        experts,
+        cache,
+        settings(norm_mix=0.0, norm_damping=1e-9),
+    )
     refitted = refit.refit(BLOCK, NORM, {}, pooled=False, done={})
     for name in ("weight", "bias"):
         expected = experts.base_tensor(f"{NORM}.{name}")

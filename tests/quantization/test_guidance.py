@@ -162,5 +162,7 @@ def test_every_task_needs_a_head(tiny: TinyZoo, merged: Path, tmp_path: Path) ->
 
 
 def test_it_needs_calibration_data(tiny: TinyZoo) -> None:
-    with pytest.raises(RecipeError, match="leave out alpha, norms, distill, guidance"):
+    with pytest.raises(
+        RecipeError, match="leave out alpha, norms, distill, distill_weights, guidance"
+    ):
         override(load_recipe(tiny.recipe), "quantize", {"preset": "weights", "guidance": 0.5})
